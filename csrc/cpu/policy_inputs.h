@@ -1,0 +1,41 @@
+// Reads one token's inputs in double: the per-token maths costs nothing beside the vocabulary, and a ratio that sits on
+// a clipping bound then falls on the side where float64 puts it.
+#pragma once
+#include "../kernels.h"
+
+namespace gk {
+
+inline double load_real(const void* data, int64_t index, bool is_double) {
+  return is_double ? static_cast<const double*>(data)[index] : static_cast<const float*>(data)[index];
+}
+inline void store_real(void* data, int64_t index, bool is_double, double value) {
+  if (is_double) static_cast<double*>(data)[index] = value;
+  else static_cast<float*>(data)[index] = float(value);
+}
+inline double read(const View& v, int64_t row, int64_t tokens, bool is_double, double absent) {
+  return v.data ? load_real(v.data, v.offset(row, tokens), is_double) : absent;
+}
+inline bool is_active(const View& active, int64_t row, int64_t tokens) {
+  return !active.data || static_cast<const uint8_t*>(active.data)[active.offset(row, tokens)] != 0;
+}
+
+struct TokenInputs {
+  double adv, weight, old, ref, rollout, token_weight, entropy_weight, entropy_mask;
+};
+
+// `logp` stands in for what is not given: on-policy, a ratio of 1.
+inline TokenInputs read_token(const PolicyInputs& in, int64_t row, int64_t tokens, bool is_double, double logp) {
+  const auto get = [&](const View& v, double absent) { return read(v, row, tokens, is_double, absent); };
+  const double weight = get(in.weights, 1);
+  return {get(in.advantages, 0),   weight,  get(in.old_logps, logp), get(in.ref_logps, logp), get(in.rollout_logps, logp),
+          get(in.token_weights, 1), get(in.entropy_weights, weight), get(in.entropy_mask, 1)};
+}
+
+inline double clamp_log_ratio(double log_ratio, const Scalars<double>& s) {
+  return clamp_(log_ratio, -s.log_ratio_clamp, s.log_ratio_clamp);
+}
+
+// Whether a clamp passes the gradient: at its bounds it does, and a NaN is not held back.
+inline bool inside(double raw, double clamped) { return !(raw < clamped || raw > clamped); }
+
+}  // namespace gk

@@ -1,0 +1,90 @@
+// The native interface: what a backend implements and csrc/bindings.cpp calls. No torch, no CUDA types.
+//
+// Every per-token array is a [batch, tokens] view with two strides, so broadcast advantages ([batch] with a token
+// stride of 0), slices and packed sequences (batch = 1) reach the kernels without a copy. Row r of the logits is
+// token (r / tokens, r % tokens). Outputs are dense [batch * tokens]. "real" is double where the logits (or, for the
+// token kernel, the log-probs) are double, and float everywhere else.
+#pragma once
+#include <cstdint>
+
+#include "math/policy.h"
+
+namespace gk {
+
+using Stream = void*;
+
+enum class DType : int { f32, f64, bf16, f16 };
+
+struct View {  // [batch, tokens]; strides in elements; data == nullptr: not given
+  void* data = nullptr;
+  int64_t stride_b = 0, stride_t = 0;
+  int64_t offset(int64_t row, int64_t tokens) const { return row / tokens * stride_b + row % tokens * stride_t; }
+};
+
+// z = softcap(logit_scale * logit) / temperature, softcap(v) = c tanh(v / c); softcap == 0: none.
+struct Rows {
+  View logits;       // dtype, [batch, tokens, vocab], the vocabulary dense
+  View targets;      // int64
+  View active;       // bool; null: all
+  View temperature;  // real; null: the number below
+  DType dtype;
+  int64_t batch, tokens, vocab;
+  double inv_temperature, logit_scale, softcap;
+  int threads;
+};
+
+struct RowStats {  // real [batch * tokens]; sum_p2 may be null
+  void *logps, *entropy, *max, *log_sum, *sum_p2;
+};
+
+struct PolicyInputs {
+  View advantages, weights;                // real; the loss is sum(weights * terms)
+  View old_logps, ref_logps, rollout_logps;  // real; null: not given
+  View token_weights;                      // real; multiplies the policy term only
+  View entropy_weights, entropy_mask;      // real; null: weights, 1
+  Form form;
+  Scalars<double> scalars;
+};
+
+enum Metric : int {  // the order of METRICS in grpo_kernels/config.py
+  kPolicyLoss, kKlLoss, kEntropyLoss, kTokens, kEntropy, kKl, kApproxKl, kApproxKlK3,
+  kRatioMean, kRatioMin, kRatioMax, kClipLow, kClipHigh, kClipRegion, kClipCap, kMetricCount
+};
+
+struct TokenParams {
+  PolicyInputs in;
+  View logps, entropy, active;  // real, real (null: not given), bool
+  int64_t batch, tokens;
+  const int64_t* cu_seqlens;  // [sequences + 1] for batch == 1; null: one sequence a batch row
+  int64_t sequences;
+  bool is_double;
+  void *loss, *per_token, *g_logps, *g_entropy, *metrics;  // real [1], [rows], [rows], [rows] or null, [kMetricCount]
+  int threads;
+};
+
+enum class Baseline : int { mean, leave_one_out, none };
+enum class Scale : int { group, batch, none };
+
+struct AdvantageParams {
+  const double* rewards;     // [samples]; NaN: left out
+  const uint8_t* valid;      // [samples] or null
+  const int64_t* group_ids;  // [samples] or null: consecutive runs of group_size
+  int64_t samples, group_size;
+  Baseline baseline;
+  Scale scale;
+  int ddof;
+  double eps, clip;  // clip: +-; infinity for none
+  bool single_raw;   // a group of one valid sample keeps its reward instead of 0
+  double *advantages, *mean, *std;  // [samples]
+  uint8_t* informative;             // [samples]
+};
+
+void row_forward(const Rows&, const RowStats&, Stream);
+// Writes d loss / d logits, given d loss / d logps and d loss / d entropy (null: zero). In place if the views agree.
+void row_backward(const Rows&, const RowStats& saved, const void* g_logps, const void* g_entropy, const View& gradient, Stream);
+// One launch: log-probs, the policy loss's derivative in them, and the gradient of the logits.
+void row_policy(const Rows&, const RowStats&, const PolicyInputs&, const View& gradient, Stream);
+void token_policy(const TokenParams&, Stream);
+void group_advantages(const AdvantageParams&, Stream);
+
+}  // namespace gk

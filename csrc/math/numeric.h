@@ -1,0 +1,28 @@
+// Scalar vocabulary shared by host and device code.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define GK_HD __host__ __device__ __forceinline__
+#else
+// always_inline: these headers are compiled with several instruction sets into one module, and an out-of-line copy
+// built for AVX-512 must never be the one the linker keeps.
+#define GK_HD inline __attribute__((always_inline))
+#endif
+
+namespace gk {
+
+// Overloads, not std::exp: unqualified exp(float) is double on the host and float on the device.
+GK_HD float exp_(float x) { return expf(x); }
+GK_HD double exp_(double x) { return ::exp(x); }
+GK_HD float expm1_(float x) { return expm1f(x); }
+GK_HD double expm1_(double x) { return ::expm1(x); }
+GK_HD float log_(float x) { return logf(x); }
+GK_HD double log_(double x) { return ::log(x); }
+
+template <typename T> GK_HD T min_(T a, T b) { return b < a ? b : a; }
+template <typename T> GK_HD T max_(T a, T b) { return a < b ? b : a; }
+template <typename T> GK_HD T clamp_(T x, T low, T high) { return min_(max_(x, low), high); }
+
+}  // namespace gk

@@ -1,0 +1,52 @@
+// Online softmax statistics of a set of logits, and what a row's gradient is made of.
+#pragma once
+#include "numeric.h"
+
+namespace gk {
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// With y = (z - max) * log2(e): sum of 2^y, of y 2^y and of 4^y. A monoid: any split of a row merges to the same answer,
+// and everything is relative to the maximum, so adding a constant to the logits changes no digit of the entropy.
+template <typename T>
+struct Softmax {
+  T max = -INFINITY, sum = 0, dot = 0, sum2 = 0;
+
+  // `unit` = log2(e) / temperature turns a difference of logits into y.
+  GK_HD Softmax relative_to(T m, T unit) const {
+    if (sum == 0) return {m, T(0), T(0), T(0)};
+    const T shift = (max - m) * unit, scale = exp_(shift * T(kLn2));
+    return {m, scale * sum, scale * (dot + shift * sum), scale * scale * sum2};
+  }
+  GK_HD Softmax merge(const Softmax& other, T unit) const {
+    const T m = max_(max, other.max);
+    if (m == -INFINITY) return {m, sum + other.sum, dot + other.dot, sum2 + other.sum2};
+    const Softmax a = relative_to(m, unit), b = other.relative_to(m, unit);
+    return {m, a.sum + b.sum, a.dot + b.dot, a.sum2 + b.sum2};
+  }
+  GK_HD T log_sum() const { return log_(sum); }
+  GK_HD T entropy() const { return log_(sum) - T(kLn2) * dot / sum; }
+  GK_HD T sum_p2() const { return sum2 / (sum * sum); }
+};
+
+// d loss / d logit_j = slope * 2^y (a + b y), except at the target, which also receives slope * g.
+// slope holds what lies between logit and z: logit_scale * softcap' / temperature.
+template <typename T>
+struct RowGradient {
+  T a = 0, b = 0;
+
+  // From d loss / d logp, d loss / d entropy and the row's statistics:  -p (g + h (log p + H)).
+  GK_HD static RowGradient of(T g_logp, T g_entropy, T log_sum, T entropy) {
+    const T inv_sum = exp_(-log_sum);
+    return {-inv_sum * (g_logp + g_entropy * (entropy - log_sum)), -inv_sum * g_entropy * T(kLn2)};
+  }
+};
+
+// The target's entry without the slope. 1 - p is formed as -expm1(logp): exact for a peaked row.
+template <typename T>
+GK_HD T target_gradient(T g_logp, T g_entropy, T logp, T entropy) {
+  const T from_entropy = g_entropy == 0 ? T(0) : g_entropy * exp_(logp) * (logp + entropy);
+  return -g_logp * expm1_(logp) - from_entropy;
+}
+
+}  // namespace gk

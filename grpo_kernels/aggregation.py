@@ -1,0 +1,64 @@
+"""Every reduction of a GRPO-family loss is `scale * sum(weights * terms) / denominator`: the weights, from the mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import LossConfig
+from .layout import Layout
+
+
+def aggregation_weights(
+    layout: Layout,
+    active: Tensor,  # [B, T] bool
+    aggregation: str,
+    config: LossConfig,
+    *,
+    dtype: torch.dtype,
+    denominator: Tensor | float | None = None,
+    sequence_weights: Tensor | None = None,  # [R]
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    """[B, T] view (broadcast where it can be) of each token's share in the loss; masked tokens are the kernels' business.
+
+    `denominator` replaces N for a token mean, R for a sequence mean or sum, R * max_length for the fixed length.
+    """
+    if aggregation not in ("token_mean", "token_sum") and not layout.knows_sequences:
+        raise ValueError(f"aggregation={aggregation!r} over flat tokens needs cu_seqlens")
+    lengths = layout.sequence_sums(active.to(torch.int64)) if layout.knows_sequences else None
+    if denominator is None:
+        denominator = _own_denominator(layout, active, lengths, aggregation, config)
+    weight = torch.as_tensor(scale, dtype=dtype, device=active.device) / denominator
+    if lengths is not None and (aggregation == "sequence_mean" or sequence_weights is not None):
+        share = 1 / lengths.clamp(min=1).to(dtype) if aggregation == "sequence_mean" else lengths.new_ones((), dtype=dtype)
+        if sequence_weights is not None:
+            share = share * _checked(sequence_weights, layout).to(dtype)
+        return layout.of_sequences(weight * share)
+    if sequence_weights is not None:
+        raise ValueError("sequence_weights over flat tokens need cu_seqlens")
+    return weight.to(dtype).expand(layout.grid)
+
+
+def _own_denominator(
+    layout: Layout, active: Tensor, lengths: Tensor | None, aggregation: str, config: LossConfig
+) -> Tensor | int:
+    if aggregation == "token_sum":
+        return 1
+    if aggregation == "token_mean":
+        return active.sum().clamp(min=1)
+    assert lengths is not None
+    sequences: Tensor | int = max(layout.sequences, 1)
+    if not config.count_empty_sequences:
+        sequences = (lengths > 0).sum().clamp(min=1)
+    if aggregation != "fixed_length":
+        return sequences
+    if config.max_length is None:
+        raise ValueError("aggregation='fixed_length' needs LossConfig(max_length=...) or a denominator")
+    return sequences * config.max_length
+
+
+def _checked(sequence_weights: Tensor, layout: Layout) -> Tensor:
+    if sequence_weights.shape != (layout.sequences,):
+        raise ValueError(f"sequence_weights must be [{layout.sequences}]; got {tuple(sequence_weights.shape)}")
+    return sequence_weights.detach()

@@ -1,0 +1,110 @@
+"""A backend is a module with the functions of `Backend` below, on [B, T] tensors; imported when it is first used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import Form
+from ..layout import Rows
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+PLANNED = {
+    "cuda": "this version has no CUDA C++ kernels yet",
+    "triton": "this version has no Triton kernels yet",
+}
+
+
+class RowStats(NamedTuple):
+    """Of each row, real [B, T]: log p(target), entropy, and the softmax's maximum and log-sum relative to it."""
+
+    logps: Tensor
+    entropy: Tensor
+    max: Tensor
+    log_sum: Tensor
+
+
+class PolicyInputs(NamedTuple):
+    """Everything per token that the loss reads beside the log-probs: real [B, T] views, None where absent."""
+
+    advantages: Tensor
+    weights: Tensor  # of the aggregation
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    rollout_logps: Tensor | None
+    token_weights: Tensor | None  # multiplies the policy term only
+    entropy_weights: Tensor | None  # None: weights
+    entropy_mask: Tensor | None  # multiplies the entropy term; None: 1
+    scalars: Tensor  # float64 on the CPU
+    form: list[str]
+
+    @property
+    def form_codes(self) -> list[int]:
+        return Form(*self.form).codes
+
+
+class Backend(Protocol):
+    """Tensors have been checked; outputs are dense, and `gradient` may be the logits themselves."""
+
+    def row_forward(self, rows: Rows, sum_p2: bool) -> tuple[RowStats, Tensor]: ...
+    def row_backward(self, rows: Rows, saved: RowStats, g_logps: Tensor, g_entropy: Tensor | None, gradient: Tensor) -> None: ...
+    def row_policy(self, rows: Rows, inputs: PolicyInputs, gradient: Tensor) -> RowStats: ...
+    def token_policy(
+        self, logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, inputs: PolicyInputs
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+    def group_advantages(
+        self, rewards: Tensor, valid: Tensor | None, group_ids: Tensor | None, group_size: int, baseline: str, scale: str,
+        ddof: int, eps: float, clip: float, single_raw: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+
+class BackendUnavailable(RuntimeError):
+    """Asked for a backend that is not here; the message says how to get it."""
+
+
+@functools.cache
+def implementation(name: str) -> Backend:
+    """The module of a backend.
+
+    Raises:
+        ValueError: for a name that is none of `NAMES`.
+        BackendUnavailable: if it cannot run here.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}; got {name!r}")
+    if name in PLANNED:
+        raise BackendUnavailable(f"backend {name!r} is not here: {PLANNED[name]}; use 'cpu' or 'reference'")
+    try:
+        return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"backend {name!r} is not here: its native module does not load ({error}); "
+            "build it with `pip install .` (or `python setup.py build_ext --inplace`) where a C++ compiler is"
+        ) from error
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """'auto' to the name of the backend that runs on `device`; another name is checked to be here."""
+    if backend == "auto":
+        backend = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
+    if not torch.compiler.is_compiling():  # a compiled graph finds out when it calls the operator
+        implementation(backend)
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs CPU tensors; got {device}")
+    return backend
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend's name, with "ok" or the reason why it cannot run here."""
+    found = {}
+    for name in NAMES:
+        try:
+            implementation(name)
+            found[name] = "ok"
+        except BackendUnavailable as error:
+            found[name] = str(error)
+    return found

@@ -1,0 +1,128 @@
+"""The C++ kernels: tensors become addresses and strides here, and nothing is computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import _cpu  # type: ignore[attr-defined]
+from ..config import METRICS
+from ..layout import Rows, real_dtype
+from . import PolicyInputs, RowStats
+
+INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")  # in the order of gk::Isa
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_BASELINES = ("mean", "leave_one_out", "none")
+_SCALES = ("group", "batch", "none")
+
+View = tuple[int, int, int]
+
+
+def instruction_set() -> str:
+    return INSTRUCTION_SETS[_cpu.isa_in_use()]
+
+
+def supported_instruction_sets() -> list[str]:
+    return [name for code, name in enumerate(INSTRUCTION_SETS) if _cpu.isa_supported(code)]
+
+
+@contextlib.contextmanager
+def forced_instruction_set(name: str) -> Iterator[None]:
+    """For tests: every kernel, in every thread, runs on this instruction set inside the block."""
+    if name not in supported_instruction_sets():
+        raise ValueError(f"this CPU supports {', '.join(supported_instruction_sets())}; got {name!r}")
+    before = _cpu.isa_in_use()
+    _cpu.use_isa(INSTRUCTION_SETS.index(name))
+    try:
+        yield
+    finally:
+        _cpu.use_isa(before)
+
+
+def _view(x: Tensor | None) -> View | None:
+    return None if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _rows(r: Rows) -> _cpu.Rows:
+    shape = (*r.targets.shape, r.logits.shape[-1])
+    return _cpu.Rows(
+        _view(r.logits), _view(r.targets), _view(r.active), _view(r.temperatures), _DTYPES.index(r.logits.dtype), shape,
+        r.temperature, r.logit_scale, r.softcap, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _empty(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=real_dtype(like.dtype))
+
+
+def _new_stats(rows: Rows) -> RowStats:
+    return RowStats(*(_empty(rows.logits, rows.targets.shape) for _ in RowStats._fields))
+
+
+def _addresses(stats: RowStats, sum_p2: Tensor | None = None) -> list[int]:
+    return [*map(_address, stats), _address(sum_p2)]
+
+
+def _policy(p: PolicyInputs) -> tuple[list[View | None], list[int], list[float]]:
+    views = (p.advantages, p.weights, p.old_logps, p.ref_logps, p.rollout_logps, p.token_weights, p.entropy_weights, p.entropy_mask)
+    return [_view(x) for x in views], p.form_codes, p.scalars.tolist()
+
+
+def row_forward(rows: Rows, sum_p2: bool) -> tuple[RowStats, Tensor]:
+    stats = _new_stats(rows)
+    squares = _empty(rows.logits, rows.targets.shape if sum_p2 else (0,))
+    _cpu.row_forward(_rows(rows), _addresses(stats, squares if sum_p2 else None))
+    return stats, squares
+
+
+def row_backward(rows: Rows, saved: RowStats, g_logps: Tensor, g_entropy: Tensor | None, gradient: Tensor) -> None:
+    g_logps = g_logps.contiguous()
+    g_entropy = None if g_entropy is None else g_entropy.contiguous()
+    saved = RowStats(*(x.contiguous() for x in saved))
+    _cpu.row_backward(_rows(rows), _addresses(saved), _address(g_logps), _address(g_entropy), _view(gradient))
+
+
+def row_policy(rows: Rows, inputs: PolicyInputs, gradient: Tensor) -> RowStats:
+    stats = _new_stats(rows)
+    _cpu.row_policy(_rows(rows), _addresses(stats), *_policy(inputs), _view(gradient))
+    return stats
+
+
+def token_policy(
+    logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, inputs: PolicyInputs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss, metrics = _empty(logps, ()), _empty(logps, (len(METRICS),))
+    per_token, g_logps = _empty(logps, logps.shape), _empty(logps, logps.shape)
+    g_entropy = _empty(logps, logps.shape if entropy is not None else (0,))
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    outputs = [*map(_address, (loss, per_token, g_logps, None if entropy is None else g_entropy, metrics))]
+    _cpu.token_policy(
+        *_policy(inputs), _view(logps), _view(entropy), _view(active), tuple(logps.shape), _address(cu_seqlens), sequences,
+        logps.dtype == torch.float64, outputs, torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, per_token, g_logps, g_entropy, metrics
+
+
+def group_advantages(
+    rewards: Tensor, valid: Tensor | None, group_ids: Tensor | None, group_size: int, baseline: str, scale: str,
+    ddof: int, eps: float, clip: float, single_raw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    wide = rewards.to(torch.float64).contiguous()
+    valid = None if valid is None else valid.contiguous()
+    group_ids = None if group_ids is None else group_ids.contiguous()
+    outputs = [torch.empty_like(wide) for _ in range(3)]
+    informative = torch.empty(wide.shape, dtype=torch.bool)
+    _cpu.group_advantages(
+        [_address(wide), _address(valid), _address(group_ids)], wide.numel(), group_size, _BASELINES.index(baseline),
+        _SCALES.index(scale), ddof, eps, clip, single_raw, [*map(_address, outputs), _address(informative)],
+    )  # fmt: skip
+    advantages, mean, std = (x.to(real_dtype(rewards.dtype)) for x in outputs)
+    return advantages, mean, std, informative

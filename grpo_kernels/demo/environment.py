@@ -1,0 +1,43 @@
+"""What this machine and this installation are: for the report, and for `grpo-kernels doctor`."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from ..backends import resolve
+
+PACKAGES = ("grpo-kernels", "torch", "triton", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def default_backend(device: str = "cpu") -> str:
+    return resolve("auto", torch.device(device))
+
+
+def instruction_set(backend: str) -> str:
+    """Of the kernels that run: ours on `cpu`, PyTorch's own on any other backend."""
+    if backend == "cpu":
+        from ..backends.cpu import instruction_set as native
+
+        return native()
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
+def devices() -> list[str]:
+    names = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
+    if torch.cuda.is_available():
+        names += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    return names

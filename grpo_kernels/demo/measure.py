@@ -1,0 +1,153 @@
+"""The fused loss beside the one a trainer author would write by hand: numbers, time and memory on the same batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import grpo_kernels as gk
+
+from .policy import Policy
+from .train import LossInputs
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # loss, d loss / d hidden, d loss / d weight
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float  # median of the rounds, forward and backward
+    peak_bytes: int  # of all tensors alive at one moment, above what was alive before
+
+
+@dataclass(frozen=True)
+class Comparison:
+    rows: int
+    active_rows: int
+    vocabulary: int
+    rounds: int
+    fused_loss: float
+    eager_loss: float
+    hidden_gradient_error: float  # max |difference| / max |eager|
+    weight_gradient_error: float
+    fused: Cost
+    eager: Cost
+
+    @property
+    def loss_difference(self) -> float:
+        return abs(self.fused_loss - self.eager_loss)
+
+
+def eager_grpo_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, mask: Tensor,
+    old_logps: Tensor, ref_logps: Tensor, config: gk.LossConfig,
+) -> Tensor:  # fmt: skip
+    """Plain PyTorch: all logits, their log-softmax, the clipped objective plus k3, the mean over the tokens."""
+    logits = (hidden @ weight.T).float()
+    logps = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    ratio = (logps - old_logps).exp()
+    high = config.eps_low if config.eps_high is None else config.eps_high
+    advantages = advantages.unsqueeze(-1)
+    policy = -torch.min(ratio * advantages, ratio.clamp(1 - config.eps_low, 1 + high) * advantages)
+    log_ratio = ref_logps - logps
+    kl = log_ratio.exp() - log_ratio - 1
+    mask = mask.to(logps.dtype)
+    return ((policy + config.kl_coef * kl) * mask).sum() / mask.sum()
+
+
+def compare(policy: Policy, inputs: LossInputs, config: gk.LossConfig, rounds: int = 5) -> Comparison:
+    """Both losses with the policy as it is now, so after the update: ratios differ from 1 and the KL from 0."""
+    with torch.no_grad():
+        hidden, weight = policy.hidden_and_weight(inputs.batch)
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    targets, mask = inputs.batch.targets, inputs.batch.mask
+
+    def fused() -> Gradients:
+        loss = gk.linear_grpo_loss(
+            hidden, weight, targets, inputs.advantages, mask,
+            old_logps=inputs.old_logps, ref_logps=inputs.ref_logps, config=config,
+        ).loss  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    def eager() -> Gradients:
+        loss = eager_grpo_loss(
+            hidden, weight, targets, inputs.advantages, mask, inputs.old_logps, inputs.ref_logps, config
+        )
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    (fused_loss, *fused_gradients), (eager_loss, *eager_gradients) = fused(), eager()
+    hidden_error, weight_error = map(_relative_error, fused_gradients, eager_gradients)
+    del fused_gradients, eager_gradients
+    fused_seconds, eager_seconds = interleaved_seconds((fused, eager), rounds)
+    return Comparison(
+        rows=targets.numel(),
+        active_rows=int(mask.sum()),
+        vocabulary=weight.shape[0],
+        rounds=rounds,
+        fused_loss=fused_loss.item(),
+        eager_loss=eager_loss.item(),
+        hidden_gradient_error=hidden_error,
+        weight_gradient_error=weight_error,
+        fused=Cost(fused_seconds, peak_bytes(fused)),
+        eager=Cost(eager_seconds, peak_bytes(eager)),
+    )
+
+
+def interleaved_seconds(runs: tuple[Callable[[], object], ...], rounds: int) -> list[float]:
+    """Median seconds of each; taking turns lets a disturbance of the machine hit all of them alike."""
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, seconds in zip(runs, taken, strict=True):
+            begin = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - begin)
+    return [median(seconds) for seconds in taken]
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most bytes torch's CPU allocator had handed out at one moment during `run`, above what it had before.
+
+    From the profiler's allocation events: they come from the allocator itself, so what an operator allocates inside
+    (which a TorchDispatchMode does not see) counts too. Not counted: what libraries allocate outside torch.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with _native_stderr_silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    del result
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    allocations = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    alive = peak = 0
+    for event in sorted(allocations, key=lambda event: event["ts"]):
+        alive += event["args"]["Bytes"]
+        peak = max(peak, alive)
+    return peak
+
+
+@contextmanager
+def _native_stderr_silenced() -> Iterator[None]:
+    """The profiler's native half writes status lines to file descriptor 2, past sys.stderr and its log level."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=torch.finfo(theirs.dtype).tiny)).item()

@@ -1,0 +1,180 @@
+"""Where tokens and sequences lie: every public function brings its arguments to [B, T] here, without copying them.
+
+Padded tensors are [B, T]; flat packed ones, [N], become one batch row [1, N] and find their sequences in `cu_seqlens`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MASK_DTYPES_TEXT = "a mask may have any dtype; 0 masks a token"
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of everything per token: float64 beside float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Layout(NamedTuple):
+    """The shape of the caller's per-token tensors, [B, T] or [N], and the sequence boundaries of the latter."""
+
+    shape: torch.Size
+    cu_seqlens: Tensor | None = None  # [R + 1]; tokens past the last boundary belong to no sequence
+
+    @property
+    def padded(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (self.shape[0], self.shape[1]) if self.padded else (1, self.shape[0])
+
+    @property
+    def knows_sequences(self) -> bool:
+        return self.padded or self.cu_seqlens is not None
+
+    @property
+    def sequences(self) -> int:
+        return self.shape[0] if self.padded else self.cu_seqlens.numel() - 1  # type: ignore[union-attr]
+
+    def sequence_index(self, device: torch.device) -> Tensor:
+        """The sequence of each flat token, [N]; R for tokens past the last boundary."""
+        positions = torch.arange(self.shape[0], device=device)
+        return torch.searchsorted(self.cu_seqlens[1:].contiguous().to(device), positions, right=True)  # type: ignore[index]
+
+    def of_sequences(self, values: Tensor) -> Tensor:
+        """[R] values as a [B, T] view or gather, each token with its sequence's."""
+        if self.padded:
+            return values[:, None].expand(self.grid)
+        index = self.sequence_index(values.device).clamp(max=max(self.sequences - 1, 0))
+        return values[index][None] if self.sequences else values.new_zeros(self.grid)
+
+    def sequence_sums(self, tokens: Tensor) -> Tensor:
+        """Sums over each sequence, [R], of [B, T] integers."""
+        if self.padded:
+            return tokens.sum(-1)
+        ends = torch.nn.functional.pad(tokens[0].cumsum(0), (1, 0))[self.cu_seqlens]
+        return ends[1:] - ends[:-1]
+
+    def tokens(self, values: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
+        """A per-token tensor of the caller's shape, detached, as [B, T]."""
+        if values is None:
+            return None
+        if values.shape != self.shape:
+            raise ValueError(f"{name} must have the shape of the tokens, {tuple(self.shape)}; got {tuple(values.shape)}")
+        return values.detach().to(dtype).view(self.grid) if values.is_contiguous() else values.detach().to(dtype).reshape(self.grid)
+
+    def tokens_or_sequences(self, values: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
+        """The same for a tensor that may also hold one value a sequence: [R], or [B, 1] when padded."""
+        if values is None or values.shape == self.shape:
+            return self.tokens(values, name, dtype)
+        values = values.detach().to(dtype)
+        if self.padded and values.shape == (self.shape[0], 1):
+            return values.expand(self.grid)
+        if values.dim() == 1 and self.knows_sequences and values.numel() == self.sequences:
+            return self.of_sequences(values)
+        hint = "" if self.knows_sequences else "; flat tokens with one value a sequence need cu_seqlens"
+        per_sequence = f" or ({self.sequences},)" if self.knows_sequences else ""
+        raise ValueError(f"{name} must have shape {tuple(self.shape)}{per_sequence}; got {tuple(values.shape)}{hint}")
+
+
+def layout_of(shape: torch.Size, cu_seqlens: Tensor | None) -> Layout:
+    if len(shape) not in (1, 2):
+        raise ValueError(f"per-token tensors must be [B, T] or flat [N]; got shape {tuple(shape)}")
+    if cu_seqlens is None:
+        return Layout(shape)
+    if len(shape) == 2:
+        raise ValueError(f"cu_seqlens goes with flat [N] tokens; got padded ones of shape {tuple(shape)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64 [R + 1]; got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    return Layout(shape, cu_seqlens.to(torch.int64))
+
+
+class Rows(NamedTuple):
+    """What a row kernel reads, [B, T] throughout; `logits` may have positions past T, which are ignored."""
+
+    logits: Tensor  # [B, T', V], T' >= T
+    targets: Tensor  # int64
+    active: Tensor  # bool
+    temperature: float
+    temperatures: Tensor | None  # real; replaces temperature
+    logit_scale: float
+    softcap: float  # 0: none
+
+
+def _check_logits(logits: Tensor, targets: Tensor, name: str) -> None:
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name} must be one of {', '.join(map(str, LOGITS_DTYPES))}; got {logits.dtype}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be integers; got {targets.dtype}")
+    if logits.device != targets.device:
+        raise ValueError(f"{name} and targets must be on one device; got {logits.device} and {targets.device}")
+    lead, wanted = logits.shape[:-1], targets.shape
+    one_more = len(wanted) >= 2 and lead == (*wanted[:-1], wanted[-1] + 1)
+    if logits.dim() < 2 or (lead != wanted and not one_more):
+        raise ValueError(
+            f"{name} must be [..., V] over the shape of targets, {tuple(wanted)}, or with one position more; "
+            f"got {tuple(logits.shape)}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{name} has an empty last dimension: {tuple(logits.shape)}")
+
+
+def rows_of(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    name: str = "logits",
+) -> Rows:
+    """Checks what a row kernel needs and brings it to [B, T]. `logits` may be hidden states (the linear path)."""
+    _check_logits(logits, targets, name)
+    if name == "logits" and logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"logits must be dense in the vocabulary; got strides {logits.stride()}")
+    _check_positive("logit_scale", logit_scale)
+    if softcap is not None:
+        _check_positive("softcap", softcap)
+    grid = (1, targets.numel()) if targets.dim() < 2 else (targets.numel() // max(targets.shape[-1], 1), targets.shape[-1])
+    if targets.dim() < 2:
+        logits = logits.reshape(1, *logits.shape) if targets.dim() == 1 else logits.reshape(1, 1, -1)
+    elif targets.dim() > 2:
+        logits = logits.flatten(0, -3)
+    targets = targets.to(torch.int64)
+    active = targets != ignore_index
+    if mask is not None:
+        if mask.shape != targets.shape:
+            raise ValueError(f"mask must have the shape of targets, {tuple(targets.shape)}; got {tuple(mask.shape)}")
+        active = active & (mask != 0)
+    number, tensor = _temperature(temperature, targets, real_dtype(logits.dtype), grid)
+    return Rows(logits, targets.reshape(grid), active.reshape(grid), number, tensor, float(logit_scale), float(softcap or 0))
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0 or value == float("inf"):
+        raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
+
+
+def _temperature(
+    temperature: float | Tensor, targets: Tensor, dtype: torch.dtype, grid: tuple[int, int]
+) -> tuple[float, Tensor | None]:
+    if not isinstance(temperature, Tensor):
+        _check_positive("temperature", temperature)
+        return float(temperature), None
+    t = temperature.detach().to(targets.device, dtype)
+    if t.dim() == 1 and targets.dim() >= 2 and t.shape[0] == targets.shape[0]:  # one a row
+        t = t.reshape(-1, *[1] * (targets.dim() - 1))
+    try:
+        return 1.0, t.expand(targets.shape).reshape(grid)
+    except RuntimeError:
+        raise ValueError(
+            f"temperature must be a number or a tensor per row or per token of {tuple(targets.shape)}; "
+            f"got shape {tuple(temperature.shape)}"
+        ) from None

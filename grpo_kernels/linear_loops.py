@@ -1,0 +1,131 @@
+"""Hidden states x lm_head in chunks of rows: matmul, row kernel in place, matmuls. Knows no backend and no loss.
+
+Only active rows are computed: they are gathered first, so a masked row costs nothing and is not read. `rows.logits`
+holds the hidden states, [B, T', H].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, PolicyInputs, RowStats
+from .layout import Rows, real_dtype
+
+CHUNK_BYTES = 128 << 20  # of logits at a time, unless chunk_rows says otherwise
+
+
+def chunk_rows_for(weight: Tensor, chunk_rows: int | None) -> int:
+    if chunk_rows is not None:
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
+        return chunk_rows
+    return max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+
+
+class _Chunk:
+    """Some active rows: where they lie in [B, T], and their hidden states."""
+
+    def __init__(self, index: Tensor, rows: Rows):
+        tokens = rows.targets.shape[1]
+        self.at = (index // tokens, index % tokens)
+        self.hidden = rows.logits[self.at]
+        self._rows = rows
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x[self.at][None]
+
+    def gather_any(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else self.gather(x)
+
+    def rows(self, logits: Tensor) -> Rows:
+        targets = self.gather(self._rows.targets)
+        active = torch.ones_like(targets, dtype=torch.bool)
+        temperatures = self.gather_any(self._rows.temperatures)
+        return self._rows._replace(logits=logits[None], targets=targets, active=active, temperatures=temperatures)
+
+
+def _chunks(rows: Rows, chunk_rows: int) -> Iterator[_Chunk]:
+    for index in rows.active.reshape(-1).nonzero()[:, 0].split(chunk_rows):
+        if index.numel():
+            yield _Chunk(index, rows)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: list[Tensor]) -> Tensor:
+    """hidden @ weight.T + bias; the chunks share one buffer."""
+    if not buffer:
+        buffer.append(hidden.new_empty(hidden.shape[0], weight.shape[0]))
+    out = buffer[0][: hidden.shape[0]]
+    torch.mm(hidden, weight.t(), out=out)
+    return out if bias is None else out.add_(bias)
+
+
+class _Gradients:
+    """Of hidden, weight and bias, summed over the chunks; the two sums in float32 or wider, rounded once at the end."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]):
+        self._weight, self._wide = weight, real_dtype(weight.dtype)
+        self._bias_dtype = weight.dtype if bias is None else bias.dtype
+        self.hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
+        self.weight = weight.new_zeros(weight.shape if needs[1] else (0,), dtype=self._wide)
+        self.bias = weight.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=self._wide)
+        self._needs = needs
+
+    def add(self, chunk: _Chunk, g_logits: Tensor) -> None:
+        if self._needs[0]:
+            self.hidden[chunk.at] = g_logits @ self._weight
+        if self._needs[1] and g_logits.dtype == self._wide:
+            self.weight.addmm_(g_logits.t(), chunk.hidden)
+        elif self._needs[1]:
+            self.weight.add_(g_logits.t() @ chunk.hidden)
+        if self._needs[2]:
+            self.bias.add_(g_logits.sum(0, dtype=self._wide))
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight.to(self._weight.dtype), self.bias.to(self._bias_dtype)
+
+
+def _empty_stats(rows: Rows, count: int) -> list[Tensor]:
+    return [rows.logits.new_zeros(rows.targets.shape, dtype=real_dtype(rows.logits.dtype)) for _ in range(count)]
+
+
+def forward(
+    backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, sum_p2: bool
+) -> tuple[RowStats, Tensor]:
+    *stats, squares = _empty_stats(rows, len(RowStats._fields) + 1)
+    buffer: list[Tensor] = []
+    for chunk in _chunks(rows, chunk_rows):
+        found, found_squares = backend.row_forward(chunk.rows(_logits(chunk.hidden, weight, bias, buffer)), sum_p2)
+        for out, values in zip((*stats, squares), (*found, found_squares), strict=True):
+            if values.numel():
+                out[chunk.at] = values[0]
+    return RowStats(*stats), squares if sum_p2 else squares.new_empty(0)
+
+
+def backward(
+    backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, needs: list[bool], saved: RowStats,
+    g_logps: Tensor, g_entropy: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients, buffer = _Gradients(rows.logits, weight, bias, needs), list[Tensor]()
+    for chunk in _chunks(rows, chunk_rows):
+        logits = _logits(chunk.hidden, weight, bias, buffer)
+        chunk_saved = RowStats(*map(chunk.gather, saved))
+        backend.row_backward(chunk.rows(logits), chunk_saved, chunk.gather(g_logps), chunk.gather_any(g_entropy), logits[None])
+        gradients.add(chunk, logits)
+    return gradients.finish()
+
+
+def policy(
+    backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, needs: list[bool], inputs: PolicyInputs
+) -> tuple[Tensor, ...]:
+    gradients, buffer = _Gradients(rows.logits, weight, bias, needs), list[Tensor]()
+    logps, entropy = _empty_stats(rows, 2)
+    for chunk in _chunks(rows, chunk_rows):
+        logits = _logits(chunk.hidden, weight, bias, buffer)
+        chunk_inputs = PolicyInputs(*map(chunk.gather_any, inputs[:-2]), *inputs[-2:])  # type: ignore[arg-type]
+        found = backend.row_policy(chunk.rows(logits), chunk_inputs, logits[None])
+        logps[chunk.at], entropy[chunk.at] = found.logps[0], found.entropy[0]
+        gradients.add(chunk, logits)
+    return (*gradients.finish(), logps, entropy)
