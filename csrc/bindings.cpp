@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/memory.h"
 #include "cpu/sweep.h"
 #include "kernels.h"
 
@@ -68,6 +69,7 @@ PYBIND11_MODULE(GK_MODULE, m) {
                           pointer<double>(out[1]), pointer<double>(out[2]), pointer<uint8_t>(out[3])}, nullptr);
   }, Release());
 
+  m.def("prefer_huge_pages", [](Address data, int64_t bytes) { gk::prefer_huge_pages(pointer(data), bytes); });
   m.def("isa_supported", [](int isa) { return gk::isa_supported(gk::Isa(isa)); });
   m.def("isa_in_use", [] { return int(gk::isa_in_use()); });
   m.def("use_isa", [](int isa) { gk::use_isa(gk::Isa(isa)); });

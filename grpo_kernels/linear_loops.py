@@ -53,23 +53,29 @@ def _chunks(rows: Rows, chunk_rows: int) -> Iterator[_Chunk]:
             yield _Chunk(index, rows)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: list[Tensor]) -> Tensor:
+class _Head:
     """hidden @ weight.T + bias; the chunks share one buffer."""
-    if not buffer:
-        buffer.append(hidden.new_empty(hidden.shape[0], weight.shape[0]))
-    out = buffer[0][: hidden.shape[0]]
-    torch.mm(hidden, weight.t(), out=out)
-    return out if bias is None else out.add_(bias)
+
+    def __init__(self, backend: Backend, weight: Tensor, bias: Tensor | None):
+        self._backend, self._weight, self._bias = backend, weight, bias
+        self._buffer: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if self._buffer is None:  # the first chunk is the largest
+            self._buffer = self._backend.new_matrix(hidden, (hidden.shape[0], self._weight.shape[0]))
+        out = self._buffer[: hidden.shape[0]]
+        torch.mm(hidden, self._weight.t(), out=out)
+        return out if self._bias is None else out.add_(self._bias)
 
 
 class _Gradients:
     """Of hidden, weight and bias, summed over the chunks; the two sums in float32 or wider, rounded once at the end."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]):
+    def __init__(self, backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]):
         self._weight, self._wide = weight, real_dtype(weight.dtype)
         self._bias_dtype = weight.dtype if bias is None else bias.dtype
         self.hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
-        self.weight = weight.new_zeros(weight.shape if needs[1] else (0,), dtype=self._wide)
+        self.weight = backend.new_matrix(weight, weight.shape if needs[1] else (0,), self._wide).zero_()
         self.bias = weight.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=self._wide)
         self._needs = needs
 
@@ -95,9 +101,9 @@ def forward(
     backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, sum_p2: bool
 ) -> tuple[RowStats, Tensor]:
     *stats, squares = _empty_stats(rows, len(RowStats._fields) + 1)
-    buffer: list[Tensor] = []
+    head = _Head(backend, weight, bias)
     for chunk in _chunks(rows, chunk_rows):
-        found, found_squares = backend.row_forward(chunk.rows(_logits(chunk.hidden, weight, bias, buffer)), sum_p2)
+        found, found_squares = backend.row_forward(chunk.rows(head.logits(chunk.hidden)), sum_p2)
         for out, values in zip((*stats, squares), (*found, found_squares), strict=True):
             if values.numel():
                 out[chunk.at] = values[0]
@@ -108,9 +114,9 @@ def backward(
     backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, needs: list[bool], saved: RowStats,
     g_logps: Tensor, g_entropy: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients, buffer = _Gradients(rows.logits, weight, bias, needs), list[Tensor]()
+    head, gradients = _Head(backend, weight, bias), _Gradients(backend, rows.logits, weight, bias, needs)
     for chunk in _chunks(rows, chunk_rows):
-        logits = _logits(chunk.hidden, weight, bias, buffer)
+        logits = head.logits(chunk.hidden)
         chunk_saved = RowStats(*map(chunk.gather, saved))
         backend.row_backward(chunk.rows(logits), chunk_saved, chunk.gather(g_logps), chunk.gather_any(g_entropy), logits[None])
         gradients.add(chunk, logits)
@@ -120,10 +126,10 @@ def backward(
 def policy(
     backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, needs: list[bool], inputs: PolicyInputs
 ) -> tuple[Tensor, ...]:
-    gradients, buffer = _Gradients(rows.logits, weight, bias, needs), list[Tensor]()
+    head, gradients = _Head(backend, weight, bias), _Gradients(backend, rows.logits, weight, bias, needs)
     logps, entropy = _empty_stats(rows, 2)
     for chunk in _chunks(rows, chunk_rows):
-        logits = _logits(chunk.hidden, weight, bias, buffer)
+        logits = head.logits(chunk.hidden)
         chunk_inputs = PolicyInputs(*map(chunk.gather_any, inputs[:-2]), *inputs[-2:])  # type: ignore[arg-type]
         found = backend.row_policy(chunk.rows(logits), chunk_inputs, logits[None])
         logps[chunk.at], entropy[chunk.at] = found.logps[0], found.entropy[0]

@@ -57,8 +57,9 @@ def check_targets(rows: Rows, vocab: int, validate: bool) -> None:
         )
 
 
-def _gradient_like(logits: Tensor) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _new_gradient(args: tuple) -> Tensor:
+    logits, backend = args[0], args[-1]
+    return implementation(backend).new_matrix(logits, logits.shape)
 
 
 def _clear_ignored(gradient: Tensor, rows: Rows) -> None:
@@ -79,7 +80,7 @@ def _row_forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _row_backward(*args: Any) -> Tensor:
-    gradient = _gradient_like(args[0])
+    gradient = _new_gradient(args)
     _row_backward_into(gradient, args)
     return gradient
 
@@ -97,7 +98,7 @@ def _row_backward_into(gradient: Tensor, args: tuple) -> None:
 
 
 def _row_policy(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    gradient = _gradient_like(args[0])
+    gradient = _new_gradient(args)
     return (gradient, *_row_policy_into(gradient, args))
 
 
@@ -191,7 +192,7 @@ row_forward = _define(
 row_backward = _define(
     f"row_backward({_HEAD}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) -> Tensor",
     _row_backward,
-    lambda logits, *_: _gradient_like(logits),
+    lambda logits, *_: logits.new_empty(logits.shape),
 )
 row_backward_ = _define(
     f"row_backward_({_HEAD_INPLACE}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) -> ()",
@@ -201,7 +202,7 @@ row_backward_ = _define(
 row_policy = _define(
     f"row_policy({_HEAD}, {_POLICY}, bool validate, str backend) -> (Tensor, Tensor, Tensor)",
     _row_policy,
-    lambda logits, targets, *_: (_gradient_like(logits), _real(logits, targets.shape), _real(logits, targets.shape)),
+    lambda logits, targets, *_: (logits.new_empty(logits.shape), _real(logits, targets.shape), _real(logits, targets.shape)),
 )
 row_policy_ = _define(
     f"row_policy_({_HEAD_INPLACE}, {_POLICY}, bool validate, str backend) -> (Tensor, Tensor)",

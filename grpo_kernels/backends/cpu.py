@@ -18,6 +18,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BASELINES = ("mean", "leave_one_out", "none")
 _SCALES = ("group", "batch", "none")
 
+HUGE_PAGE_WORTH = 4 << 20  # bytes
+
 View = tuple[int, int, int]
 
 
@@ -40,6 +42,14 @@ def forced_instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         _cpu.use_isa(before)
+
+
+def new_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised memory that may be as large as the logits: in huge pages, since faults would cost several copies."""
+    matrix = like.new_empty(shape, dtype=dtype or like.dtype)
+    if matrix.nbytes >= HUGE_PAGE_WORTH:
+        _cpu.prefer_huge_pages(matrix.data_ptr(), matrix.nbytes)
+    return matrix
 
 
 def _view(x: Tensor | None) -> View | None:
