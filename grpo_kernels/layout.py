@@ -115,7 +115,7 @@ def _check_logits(logits: Tensor, targets: Tensor, name: str) -> None:
         raise ValueError(f"{name} and targets must be on one device; got {logits.device} and {targets.device}")
     lead, wanted = logits.shape[:-1], targets.shape
     one_more = len(wanted) >= 2 and lead == (*wanted[:-1], wanted[-1] + 1)
-    if logits.dim() < 2 or (lead != wanted and not one_more):
+    if logits.dim() < 1 or (lead != wanted and not one_more):
         raise ValueError(
             f"{name} must be [..., V] over the shape of targets, {tuple(wanted)}, or with one position more; "
             f"got {tuple(logits.shape)}"

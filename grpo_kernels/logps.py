@@ -30,7 +30,8 @@ class TokenLogps(NamedTuple):
 
 
 def check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
         raise ValueError("inplace overwrites the logits, and these are a leaf that requires grad; pass inplace=False")
 
 

@@ -1,5 +1,6 @@
 // One logit at a time, where a vector would be out of place: the target's column.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -20,6 +21,7 @@ inline uint16_t float_to_half(float x) {
   if (x != x) return 0x7e00;
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   const float magnitude = std::fabs(x);
+  if (magnitude == 0) return sign;
   if (magnitude >= 65520.0f) return sign | 0x7c00;
   int exponent;
   std::frexp(magnitude, &exponent);

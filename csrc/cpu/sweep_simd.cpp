@@ -15,23 +15,34 @@ template <> float minus_infinity<float>() { return -INFINITY; }
 template <> bf16 minus_infinity<bf16>() { return {0xff80}; }
 template <> f16 minus_infinity<f16>() { return {0xfc00}; }
 
-// The last columns of a row, padded to a full step: a padded column adds exactly 0 to every sum.
+// The last columns of a row, padded to a full step.
 template <typename T>
 struct Tail {
-  T values[kStep];
+  T values[kStep], penalty[kStep];
   Tail(const T* z, int64_t columns) {
-    for (int64_t i = 0; i < kStep; ++i) values[i] = i < columns ? z[i] : minus_infinity<T>();
+    for (int64_t i = 0; i < kStep; ++i) {
+      values[i] = i < columns ? z[i] : T{};
+      penalty[i] = i < columns ? T{} : minus_infinity<T>();
+    }
   }
 };
 
+// What a full step adds to z: nothing, at no cost (adding 0.0 would cost an instruction: -0.0 + 0.0 is not -0.0).
+struct Nothing {};
+inline Float operator+(Float z, Nothing) { return z; }
+struct NoPenalty { Nothing a, b; };
+
+// fn(logits, penalty): the penalty, added to z, is -inf at padded columns, which then add exactly 0 to every sum.
 template <int64_t kAhead = 0, typename T, typename Fn>
 inline __attribute__((always_inline)) void for_each_pair(const T* z, int64_t columns, Fn fn) {
   int64_t i = 0;
   for (; i + kStep <= columns; i += kStep) {
     for (int64_t line = 0; kAhead && line < kStep; line += 64 / sizeof(T)) __builtin_prefetch(z + i + kAhead + line);
-    fn(load2(z + i));
+    fn(load2(z + i), NoPenalty{});
   }
-  if (i < columns) fn(load2(Tail<T>(z + i, columns - i).values));
+  if (i == columns) return;
+  const Tail<T> tail(z + i, columns - i);
+  fn(load2(tail.values), load2(tail.penalty));
 }
 
 template <bool kSoftcap>
@@ -47,22 +58,24 @@ template <typename T, bool kSoftcap, bool kSquares>
 void stats(const void* logits, int64_t columns, const Transform& f, Softmax<double>* out) {
   const T* z = static_cast<const T*>(logits);
   Pair top{splat(-INFINITY), splat(-INFINITY)};
-  for_each_pair(z, columns, [&](Pair v) { top = {max_of(v.a, top.a), max_of(v.b, top.b)}; });
+  for_each_pair(z, columns, [&](Pair v, auto penalty) {
+    top = {max_of(v.a + penalty.a, top.a), max_of(v.b + penalty.b, top.b)};
+  });
   const float max = z_of<kSoftcap>(splat(max_lane(max_of(top.a, top.b))), f)[0];  // monotonous: the cap of the maximum
   const float origin = max == -INFINITY ? 0.0f : max, unit = float(f.unit);
   const Exp2<sizeof(T) == 2 ? 5 : 6> exp2;
 
   Pair sum{}, dot{}, sum2{};
-  for_each_pair<kBlock>(z, columns, [&](Pair v) {  // memory brings the next block while this one is computed
-    const auto add = [&](Float logit, Float& sum, Float& dot, Float& sum2) {
-      const Float y = max_of(splat(kExp2Floor), (z_of<kSoftcap>(logit, f) - origin) * unit);
+  for_each_pair<kBlock>(z, columns, [&](Pair v, auto penalty) {  // memory brings the next block while this one is computed
+    const auto add = [&](Float logit, auto penalty, Float& sum, Float& dot, Float& sum2) {
+      const Float y = max_of(splat(kExp2Floor), (z_of<kSoftcap>(logit, f) + penalty - origin) * unit);
       const Float e = exp2(y);
       sum += e;
       dot += y * e;
       if (kSquares) sum2 += e * e;
     };
-    add(v.a, sum.a, dot.a, sum2.a);
-    add(v.b, sum.b, dot.b, sum2.b);
+    add(v.a, penalty.a, sum.a, dot.a, sum2.a);
+    add(v.b, penalty.b, sum.b, dot.b, sum2.b);
   });
   *out = {max, sum_lanes(sum.a) + sum_lanes(sum.b), sum_lanes(dot.a) + sum_lanes(dot.b),
           sum_lanes(sum2.a) + sum_lanes(sum2.b)};

@@ -1,0 +1,35 @@
+"""What every test shares: the backends and instruction sets that are here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import grpo_kernels as gk
+from grpo_kernels.backends import cpu
+
+BACKENDS_HERE = [name for name, state in gk.available_backends().items() if state == "ok"]
+KERNELS_HERE = [name for name in BACKENDS_HERE if name != "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(params=cpu.supported_instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each instruction set of this CPU."""
+    with cpu.forced_instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=KERNELS_HERE)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
