@@ -12,6 +12,8 @@ inline void store_real(void* data, int64_t index, bool is_double, double value) 
   if (is_double) static_cast<double*>(data)[index] = value;
   else static_cast<float*>(data)[index] = float(value);
 }
+// noinline: gcc 12 drops the rounding where it can pair two of these into a vector (-fno-tree-slp-vectorize keeps it).
+__attribute__((noinline)) inline double as_real(double value, bool is_double) { return is_double ? value : float(value); }
 inline double read(const View& v, int64_t row, int64_t tokens, bool is_double, double absent) {
   return v.data ? load_real(v.data, v.offset(row, tokens), is_double) : absent;
 }

@@ -1,0 +1,231 @@
+"""policy_loss and grpo_loss: every form against the reference in float64, single pass against two, packed against padded."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import DTYPES, dtype_name
+
+import grpo_kernels as gk
+from grpo_kernels.config import AGGREGATIONS, KL_ESTIMATORS, KL_GRADIENTS, METRICS, RATIO_LEVELS
+from grpo_kernels.testing.compare import assert_as_accurate, relative_l2
+from grpo_kernels.testing.inputs import make_batch
+
+FULL = {"delta": 1.6, "dual_clip": 1.4, "eps_high": 0.28, "kl_coef": 0.1, "entropy_coef": 0.05}
+CONFIGS = {
+    **{f"{level}-{agg}": {"ratio_level": level, "aggregation": agg} for level, agg in itertools.product(RATIO_LEVELS, AGGREGATIONS)},
+    **{
+        f"{level}-{kl}-{gradient}": {"ratio_level": level, "kl_coef": 0.1, "kl_estimator": kl, "kl_gradient": gradient}
+        for level, kl, gradient in itertools.product(RATIO_LEVELS, KL_ESTIMATORS[1:], KL_GRADIENTS)
+    },
+    **{f"{level}-full": {"ratio_level": level, **FULL} for level in RATIO_LEVELS},
+    "clamps": {"log_ratio_clamp": 0.2, "kl_coef": 0.1, "kl_input_clamp": 0.3, "kl_output_clamp": 0.03},
+    "clamps-straight": {"kl_coef": 0.1, "kl_gradient": "straight_through", "kl_input_clamp": 0.3, "kl_output_clamp": 0.03},
+    "clamps-sequence": {"ratio_level": "sequence", "log_ratio_clamp": 0.2, "sequence_log_ratio_max": 0.05},
+    "clamps-sequence_token": {"ratio_level": "sequence_token", "sequence_log_ratio_max": 0.05},
+    "entropy-own": {"entropy_coef": 0.1, "entropy_aggregation": "sequence_mean", "entropy_mask_bonus": True},
+    "non-empty": {"aggregation": "sequence_mean", "count_empty_sequences": False},
+}  # fmt: skip
+
+
+def config_of(options):
+    extra = {"max_length": 9} if options.get("aggregation") == "fixed_length" else {}
+    return gk.LossConfig(**options, **extra)
+
+
+def run(batch, config, dtype, backend, logits_of=lambda x: x, **options):
+    """Loss, per-token terms, metrics and the gradient in the logits."""
+    b = batch.to(dtype)
+    x = b.logits.clone().requires_grad_()
+    out = gk.grpo_loss(logits_of(x), b.targets, b.advantages, b.mask, config=config, backend=backend, **b.keywords(), **options)
+    (g,) = torch.autograd.grad(out.loss, x)
+    return out.loss.detach(), out.per_token_loss, torch.stack(list(out.metrics.values())), g
+
+
+def compare(batch, config, dtype, backend, what="", **options):
+    mine = run(batch, config, dtype, backend, **options)
+    eager = run(batch, config, dtype, "reference", **options)
+    exact = run(batch.to(dtype).to(torch.float64), config, torch.float64, "reference", **options)
+    for name, a, b, c in zip(("loss", "per token", "metrics", "gradient"), mine, eager, exact, strict=True):
+        assert_as_accurate(a, b, c, what=f"{what} {name}")
+    assert relative_l2(mine[3], exact[3]) <= 2 * relative_l2(eager[3], exact[3]) + 1e-6
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_form(backend, options):
+    batch = make_batch()
+    for dtype in (torch.float64, torch.float32):
+        compare(batch, config_of(options), dtype, backend, temperature=0.8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("level", RATIO_LEVELS)
+def test_dtypes_and_instruction_sets(instruction_set, dtype, level):
+    batch = make_batch(vocab=1031)
+    compare(batch, gk.LossConfig(ratio_level=level, **FULL), dtype, "cpu", what=f"{instruction_set} {dtype}")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_single_pass_is_two_passes_bitwise(instruction_set, dtype, inplace):
+    batch, config = make_batch(vocab=5003), gk.LossConfig(**FULL)
+    two = run(batch, config, dtype, "cpu", single_pass=False)
+    one = run(batch, config, dtype, "cpu", logits_of=lambda x: x * 1, inplace=inplace)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("g", [0.5, 0.0, 3.0])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_upstream_gradient_is_scale(inplace, g):
+    b, config = make_batch(), gk.LossConfig(**FULL)
+    x = b.logits.clone().requires_grad_()
+    args = (b.targets, b.advantages, b.mask)
+    (a,) = torch.autograd.grad(gk.grpo_loss(x * 1, *args, config=config, inplace=inplace, **b.keywords()).loss * g, x)
+    (c,) = torch.autograd.grad(gk.grpo_loss(x * 1, *args, config=config, inplace=inplace, scale=g, **b.keywords()).loss, x)
+    torch.testing.assert_close(a, c, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("level", RATIO_LEVELS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_packed_is_padded(backend, level, aggregation):
+    b = make_batch(sequences=6)
+    config = config_of({"ratio_level": level, "aggregation": aggregation, **FULL})
+    inside = torch.arange(7) < torch.tensor([7, 6, 4, 5, 0, 2])[:, None]
+    b = b._replace(mask=b.mask & inside)
+    cu_seqlens = torch.nn.functional.pad(inside.sum(-1).cumsum(0), (1, 0)).to(torch.int32)
+    weights = torch.rand(6, dtype=torch.float64)
+    padded = gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, config=config, sequence_weights=weights, backend=backend, **b.keywords())
+    rest = {k: v[inside] for k, v in b.keywords().items()}
+    x = b.logits[inside].requires_grad_()
+    packed = gk.grpo_loss(
+        x, b.targets[inside], b.advantages, b.mask[inside], config=config, sequence_weights=weights, cu_seqlens=cu_seqlens, backend=backend, **rest
+    )
+    torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(packed.per_token_loss, padded.per_token_loss[inside], rtol=1e-12, atol=1e-14)
+    y = b.logits.clone().requires_grad_()
+    again = gk.grpo_loss(y, b.targets, b.advantages, b.mask, config=config, sequence_weights=weights, backend=backend, **b.keywords())
+    (gx,), (gy,) = torch.autograd.grad(packed.loss, x), torch.autograd.grad(again.loss, y)
+    torch.testing.assert_close(gx, gy[inside], rtol=1e-12, atol=1e-14)
+
+
+def test_tokens_past_the_last_boundary_are_masked(backend):
+    b = make_batch(sequences=1, tokens=10)
+    x = b.logits[0].requires_grad_()
+    cu = torch.tensor([0, 3, 6])
+    config = gk.LossConfig(ratio_level="sequence", aggregation="sequence_mean")
+    out = gk.grpo_loss(x, b.targets[0], torch.ones(2), old_logps=b.old_logps[0], cu_seqlens=cu, config=config, backend=backend)
+    (g,) = torch.autograd.grad(out.loss, x)
+    assert (g[6:] == 0).all() and (g[:6] != 0).any() and (out.per_token_loss[6:] == 0).all()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_aggregations_by_hand(backend, aggregation):
+    b = make_batch()
+    terms = gk.policy_loss(b.old_logps, b.advantages, b.mask, config=gk.LossConfig(), backend=backend).per_token_loss
+    n = b.mask.sum(-1).clamp(min=1)
+    w = torch.tensor([1.0, 2.0, 0.5, 0.0, 3.0], dtype=torch.float64)
+    rows = terms.sum(-1) * w
+    expected = {
+        "token_mean": rows.sum() / b.mask.sum(),
+        "token_sum": rows.sum(),
+        "sequence_mean": (rows / n).sum() / 5,
+        "sequence_sum": rows.sum() / 5,
+        "fixed_length": rows.sum() / (5 * 9),
+    }[aggregation]
+    config = config_of({"aggregation": aggregation})
+    own = gk.policy_loss(b.old_logps, b.advantages, b.mask, config=config, sequence_weights=w, backend=backend)
+    torch.testing.assert_close(own.loss, expected, rtol=1e-12, atol=0)
+    given = gk.policy_loss(b.old_logps, b.advantages, b.mask, config=config, sequence_weights=w, denominator=torch.tensor(7), scale=0.25, backend=backend)
+    unnormalised = (rows / n if aggregation == "sequence_mean" else rows).sum()
+    torch.testing.assert_close(given.loss, unnormalised * 0.25 / 7, rtol=1e-12, atol=0)
+
+
+def test_accumulating_with_a_denominator_is_the_whole_batch():
+    b, config = make_batch(sequences=6), gk.LossConfig(**FULL)
+    whole = gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, config=config, **b.keywords()).loss
+    total = 0.0
+    for part in (slice(0, 2), slice(2, 6)):
+        rest = {k: v[part] for k, v in b.keywords().items()}
+        total += gk.grpo_loss(b.logits[part], b.targets[part], b.advantages[part], b.mask[part], config=config, denominator=b.mask.sum(), **rest).loss
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=0)
+
+
+def test_boundaries_of_the_clip(backend):
+    """Ratios exactly on, just inside and just outside each bound, both signs of A: the gradient is -A r or 0."""
+    bounds = [0.8, 1.2, 2.5, 4.0]
+    ratios = torch.tensor([r * f for r in bounds for f in (1 - 1e-9, 1.0, 1 + 1e-9)] + [1.0], dtype=torch.float64)
+    config = gk.LossConfig(delta=2.5, dual_clip=4.0)
+    for a in (-1.5, 0.0, 1.5):
+        x = ratios.log().requires_grad_()
+        r = x.detach().exp()
+        out = gk.policy_loss(x, torch.full_like(r, a), old_logps=torch.zeros_like(r), config=config, backend=backend)
+        (g,) = torch.autograd.grad(out.loss * len(r), x)
+        passes = r <= 1.2 if a > 0 else (r >= 0.8) & (r <= 2.5)
+        torch.testing.assert_close(g, torch.where(passes, -a * r, 0.0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_product"])  # sequence_token's is not its value's
+def test_gradcheck(backend, level):
+    b, config = make_batch(sequences=3, tokens=4, vocab=9), gk.LossConfig(ratio_level=level, **FULL)
+    keywords = {**b.keywords(), "mask": b.mask, "config": config, "backend": backend}
+
+    def loss(x):
+        return gk.grpo_loss(x, b.targets, b.advantages, **keywords).loss
+
+    assert torch.autograd.gradcheck(loss, b.logits.requires_grad_())
+
+
+def test_policy_loss_gradients_in_logps_and_entropy(backend):
+    b, config = make_batch(), gk.LossConfig(**FULL)
+    outs = []
+    for name in (backend, "reference"):
+        lp, h = (b.old_logps + 0.1).requires_grad_(), torch.rand_like(b.old_logps).fill_(0.7).requires_grad_()
+        out = gk.policy_loss(lp, b.advantages, b.mask, entropy=h, config=config, backend=name, return_entropy=True, **b.keywords())
+        outs.append((out.loss.detach(), out.entropy, *torch.autograd.grad(out.loss, (lp, h))))
+    for a, c in zip(*outs, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-14)
+
+
+def test_on_policy_is_a_ratio_of_one(backend):
+    b = make_batch()
+    x = b.logits.clone().requires_grad_()
+    out = gk.grpo_loss(x, b.targets, b.advantages, b.mask, backend=backend)
+    assert out.metrics["ratio_min"] == out.metrics["ratio_max"] == 1 and out.metrics["approx_kl"] == 0
+    torch.testing.assert_close(out.per_token_loss, torch.where(b.mask, -b.advantages[:, None], 0.0), rtol=1e-12, atol=0)
+    assert torch.autograd.grad(out.loss, x)[0].abs().max() > 0
+
+
+def test_rewards_instead_of_advantages(backend):
+    b = make_batch(sequences=6)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    a = gk.group_advantages(rewards, group_size=3, scale="none").advantages
+    for fn, first in ((gk.grpo_loss, (b.logits,)), (gk.linear_grpo_loss, (b.logits, torch.eye(133, dtype=torch.float64)))):
+        mine = fn(*first, b.targets, mask=b.mask, rewards=rewards, group_size=3, advantage_scale="none", backend=backend)
+        assert torch.equal(mine.loss, fn(*first, b.targets, a, b.mask, backend=backend).loss)
+
+
+def test_modules():
+    b = make_batch()
+    config = gk.LossConfig(aggregation="sequence_mean")
+    module = gk.GRPOLoss(config, temperature=0.5)
+    assert torch.equal(module(b.logits, b.targets, b.advantages, b.mask).loss, gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, config=config, temperature=0.5).loss)
+    linear = gk.LinearGRPOLoss(config, chunk_rows=3)
+    weight = torch.eye(133, dtype=torch.float64)
+    assert torch.equal(
+        linear(b.logits, weight, b.targets, b.advantages, b.mask).loss,
+        gk.linear_grpo_loss(b.logits, weight, b.targets, b.advantages, b.mask, config=config, chunk_rows=3).loss,
+    )
+    assert "sequence_mean" in repr(module) and "temperature=0.5" in repr(module)
+
+
+def test_outputs_are_detached_and_complete(backend):
+    b = make_batch()
+    out = gk.grpo_loss(b.logits.requires_grad_(), b.targets, b.advantages, b.mask, backend=backend)
+    assert out.loss.requires_grad and out.loss.dim() == 0 and out.entropy is None
+    assert not any(x.requires_grad for x in (out.logps, out.per_token_loss, *out.metrics.values()))
+    assert tuple(out.metrics) == METRICS and all(x.dim() == 0 for x in out.metrics.values())
+    assert gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, return_entropy=True, backend=backend).entropy.shape == (5, 7)
+    parts = sum(out.metrics[k] for k in ("policy_loss", "kl_loss", "entropy_loss"))
+    torch.testing.assert_close(parts, out.loss.detach(), rtol=1e-12, atol=0)
+    assert math.isclose(float(out.metrics["tokens"]), float(b.mask.sum()))
