@@ -5,13 +5,13 @@ Padded tensors are [B, T]; flat packed ones, [N], become one batch row [1, N] an
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MASK_DTYPES_TEXT = "a mask may have any dtype; 0 masks a token"
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -91,7 +91,17 @@ def layout_of(shape: torch.Size, cu_seqlens: Tensor | None) -> Layout:
         raise ValueError(f"cu_seqlens goes with flat [N] tokens; got padded ones of shape {tuple(shape)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64 [R + 1]; got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if not torch.compiler.is_compiling():
+        check_boundaries(cu_seqlens, shape[0])
     return Layout(shape, cu_seqlens.to(torch.int64))
+
+
+def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    """On the CPU; elsewhere the answer would have to be waited for."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to at most the {tokens} tokens; got {cu_seqlens.tolist()[:16]}")
 
 
 class Rows(NamedTuple):
@@ -142,7 +152,7 @@ def rows_of(
     _check_positive("logit_scale", logit_scale)
     if softcap is not None:
         _check_positive("softcap", softcap)
-    grid = (1, targets.numel()) if targets.dim() < 2 else (targets.numel() // max(targets.shape[-1], 1), targets.shape[-1])
+    grid = (1, targets.numel()) if targets.dim() < 2 else (math.prod(targets.shape[:-1]), targets.shape[-1])
     if targets.dim() < 2:
         logits = logits.reshape(1, *logits.shape) if targets.dim() == 1 else logits.reshape(1, 1, -1)
     elif targets.dim() > 2:

@@ -6,8 +6,6 @@ holds the hidden states, [B, T', H].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from .backends import Backend, PolicyInputs, RowStats
 from .layout import Rows, real_dtype
 
 CHUNK_BYTES = 128 << 20  # of logits at a time, unless chunk_rows says otherwise
+WIDENED_COLUMNS = 16384  # of a half-precision gradient in float32 at a time
 
 
 def chunk_rows_for(weight: Tensor, chunk_rows: int | None) -> int:
@@ -47,10 +46,9 @@ class _Chunk:
         return self._rows._replace(logits=logits[None], targets=targets, active=active, temperatures=temperatures)
 
 
-def _chunks(rows: Rows, chunk_rows: int) -> Iterator[_Chunk]:
-    for index in rows.active.reshape(-1).nonzero()[:, 0].split(chunk_rows):
-        if index.numel():
-            yield _Chunk(index, rows)
+def _chunks(rows: Rows, chunk_rows: int) -> list[Tensor]:
+    """Flat indices of the active rows, a chunk at a time."""
+    return [index for index in rows.active.reshape(-1).nonzero()[:, 0].split(chunk_rows) if index.numel()]
 
 
 class _Head:
@@ -64,30 +62,38 @@ class _Head:
         if self._buffer is None:  # the first chunk is the largest
             self._buffer = self._backend.new_matrix(hidden, (hidden.shape[0], self._weight.shape[0]))
         out = self._buffer[: hidden.shape[0]]
-        torch.mm(hidden, self._weight.t(), out=out)
-        return out if self._bias is None else out.add_(self._bias)
+        if self._bias is None:
+            return torch.mm(hidden, self._weight.t(), out=out)
+        return torch.addmm(self._bias, hidden, self._weight.t(), out=out)
 
 
 class _Gradients:
-    """Of hidden, weight and bias, summed over the chunks; the two sums in float32 or wider, rounded once at the end."""
+    """Of hidden, weight and bias. One chunk writes the latter two at once; several are summed in float32 or wider, and
+    rounded at the end: rounding each product to bf16 or fp16 would err more than torch does in one matmul."""
 
-    def __init__(self, backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]):
-        self._weight, self._wide = weight, real_dtype(weight.dtype)
-        self._bias_dtype = weight.dtype if bias is None else bias.dtype
+    def __init__(self, backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], single: bool):
+        self._weight, self._needs, self._single = weight, needs, single
+        self._bias_dtype, self._wide = weight.dtype if bias is None else bias.dtype, real_dtype(weight.dtype)
         self.hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
-        self.weight = backend.new_matrix(weight, weight.shape if needs[1] else (0,), self._wide).zero_()
+        summed = needs[1] and not single
+        self.weight = backend.new_matrix(weight, weight.shape if summed else (0,), self._wide).zero_()
         self.bias = weight.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=self._wide)
-        self._needs = needs
 
     def add(self, chunk: _Chunk, g_logits: Tensor) -> None:
         if self._needs[0]:
             self.hidden[chunk.at] = g_logits @ self._weight
-        if self._needs[1] and g_logits.dtype == self._wide:
-            self.weight.addmm_(g_logits.t(), chunk.hidden)
+        if self._needs[1] and self._single:
+            self.weight = g_logits.t() @ chunk.hidden
         elif self._needs[1]:
-            self.weight.add_(g_logits.t() @ chunk.hidden)
+            self._accumulate_weight(g_logits, chunk.hidden.to(self._wide))
         if self._needs[2]:
             self.bias.add_(g_logits.sum(0, dtype=self._wide))
+
+    def _accumulate_weight(self, g_logits: Tensor, hidden: Tensor) -> None:
+        """weight += g_logits.T @ hidden; half precision is widened a block of the vocabulary at a time."""
+        step = self.weight.shape[0] if g_logits.dtype == self._wide else WIDENED_COLUMNS
+        for v in range(0, self.weight.shape[0], step):
+            self.weight[v : v + step].addmm_(g_logits[:, v : v + step].to(self._wide).t(), hidden)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.hidden, self.weight.to(self._weight.dtype), self.bias.to(self._bias_dtype)
@@ -101,8 +107,8 @@ def forward(
     backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, sum_p2: bool
 ) -> tuple[RowStats, Tensor]:
     *stats, squares = _empty_stats(rows, len(RowStats._fields) + 1)
-    head = _Head(backend, weight, bias)
-    for chunk in _chunks(rows, chunk_rows):
+    head, chunks = _Head(backend, weight, bias), _chunks(rows, chunk_rows)
+    for chunk in (_Chunk(index, rows) for index in chunks):
         found, found_squares = backend.row_forward(chunk.rows(head.logits(chunk.hidden)), sum_p2)
         for out, values in zip((*stats, squares), (*found, found_squares), strict=True):
             if values.numel():
@@ -114,8 +120,9 @@ def backward(
     backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, needs: list[bool], saved: RowStats,
     g_logps: Tensor, g_entropy: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    head, gradients = _Head(backend, weight, bias), _Gradients(backend, rows.logits, weight, bias, needs)
-    for chunk in _chunks(rows, chunk_rows):
+    head, chunks = _Head(backend, weight, bias), _chunks(rows, chunk_rows)
+    gradients = _Gradients(backend, rows.logits, weight, bias, needs, single=len(chunks) == 1)
+    for chunk in (_Chunk(index, rows) for index in chunks):
         logits = head.logits(chunk.hidden)
         chunk_saved = RowStats(*map(chunk.gather, saved))
         backend.row_backward(chunk.rows(logits), chunk_saved, chunk.gather(g_logps), chunk.gather_any(g_entropy), logits[None])
@@ -126,9 +133,10 @@ def backward(
 def policy(
     backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, needs: list[bool], inputs: PolicyInputs
 ) -> tuple[Tensor, ...]:
-    head, gradients = _Head(backend, weight, bias), _Gradients(backend, rows.logits, weight, bias, needs)
+    head, chunks = _Head(backend, weight, bias), _chunks(rows, chunk_rows)
+    gradients = _Gradients(backend, rows.logits, weight, bias, needs, single=len(chunks) == 1)
     logps, entropy = _empty_stats(rows, 2)
-    for chunk in _chunks(rows, chunk_rows):
+    for chunk in (_Chunk(index, rows) for index in chunks):
         logits = head.logits(chunk.hidden)
         chunk_inputs = PolicyInputs(*map(chunk.gather_any, inputs[:-2]), *inputs[-2:])  # type: ignore[arg-type]
         found = backend.row_policy(chunk.rows(logits), chunk_inputs, logits[None])

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import linear_loops
 from .backends import PolicyInputs, RowStats, implementation
 from .config import METRICS
-from .layout import Rows, real_dtype
+from .layout import Rows, check_boundaries, real_dtype
 
 LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 
@@ -119,14 +119,9 @@ def _row_policy_into(gradient: Tensor, args: tuple) -> tuple[Tensor, Tensor]:
 
 def _token_policy(logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     inputs, backend = PolicyInputs(*rest[:_N_POLICY]), rest[_N_POLICY]
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
-        _check_boundaries(cu_seqlens, logps.shape[1])
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, logps.shape[1])
     return implementation(backend).token_policy(logps, entropy, active, cu_seqlens, inputs)
-
-
-def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to at most the {tokens} tokens; got {cu_seqlens.tolist()[:16]}")
 
 
 def _group_advantages(rewards: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,153 @@
+"""linear_token_logps and linear_grpo_loss against the logits in full, in float64; frozen parts, chunks, autocast."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import dtype_name
+
+import grpo_kernels as gk
+from grpo_kernels.config import RATIO_LEVELS
+from grpo_kernels.testing.compare import assert_as_accurate, relative_l2
+from grpo_kernels.testing.inputs import make_batch
+
+H, V = 24, 133
+
+
+def tensors(dtype, seed=0):
+    torch.manual_seed(seed)
+    return [x.to(dtype) for x in (torch.randn(5, 7, H), torch.randn(V, H) / 3, torch.randn(V) / 3)]
+
+
+def run(loss, values, needs):
+    leaves = [x.detach().clone().requires_grad_(need) for x, need in zip(values, needs, strict=True)]
+    out = loss(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, [x for x in leaves if x.requires_grad])]
+
+
+def in_full(hidden, weight, bias, batch, config, **options):
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return gk.grpo_loss(logits, batch.targets, batch.advantages, batch.mask, config=config, backend="reference", **batch.keywords(), **options).loss
+
+
+@pytest.mark.parametrize("single_pass", [True, False])
+@pytest.mark.parametrize("level", RATIO_LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_accuracy(backend, dtype, level, single_pass):
+    batch, config = make_batch(), gk.LossConfig(ratio_level=level, kl_coef=0.1, entropy_coef=0.05)
+    b, values = batch.to(torch.float32 if dtype.itemsize == 2 else dtype), tensors(dtype)
+
+    def mine(h, w, c):
+        return gk.linear_grpo_loss(
+            h, w, b.targets, b.advantages, b.mask, bias=c, chunk_rows=4, config=config, single_pass=single_pass, temperature=0.9, backend=backend, **b.keywords()
+        ).loss
+
+    ours = run(mine, values, [True] * 3)
+    eager = run(lambda *x: in_full(*x, b, config, temperature=0.9), values, [True] * 3)
+    wide = b.to(torch.float64)
+    exact = run(lambda *x: in_full(*x, wide, config, temperature=0.9), [x.double() for x in values], [True] * 3)
+    for name, x, y, z in zip(("loss", "hidden", "weight", "bias"), ours, eager, exact, strict=True):
+        assert x.dtype == (dtype if name != "loss" else b.advantages.dtype)
+        assert_as_accurate(x, y, z, what=name)
+        assert relative_l2(x, z) <= 2 * relative_l2(y, z) + 1e-6, name
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
+@pytest.mark.parametrize("single_pass", [True, False])
+def test_frozen_parts(needs, single_pass):
+    b, config, values = make_batch(), gk.LossConfig(), tensors(torch.float64)
+
+    def mine(h, w, c):
+        return gk.linear_grpo_loss(h, w, b.targets, b.advantages, b.mask, bias=c, config=config, single_pass=single_pass, old_logps=b.old_logps).loss
+
+    everything = run(mine, values, [True] * 3)
+    some = run(mine, values, needs)
+    kept = [everything[0], *(g for g, need in zip(everything[1:], needs, strict=True) if need)]
+    for a, c in zip(some, kept, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 35, 1000, None])
+def test_chunks_change_nothing(chunk_rows):
+    b, values = make_batch(), tensors(torch.float64)
+
+    def mine(chunk):
+        return lambda h, w, c: gk.linear_grpo_loss(h, w, b.targets, b.advantages, b.mask, bias=c, chunk_rows=chunk).loss
+
+    for a, c in zip(run(mine(chunk_rows), values, [True] * 3), run(mine(7), values, [True] * 3), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-15)
+
+
+def test_logps_entropy_and_sum_p2(backend):
+    b, (h, w, c) = make_batch(), tensors(torch.float64)
+    full = gk.token_logps(h @ w.t() + c, b.targets, mask=b.mask, return_entropy=True, return_sum_p2=True)
+    mine = gk.linear_token_logps(h, w, b.targets, bias=c, mask=b.mask, return_entropy=True, return_sum_p2=True, chunk_rows=3, backend=backend)
+    for x, y in zip(mine, full, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
+def test_one_position_more_and_temperature_per_token(backend):
+    b, (h, w, _) = make_batch(), tensors(torch.float64)
+    temperature = torch.rand(5, 7, dtype=torch.float64) + 0.5
+    longer = torch.cat([h, torch.full_like(h[:, :1], float("nan"))], 1).requires_grad_()
+    out = gk.linear_grpo_loss(longer, w, b.targets, b.advantages, b.mask, temperature=temperature, backend=backend)
+    plain = gk.grpo_loss(h @ w.t(), b.targets, b.advantages, b.mask, temperature=temperature)
+    torch.testing.assert_close(out.loss, plain.loss, rtol=1e-12, atol=0)
+    (g,) = torch.autograd.grad(out.loss, longer)
+    assert (g[:, -1] == 0).all() and (g[:, :-1] != 0).any()
+
+
+def test_gradcheck():
+    b, (h, w, c) = make_batch(vocab=9), tensors(torch.float64)
+    h, w, c = h[:2, :3, :4], w[:9, :4], c[:9]
+    args = (b.targets[:2, :3], b.advantages[:2], b.mask[:2, :3])
+
+    def loss(h, w, c):
+        return gk.linear_grpo_loss(h, w, *args, bias=c, chunk_rows=2, config=gk.LossConfig(entropy_coef=0.1), old_logps=b.old_logps[:2, :3]).loss
+
+    def logps(h, w, c):
+        return gk.linear_token_logps(h, w, args[0], bias=c, mask=args[2], chunk_rows=2, return_entropy=True)[:2]
+
+    leaves = [x.contiguous().requires_grad_() for x in (h, w, c)]
+    assert torch.autograd.gradcheck(loss, leaves) and torch.autograd.gradcheck(logps, leaves)
+
+
+def test_tied_embedding_accumulates():
+    """The weight is used twice, as a tied lm_head is: autograd adds the two gradients."""
+    b, (_, w, _) = make_batch(), tensors(torch.float64)
+    grads = []
+    for fn in (gk.linear_grpo_loss, None):
+        tied = w.clone().requires_grad_()
+        hidden = tied[b.targets]
+        out = fn(hidden, tied, b.targets, b.advantages, b.mask) if fn else gk.grpo_loss(hidden @ tied.t(), b.targets, b.advantages, b.mask)
+        grads.append(torch.autograd.grad(out.loss, tied)[0])
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
+
+
+def test_autocast_casts_as_linear_does():
+    b, (h, w, _) = make_batch().to(torch.float32), tensors(torch.float32)
+    h, w = h.requires_grad_(), w.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = gk.linear_grpo_loss(h, w, b.targets, b.advantages, b.mask)
+        out.loss.backward()
+    cast = gk.linear_grpo_loss(h.detach().bfloat16(), w.detach().bfloat16(), b.targets, b.advantages, b.mask)
+    assert torch.equal(out.loss, cast.loss) and h.grad.dtype == w.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = gk.linear_token_logps(h.double(), w.double(), b.targets).logps
+    assert plain.dtype == torch.float32
+
+
+def test_many_rows_accumulate_in_float32():
+    """A bf16 weight gradient over many chunks must not drift: the sum is rounded once."""
+    torch.manual_seed(0)
+    n, v, h = 4096, 64, 8
+    hidden, weight = torch.randn(n, h).bfloat16(), (torch.randn(v, h) / 3).bfloat16()
+    targets, adv = torch.randint(v, (n,)), torch.ones(n)
+
+    def loss(dtype, chunk):
+        w = weight.to(dtype).requires_grad_()
+        out = gk.linear_grpo_loss(hidden.to(dtype), w, targets, adv, chunk_rows=chunk, config=gk.LossConfig(aggregation="token_sum"))
+        return torch.autograd.grad(out.loss, w)[0].double()
+
+    exact = loss(torch.float64, 4096)
+    assert relative_l2(loss(torch.bfloat16, 16), exact) <= 1.5 * relative_l2(loss(torch.bfloat16, 4096), exact) + 2**-9
