@@ -218,7 +218,7 @@ def policy_loss(
     Args:
         logps: ``[B, T]``, or ``[N]`` packed; log-probs of the current policy, nats, float32 or float64 (others are
             computed in float32).
-        advantages: ``[B]`` or ``[B, T]``; packed: ``[N]``, or ``[R]`` with ``cu_seqlens``.
+        advantages: ``[B]`` or ``[B, T]``; packed: ``[N]``, or ``[R]`` with ``cu_seqlens`` (where N = R, per token).
         mask: per token, any dtype, 0 masks: nothing of a masked token is read, NaN included.
         old_logps: per token, of the policy that the ratio is taken against; None: on-policy, ratio 1.
         ref_logps: per token; read only when ``config.kl_coef`` is not 0.

@@ -1,0 +1,110 @@
+"""The operators under torch.compile: opcheck, one graph, no recompilation for lengths and annealed coefficients."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import grpo_kernels as gk
+from grpo_kernels import losses, ops
+from grpo_kernels.layout import layout_of, real_dtype, rows_of
+from grpo_kernels.testing.inputs import make_batch
+
+FULL = {"kl_coef": 0.1, "entropy_coef": 0.05}
+
+
+def arguments(dtype=torch.float32, level="token"):
+    """Rows, policy inputs and row statistics of one batch."""
+    b = make_batch().to(dtype)
+    rows = rows_of(b.logits, b.targets, b.mask, temperature=0.7, logit_scale=1.0, softcap=20.0, ignore_index=-100)
+    layout = layout_of(b.targets.shape, None)
+    inputs = losses.policy_inputs(
+        layout, rows.active, real_dtype(dtype), gk.LossConfig(ratio_level=level, **FULL), advantages=b.advantages,
+        sequence_weights=None, denominator=None, scale=1.0, **b.keywords(),
+    )  # fmt: skip
+    *stats, _ = ops.row_forward(*rows, False, False, "cpu")
+    return rows, list(inputs), stats
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    rows, inputs, stats = arguments(dtype)
+    g = torch.randn_like(stats[0])
+    weight, bias = torch.randn(50, 133).to(dtype), torch.randn(50).to(dtype)
+    rows_50 = rows._replace(targets=rows.targets % 50)
+    head = (weight, bias, 4)
+    cases = {
+        ops.row_forward: (*rows, True, False, "cpu"),
+        ops.row_backward: (*rows, *stats, g, g, "cpu"),
+        ops.row_backward_: (rows.logits.clone(), *rows[1:], *stats, g, None, "cpu"),
+        ops.row_policy: (*rows, *inputs, False, "cpu"),
+        ops.row_policy_: (rows.logits.clone(), *rows[1:], *inputs, False, "cpu"),
+        ops.token_policy: (stats[0], stats[1], rows.active, None, *inputs, "cpu"),
+        ops.group_advantages: (torch.randn(8), None, None, 4, "mean", "group", 1, 1e-4, 9.0, False, "cpu"),
+        ops.linear_forward: (*rows_50, *head, True, False, "cpu"),
+        ops.linear_backward: (*rows_50, *head, [True, False, True], *stats, g, g, "cpu"),
+        ops.linear_policy: (*rows_50, *head, [True, True, True], *inputs, False, "cpu"),
+    }  # fmt: skip
+    for op, args in cases.items():
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_compiled_is_eager(level, inplace):
+    b, config = make_batch(), gk.LossConfig(ratio_level=level, **FULL)
+
+    def step(x, scale):
+        out = gk.grpo_loss(x * 1.0, b.targets, b.advantages, b.mask, config=config, inplace=inplace, **b.keywords())
+        return out.loss * scale, out.metrics["kl"]
+
+    results = []
+    for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x = b.logits.clone().requires_grad_()
+        loss, kl = fn(x, 0.5)
+        results.append((loss.detach(), kl, *torch.autograd.grad(loss, x)))
+    for a, c in zip(*results, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-15)
+
+
+def test_compiled_linear_with_inductor():
+    b, config = make_batch(), gk.LossConfig(**FULL)
+
+    def step(h, w):
+        return gk.linear_grpo_loss(h, w, b.targets, b.advantages, b.mask, config=config, **b.keywords()).loss
+
+    torch.manual_seed(0)
+    h, w = torch.randn(5, 7, 8, dtype=torch.float64, requires_grad=True), torch.randn(133, 8, dtype=torch.float64, requires_grad=True)
+    for a, c in zip(torch.autograd.grad(torch.compile(step, fullgraph=True)(h, w), (h, w)), torch.autograd.grad(step(h, w), (h, w)), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-15)
+
+
+def test_one_graph_for_all_lengths_and_coefficients():
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(x, targets, advantages, mask, old, ref, config):
+        return gk.grpo_loss(x, targets, advantages, mask, old_logps=old, ref_logps=ref, config=config).loss
+
+    for i, tokens in enumerate((7, 12, 33, 64)):
+        b = make_batch(sequences=4 + i, tokens=tokens)
+        config = gk.LossConfig(kl_coef=0.1 / (i + 1), eps_low=0.2 - 0.01 * i, entropy_coef=0.0)
+        loss = step(b.logits, b.targets, b.advantages, b.mask, b.old_logps, b.ref_logps, config)
+        eager = gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, old_logps=b.old_logps, ref_logps=b.ref_logps, config=config).loss
+        torch.testing.assert_close(loss, eager, rtol=1e-12, atol=0)
+    assert counter.frame_count == 1
+
+
+def test_import_does_no_work():
+    """No compile, no device query, no print, and nothing beyond torch is needed."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, grpo_kernels, torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "extra = {'triton', 'transformers', 'rich', 'typer', 'matplotlib', 'psutil'} & set(sys.modules)\n"
+        "import torch.utils; assert not {'rich', 'typer', 'matplotlib'} & extra, extra\n"
+        "assert 'grpo_kernels._cpu' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "", done.stderr

@@ -1,0 +1,54 @@
+"""The comparisons can fail: each change of one thing in the specification is noticed."""
+
+import pytest
+import torch
+
+import grpo_kernels as gk
+from grpo_kernels import reference
+from grpo_kernels.testing.inputs import make_batch
+
+FULL = {"eps_high": 0.4, "delta": 1.6, "kl_coef": 0.1, "entropy_coef": 0.05, "kl_output_clamp": 0.05}
+
+
+def with_scalars(**changes):
+    def patch(monkeypatch):
+        original = reference.Scalars
+        monkeypatch.setattr(reference, "Scalars", lambda *values: original(*values)._replace(**{k: f(original(*values)) for k, f in changes.items()}))
+
+    return patch
+
+
+def swapped(name, replacement):
+    return lambda monkeypatch: monkeypatch.setattr(reference, name, replacement)
+
+
+clip, kl, log_ratios, estimate = reference.clip_objective, reference.kl_penalty, reference.log_ratios, reference.kl_estimate
+CHANGES = {
+    "swap the clip bounds": with_scalars(ratio_low=lambda s: 2 - s.ratio_high, ratio_high=lambda s: 2 - s.ratio_low),
+    "drop delta": with_scalars(delta=lambda s: float("inf")),
+    "drop the dual clip": with_scalars(dual_clip=lambda s: float("inf")),
+    "drop the output clamp": with_scalars(kl_output_clamp=lambda s: float("inf")),
+    "negate the advantage": swapped("clip_objective", lambda r, a, s: clip(r, -a, s)),
+    "detach the ratio": swapped("clip_objective", lambda r, a, s: clip(r.detach(), a, s)),
+    "detach the KL": swapped("kl_penalty", lambda *args: kl(*args).detach()),
+    "k1 for k3": swapped("kl_estimate", lambda name, u: estimate("k1", u)),
+    "forget the mask in the ratio": swapped("log_ratios", lambda lp, old, active, *rest: log_ratios(lp, old, torch.ones_like(active), *rest)),
+    "sum for mean": swapped("log_ratios", lambda lp, old, active, layout, level, s: log_ratios(lp, old, active, layout, "sequence_product", s)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_specification_is_noticed(monkeypatch, name):
+    caps = {"delta": None, "dual_clip": 1.5} if "dual" in name else {}  # the lower of the two hides the other
+    b, config = make_batch(), gk.LossConfig(ratio_level="sequence", **{**FULL, **caps})
+    b = b._replace(old_logps=b.old_logps + torch.tensor([-0.6, -0.8, 0.6, 0.6, 0.0])[:, None])  # beyond each bound
+
+    def run(backend):
+        x = b.logits.clone().requires_grad_()
+        out = gk.grpo_loss(x, b.targets, torch.tensor([1.0, -1.0, 0.5, -2.0, 1.0]), b.mask, config=config, backend=backend, **b.keywords())
+        return torch.cat([out.loss.detach()[None], torch.autograd.grad(out.loss, x)[0].flatten()])
+
+    torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-10, atol=1e-12)
+    CHANGES[name](monkeypatch)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-4, atol=1e-6)
