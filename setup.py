@@ -4,6 +4,7 @@
 that fails is reported and left out. GRPO_KERNELS_CUDA=0 never tries it, =1 makes its failure an error.
 GRPO_KERNELS_CUDA_ARCHS="80;90" replaces the default list of architectures.
 """
+
 import os
 import platform
 import shlex
@@ -25,6 +26,10 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-wid
 INSTRUCTION_SETS = {"generic": ""}
 if X86:
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+# gcc 12's AVX-512 headers warn about their own deliberately undefined registers.
+CXX_FLAGS = shlex.split(
+    "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
+)
 DEFAULT_ARCHS = ("80", "90", "100", "120")
 
 RULES = """
@@ -33,7 +38,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = nvcc -O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden {archs} $flags -c $in -o $out
+  command = nvcc -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {archs} {include} $flags -c $in -o $out
 rule link
   command = {cxx} -shared $in -o $out $libs
 """
@@ -44,7 +49,8 @@ def compiler() -> str:
     for cxx in candidates:
         if shutil.which(shlex.split(cxx)[0]):
             return cxx
-    sys.exit(f"grpo_kernels needs a C++17 compiler and found none (tried {', '.join(candidates)}): install g++ or clang, or set CXX.")
+    tried = ", ".join(candidates)
+    sys.exit(f"grpo_kernels needs a C++17 compiler and found none (tried {tried}): install g++ or clang, or set CXX.")
 
 
 def cuda_architectures() -> str:
@@ -75,10 +81,11 @@ class NinjaBuild(build_ext):
         subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)])
 
     def ninja_file(self, module: str, sources: list[str], build: Path, target: Path) -> str:
-        include = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
-        flags = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -DGK_MODULE={module} {'-DGK_X86' * X86} {include}"
+        include = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']} -DGK_MODULE={module}"
+        flags = " ".join([*CXX_FLAGS, "-DGK_X86" * X86, include, os.environ.get("CXXFLAGS", "")])
         cuda = any(s.endswith(".cu") for s in sources)
-        lines = [RULES.format(cxx=compiler(), flags=flags, archs=cuda_architectures() if cuda else "")]
+        archs = cuda_architectures() if cuda else ""
+        lines = [RULES.format(cxx=compiler(), flags=flags, archs=archs, include=include)]
         objects = []
 
         def add(rule: str, source: str, suffix: str = "", extra: str = "") -> None:
@@ -92,6 +99,7 @@ class NinjaBuild(build_ext):
             else:
                 add("nvcc" if source.endswith(".cu") else "cxx", source)
         libs = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-pthread"
+        libs += " " + os.environ.get("LDFLAGS", "")
         if cuda:
             libs += f" -L{Path(shutil.which('nvcc')).resolve().parents[1] / 'lib64'} -lcudart_static -ldl -lrt"
         lines.append(f"build {target}: link {' '.join(map(str, objects))}\n  libs = {libs}")

@@ -16,28 +16,35 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;  // 0: not given
+using Address = uintptr_t;                                             // 0: not given
 using ViewArg = std::optional<std::tuple<Address, int64_t, int64_t>>;  // address, strides over batch and tokens
 using Release = py::call_guard<py::gil_scoped_release>;
 
-template <typename T = void>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+template <typename T = void> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
 
 gk::View view(const ViewArg& v) {
   if (!v) return {};
   return {pointer(std::get<0>(*v)), std::get<1>(*v), std::get<2>(*v)};
 }
 
-gk::Rows rows(const ViewArg& logits, const ViewArg& targets, const ViewArg& active, const ViewArg& temperatures, int dtype,
-              std::array<int64_t, 3> shape, double temperature, double logit_scale, double softcap, int threads) {
-  return {view(logits), view(targets), view(active), view(temperatures), gk::DType(dtype), shape[0], shape[1], shape[2],
-          1 / temperature, logit_scale, softcap, threads};
+gk::Rows rows(const ViewArg& logits, const ViewArg& targets, const ViewArg& active, const ViewArg& temperatures,
+              int dtype, std::array<int64_t, 3> shape, double temperature, double logit_scale, double softcap,
+              int threads) {
+  return {view(logits), view(targets), view(active),    view(temperatures), gk::DType(dtype), shape[0],
+          shape[1],     shape[2],      1 / temperature, logit_scale,        softcap,          threads};
 }
 gk::RowStats stats(const std::array<Address, 5>& a) {
   return {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]), pointer(a[4])};
 }
 gk::PolicyInputs policy(const std::array<ViewArg, 8>& v, std::array<int, 4> form, const std::array<double, 10>& s) {
-  return {view(v[0]), view(v[1]), view(v[2]), view(v[3]), view(v[4]), view(v[5]), view(v[6]), view(v[7]),
+  return {view(v[0]),
+          view(v[1]),
+          view(v[2]),
+          view(v[3]),
+          view(v[4]),
+          view(v[5]),
+          view(v[6]),
+          view(v[7]),
           {gk::Objective(form[0]), gk::RatioLevel(form[1]), gk::KlEstimator(form[2]), gk::KlGradient(form[3])},
           {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]}};
 }
@@ -47,27 +54,45 @@ gk::PolicyInputs policy(const std::array<ViewArg, 8>& v, std::array<int, 4> form
 PYBIND11_MODULE(GK_MODULE, m) {
   py::class_<gk::Rows>(m, "Rows").def(py::init(&rows));
 
-  m.def("row_forward", [](const gk::Rows& p, const std::array<Address, 5>& out) { gk::row_forward(p, stats(out), nullptr); }, Release());
-  m.def("row_backward", [](const gk::Rows& p, const std::array<Address, 5>& saved, Address g_logps, Address g_entropy, const ViewArg& gradient) {
-    gk::row_backward(p, stats(saved), pointer(g_logps), pointer(g_entropy), view(gradient), nullptr);
-  }, Release());
-  m.def("row_policy", [](const gk::Rows& p, const std::array<Address, 5>& out, const std::array<ViewArg, 8>& inputs,
-                         std::array<int, 4> form, const std::array<double, 10>& scalars, const ViewArg& gradient) {
-    gk::row_policy(p, stats(out), policy(inputs, form, scalars), view(gradient), nullptr);
-  }, Release());
-  m.def("token_policy", [](const std::array<ViewArg, 8>& inputs, std::array<int, 4> form, const std::array<double, 10>& scalars,
-                           const ViewArg& logps, const ViewArg& entropy, const ViewArg& active, std::array<int64_t, 2> shape,
-                           Address cu_seqlens, int64_t sequences, bool is_double, const std::array<Address, 5>& out, int threads) {
-    gk::token_policy({policy(inputs, form, scalars), view(logps), view(entropy), view(active), shape[0], shape[1],
-                      pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]), pointer(out[1]), pointer(out[2]),
-                      pointer(out[3]), pointer(out[4]), threads}, nullptr);
-  }, Release());
-  m.def("group_advantages", [](std::array<Address, 3> in, int64_t samples, int64_t group_size, int baseline, int scale, int ddof,
-                               double eps, double clip, bool single_raw, std::array<Address, 4> out) {
-    gk::group_advantages({pointer<double>(in[0]), pointer<uint8_t>(in[1]), pointer<int64_t>(in[2]), samples, group_size,
-                          gk::Baseline(baseline), gk::Scale(scale), ddof, eps, clip, single_raw, pointer<double>(out[0]),
-                          pointer<double>(out[1]), pointer<double>(out[2]), pointer<uint8_t>(out[3])}, nullptr);
-  }, Release());
+  m.def(
+      "row_forward",
+      [](const gk::Rows& p, const std::array<Address, 5>& out) { gk::row_forward(p, stats(out), nullptr); }, Release());
+  m.def(
+      "row_backward",
+      [](const gk::Rows& p, const std::array<Address, 5>& saved, Address g_logps, Address g_entropy,
+         const ViewArg& gradient) {
+        gk::row_backward(p, stats(saved), pointer(g_logps), pointer(g_entropy), view(gradient), nullptr);
+      },
+      Release());
+  m.def(
+      "row_policy",
+      [](const gk::Rows& p, const std::array<Address, 5>& out, const std::array<ViewArg, 8>& inputs,
+         std::array<int, 4> form, const std::array<double, 10>& scalars, const ViewArg& gradient) {
+        gk::row_policy(p, stats(out), policy(inputs, form, scalars), view(gradient), nullptr);
+      },
+      Release());
+  m.def(
+      "token_policy",
+      [](const std::array<ViewArg, 8>& inputs, std::array<int, 4> form, const std::array<double, 10>& scalars,
+         const ViewArg& logps, const ViewArg& entropy, const ViewArg& active, std::array<int64_t, 2> shape,
+         Address cu_seqlens, int64_t sequences, bool is_double, const std::array<Address, 5>& out, int threads) {
+        gk::token_policy({policy(inputs, form, scalars), view(logps), view(entropy), view(active), shape[0], shape[1],
+                          pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]), pointer(out[1]),
+                          pointer(out[2]), pointer(out[3]), pointer(out[4]), threads},
+                         nullptr);
+      },
+      Release());
+  m.def(
+      "group_advantages",
+      [](std::array<Address, 3> in, int64_t samples, int64_t group_size, int baseline, int scale, int ddof, double eps,
+         double clip, bool single_raw, std::array<Address, 4> out) {
+        gk::group_advantages(
+            {pointer<double>(in[0]), pointer<uint8_t>(in[1]), pointer<int64_t>(in[2]), samples, group_size,
+             gk::Baseline(baseline), gk::Scale(scale), ddof, eps, clip, single_raw, pointer<double>(out[0]),
+             pointer<double>(out[1]), pointer<double>(out[2]), pointer<uint8_t>(out[3])},
+            nullptr);
+      },
+      Release());
 
   m.def("prefer_huge_pages", [](Address data, int64_t bytes) { gk::prefer_huge_pages(pointer(data), bytes); });
   m.def("isa_supported", [](int isa) { return gk::isa_supported(gk::Isa(isa)); });

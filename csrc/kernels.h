@@ -38,17 +38,31 @@ struct RowStats {  // real [batch * tokens]; sum_p2 may be null
 };
 
 struct PolicyInputs {
-  View advantages, weights;                // real; the loss is sum(weights * terms)
+  View advantages, weights;                  // real; the loss is sum(weights * terms)
   View old_logps, ref_logps, rollout_logps;  // real; null: not given
-  View token_weights;                      // real; multiplies the policy term only
-  View entropy_weights, entropy_mask;      // real; null: weights, 1
+  View token_weights;                        // real; multiplies the policy term only
+  View entropy_weights, entropy_mask;        // real; null: weights, 1
   Form form;
   Scalars<double> scalars;
 };
 
 enum Metric : int {  // the order of METRICS in grpo_kernels/config.py
-  kPolicyLoss, kKlLoss, kEntropyLoss, kTokens, kEntropy, kKl, kApproxKl, kApproxKlK3,
-  kRatioMean, kRatioMin, kRatioMax, kClipLow, kClipHigh, kClipRegion, kClipCap, kMetricCount
+  kPolicyLoss,
+  kKlLoss,
+  kEntropyLoss,
+  kTokens,
+  kEntropy,
+  kKl,
+  kApproxKl,
+  kApproxKlK3,
+  kRatioMean,
+  kRatioMin,
+  kRatioMax,
+  kClipLow,
+  kClipHigh,
+  kClipRegion,
+  kClipCap,
+  kMetricCount
 };
 
 struct TokenParams {
@@ -73,15 +87,16 @@ struct AdvantageParams {
   Baseline baseline;
   Scale scale;
   int ddof;
-  double eps, clip;  // clip: +-; infinity for none
-  bool single_raw;   // a group of one valid sample keeps its reward instead of 0
+  double eps, clip;                 // clip: +-; infinity for none
+  bool single_raw;                  // a group of one valid sample keeps its reward instead of 0
   double *advantages, *mean, *std;  // [samples]
   uint8_t* informative;             // [samples]
 };
 
 void row_forward(const Rows&, const RowStats&, Stream);
 // Writes d loss / d logits, given d loss / d logps and d loss / d entropy (null: zero). In place if the views agree.
-void row_backward(const Rows&, const RowStats& saved, const void* g_logps, const void* g_entropy, const View& gradient, Stream);
+void row_backward(const Rows&, const RowStats& saved, const void* g_logps, const void* g_entropy, const View& gradient,
+                  Stream);
 // One launch: log-probs, the policy loss's derivative in them, and the gradient of the logits.
 void row_policy(const Rows&, const RowStats&, const PolicyInputs&, const View& gradient, Stream);
 void token_policy(const TokenParams&, Stream);

@@ -5,7 +5,8 @@ from .backends import available_backends
 from .config import LossConfig
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
 from .logps import TokenLogps, token_logps
-from .losses import GRPOLoss, LossOutput, grpo_loss, policy_loss
+from .losses import GRPOLoss, grpo_loss
+from .policy import LossOutput, policy_loss
 
 __version__ = "0.1.0"
 

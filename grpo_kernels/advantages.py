@@ -17,8 +17,8 @@ SINGLES = ("zero", "raw")
 
 
 class GroupAdvantages(NamedTuple):
-    """Per sample, [S]: the advantage, its group's mean reward, the standard deviation of the scale, and whether its group
-    carries a signal (two valid rewards that differ)."""
+    """Per sample, [S]: the advantage, its group's mean reward, the standard deviation of the scale, and whether its
+    group carries a signal (two valid rewards that differ)."""
 
     advantages: Tensor
     mean: Tensor
@@ -65,7 +65,11 @@ def group_advantages(
     """
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be [S], one a sample; got shape {tuple(rewards.shape)}")
-    for name, value, allowed in (("baseline", baseline, BASELINES), ("scale", scale, SCALES), ("single", single, SINGLES)):
+    for name, value, allowed in (
+        ("baseline", baseline, BASELINES),
+        ("scale", scale, SCALES),
+        ("single", single, SINGLES),
+    ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
     if ddof not in (0, 1) or not eps >= 0 or (clip is not None and not clip > 0):
@@ -92,5 +96,6 @@ def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | N
         raise ValueError(f"group_size must be at least 1 and divide the {rewards.numel()} rewards; got {group_size!r}")
     if group_ids is not None and (group_ids.shape != rewards.shape or group_ids.is_floating_point()):
         raise ValueError(
-            f"group_ids must be integers of shape {tuple(rewards.shape)}; got {group_ids.dtype} {tuple(group_ids.shape)}"
+            f"group_ids must be integers of shape {tuple(rewards.shape)}; "
+            f"got {group_ids.dtype} {tuple(group_ids.shape)}"
         )

@@ -20,7 +20,7 @@ def aggregation_weights(
     sequence_weights: Tensor | None = None,  # [R]
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """[B, T] view (broadcast where it can be) of each token's share in the loss; masked tokens are the kernels' business.
+    """Each token's share in the loss, a [B, T] view, broadcast where it can be; kernels leave masked tokens out.
 
     `denominator` replaces N for a token mean, R for a sequence mean or sum, R * max_length for the fixed length.
     """
@@ -31,7 +31,9 @@ def aggregation_weights(
         denominator = _own_denominator(layout, active, lengths, aggregation, config)
     weight = torch.as_tensor(scale, dtype=dtype, device=active.device) / denominator
     if lengths is not None and (aggregation == "sequence_mean" or sequence_weights is not None):
-        share = 1 / lengths.clamp(min=1).to(dtype) if aggregation == "sequence_mean" else lengths.new_ones((), dtype=dtype)
+        share = (
+            1 / lengths.clamp(min=1).to(dtype) if aggregation == "sequence_mean" else lengths.new_ones((), dtype=dtype)
+        )
         if sequence_weights is not None:
             share = share * _checked(sequence_weights, layout).to(dtype)
         return layout.of_sequences(weight * share)

@@ -75,7 +75,7 @@ class LossConfig:
         sequence_log_ratio_max: upper bound on a sequence's log-ratio, no gradient above.
         kl_coef, kl_estimator, kl_gradient: penalty to the reference, ``u = ref - logp``: ``k1 = -u``, ``abs``,
             ``k2 = u^2/2``, ``k3 = e^u - u - 1``; differentiated ``"pathwise"``, ``"straight_through"`` (k2's gradient),
-            ``"importance_weighted"`` (``r k``), ``"score_function"`` or ``"behaviour_weighted"`` (``exp(logp - roll) k``).
+            ``"importance_weighted"`` (``r k``), ``"score_function"``, ``"behaviour_weighted"`` (``exp(lp - roll) k``).
         kl_input_clamp, kl_output_clamp: clamps on ``u`` and on the weighted estimate, no gradient outside.
         entropy_coef: ``loss -= entropy_coef * aggregate(entropy)``.
         entropy_aggregation: as ``aggregation``, for the entropy alone; ``None`` takes the policy's.
@@ -141,14 +141,18 @@ class LossConfig:
     def _form(self) -> Form:
         kl = self.kl_coef != 0
         return Form(
-            self.objective, self.ratio_level, self.kl_estimator if kl else "none", self.kl_gradient if kl else "pathwise"
+            self.objective,
+            self.ratio_level,
+            self.kl_estimator if kl else "none",
+            self.kl_gradient if kl else "pathwise",
         )
 
     def _scalars(self) -> Scalars:
         eps_high = self.eps_low if self.eps_high is None else self.eps_high
         return Scalars(
             1 - self.eps_low, 1 + eps_high, _bound(self.delta), _bound(self.dual_clip), _bound(self.log_ratio_clamp),
-            _bound(self.sequence_log_ratio_max), self.kl_coef, _bound(self.kl_input_clamp), _bound(self.kl_output_clamp),
+            _bound(self.sequence_log_ratio_max), self.kl_coef, _bound(self.kl_input_clamp),
+            _bound(self.kl_output_clamp),
             self.entropy_coef,
         )  # fmt: skip
 
@@ -187,7 +191,9 @@ def _check_numbers(c: LossConfig) -> None:
 def _check_unread(c: LossConfig) -> None:
     """An option that the chosen form never reads is a mistake of the caller's, not a detail to drop."""
     if c.sequence_log_ratio_max is not None and c.ratio_level == "token":
-        raise ValueError("sequence_log_ratio_max needs a ratio_level of 'sequence', 'sequence_token' or 'sequence_product'")
+        raise ValueError(
+            "sequence_log_ratio_max needs a ratio_level of 'sequence', 'sequence_token' or 'sequence_product'"
+        )
     if c.max_length is not None and "fixed_length" not in (c.aggregation, c.entropy_aggregation):
         raise ValueError(f"max_length is read by aggregation='fixed_length' only; got aggregation={c.aggregation!r}")
 
@@ -209,7 +215,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # verl ActorConfig, policy_loss.loss_mode=...; clip_ratio 0.2, clip_ratio_c 3.0, loss_agg_mode token-mean.
     "verl_vanilla": {**_VERL, "dual_clip": 3.0, "log_ratio_clamp": 20.0, "aggregation": "token_mean"},
     # verl recommends aggregation="sequence_mean" and clip ratios 3e-4 / 4e-4 for it.
-    "verl_gspo": {**_VERL, "ratio_level": "sequence_token", "sequence_log_ratio_max": 10.0, "aggregation": "token_mean"},
+    "verl_gspo": {
+        **_VERL, "ratio_level": "sequence_token", "sequence_log_ratio_max": 10.0, "aggregation": "token_mean",
+    },
     # OpenRLHF --actor.policy_loss_type ppo: eps_clip 0.2, no dual clip, KL in the reward.
     "openrlhf_ppo": {"log_ratio_clamp": 20.0, "aggregation": "token_mean", "count_empty_sequences": False},
     # slime --advantage-estimator grpo: mean over sequences of the token mean; pass sequence_weights for sibling means.

@@ -65,8 +65,14 @@ class Layout(NamedTuple):
         if values is None:
             return None
         if values.shape != self.shape:
-            raise ValueError(f"{name} must have the shape of the tokens, {tuple(self.shape)}; got {tuple(values.shape)}")
-        return values.detach().to(dtype).view(self.grid) if values.is_contiguous() else values.detach().to(dtype).reshape(self.grid)
+            raise ValueError(
+                f"{name} must have the shape of the tokens, {tuple(self.shape)}; got {tuple(values.shape)}"
+            )
+        return (
+            values.detach().to(dtype).view(self.grid)
+            if values.is_contiguous()
+            else values.detach().to(dtype).reshape(self.grid)
+        )
 
     def tokens_or_sequences(self, values: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
         """The same for a tensor that may also hold one value a sequence: [R], or [B, 1] when padded."""
@@ -164,7 +170,9 @@ def rows_of(
             raise ValueError(f"mask must have the shape of targets, {tuple(targets.shape)}; got {tuple(mask.shape)}")
         active = active & (mask != 0)
     number, tensor = _temperature(temperature, targets, real_dtype(logits.dtype), grid)
-    return Rows(logits, targets.reshape(grid), active.reshape(grid), number, tensor, float(logit_scale), float(softcap or 0))
+    return Rows(
+        logits, targets.reshape(grid), active.reshape(grid), number, tensor, float(logit_scale), float(softcap or 0)
+    )
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -14,7 +14,8 @@ from .config import LossConfig
 from .layout import Rows, layout_of, real_dtype, rows_of
 from .linear_loops import chunk_rows_for
 from .logps import TokenLogps, shaped, unsupported_group
-from .losses import LossOutput, given_advantages, output, policy_inputs, scaled, token_loss, within_sequences
+from .losses import given_advantages, scaled
+from .policy import LossOutput, output, policy_inputs, token_loss, within_sequences
 
 N_ROWS, N_INPUTS = len(Rows._fields) - 1, len(PolicyInputs._fields)
 
@@ -28,8 +29,8 @@ class LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, sum_p2: bool, validate: bool, backend: str,
-        *rows: Any,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, sum_p2: bool, validate: bool,
+        backend: str, *rows: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         *stats, squares = ops.linear_forward(hidden, *rows, weight, bias, chunk_rows, sum_p2, validate, backend)
         ctx.save_for_backward(hidden, weight, bias, *rows[:2], rows[3], *stats)
@@ -55,7 +56,14 @@ class LinearSinglePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, validate: bool, backend: str, *rest: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        chunk_rows: int,
+        validate: bool,
+        backend: str,
+        *rest: Any,
     ) -> tuple[Tensor, ...]:
         rows, inputs, needs = rest[:N_ROWS], rest[N_ROWS:], list(ctx.needs_input_grad[:3])
         *gradients, logps, entropy = ops.linear_policy(
@@ -70,7 +78,9 @@ class LinearSinglePass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:
         needs = ctx.needs_input_grad[:3]
-        gradients = [scaled(x, g, inplace=False) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)]
+        gradients = [
+            scaled(x, g, inplace=False) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
+        ]
         return *gradients, *[None] * (3 + N_ROWS + N_INPUTS)
 
 
@@ -83,7 +93,9 @@ def _prepared(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight must be [V, {hidden.shape[-1]}] for hidden {tuple(hidden.shape)}; got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be [V, {hidden.shape[-1]}] for hidden {tuple(hidden.shape)}; got {tuple(weight.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
     for name, x in (("weight", weight), ("bias", bias)):
@@ -99,7 +111,10 @@ def _logps(
         ops.check_targets(rows, weight.shape[0], validate)
         return reference.token_logps(torch.nn.functional.linear(rows.logits, weight, bias), rows)
     chunk = chunk_rows_for(weight, chunk_rows)
-    return LinearLogps.apply(rows.logits, weight, bias, chunk, sum_p2, validate, backend, *rows[1:])  # type: ignore[no-any-return]
+    outputs: tuple[Tensor, Tensor, Tensor] = LinearLogps.apply(
+        rows.logits, weight, bias, chunk, sum_p2, validate, backend, *rows[1:]
+    )
+    return outputs
 
 
 def linear_token_logps(
@@ -122,8 +137,8 @@ def linear_token_logps(
 ) -> TokenLogps:
     """``token_logps`` of ``hidden @ weight.T + bias``, chunk by chunk; masked rows are never computed.
 
-    Differentiable in ``hidden``, ``weight`` and ``bias``; a frozen one costs no matmul. The backward computes the logits
-    again (8 N H V operations in all). What TRL's ``ChunkedLogProbFunction`` and verl's ``FusedLinearForPPO`` do.
+    Differentiable in ``hidden``, ``weight`` and ``bias``; a frozen one costs no matmul. The backward computes the
+    logits again (8 N H V operations in all). What TRL's ``ChunkedLogProbFunction`` and verl's ``FusedLinearForPPO`` do.
 
     Args:
         hidden: ``[..., H]``, last hidden states; one position more than the targets is allowed, the last is ignored.
@@ -186,9 +201,9 @@ def linear_grpo_loss(
 ) -> LossOutput:
     """``grpo_loss`` of ``hidden @ weight.T + bias``, never holding the logits.
 
-    With a token-level ratio the forward already computes the gradients of hidden, weight and bias, chunk by chunk: three
-    matmuls (6 N H V operations, 4 N H V with a frozen head) where recomputing the logits takes four. Masked rows are
-    never computed. Sequence-level ratios and ``single_pass=False`` recompute.
+    With a token-level ratio the forward already computes the gradients of hidden, weight and bias, chunk by chunk:
+    three matmuls (6 N H V operations, 4 N H V with a frozen head) where recomputing the logits takes four. Masked rows
+    are never computed. Sequence-level ratios and ``single_pass=False`` recompute.
 
     Args:
         hidden, weight, bias, chunk_rows: as in ``linear_token_logps``.
@@ -229,7 +244,7 @@ def linear_grpo_loss(
 
 
 class LinearGRPOLoss(torch.nn.Module):
-    """A ``LossConfig`` as a module: ``LinearGRPOLoss(config)(hidden, weight, targets, ...)`` is ``linear_grpo_loss``."""
+    """A ``LossConfig`` as a module: ``LinearGRPOLoss(config)(hidden, weight, ...)`` is ``linear_grpo_loss``."""
 
     def __init__(self, config: LossConfig | None = None, **options: Any) -> None:
         """``options``: keywords of ``linear_grpo_loss`` to hold, such as ``temperature`` or ``chunk_rows``."""

@@ -6,6 +6,8 @@ holds the hidden states, [B, T', H].
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from .backends import Backend, PolicyInputs, RowStats
 from .layout import Rows, real_dtype
 
 CHUNK_BYTES = 128 << 20  # of logits at a time, unless chunk_rows says otherwise
+PER_TOKEN = PolicyInputs._fields[:-2]  # all but scalars and form
 WIDENED_COLUMNS = 16384  # of a half-precision gradient in float32 at a time
 
 
@@ -71,7 +74,9 @@ class _Gradients:
     """Of hidden, weight and bias. One chunk writes the latter two at once; several are summed in float32 or wider, and
     rounded at the end: rounding each product to bf16 or fp16 would err more than torch does in one matmul."""
 
-    def __init__(self, backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], single: bool):
+    def __init__(
+        self, backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], single: bool
+    ):
         self._weight, self._needs, self._single = weight, needs, single
         self._bias_dtype, self._wide = weight.dtype if bias is None else bias.dtype, real_dtype(weight.dtype)
         self.hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
@@ -117,28 +122,37 @@ def forward(
 
 
 def backward(
-    backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, needs: list[bool], saved: RowStats,
-    g_logps: Tensor, g_entropy: Tensor | None,
+    backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, needs: list[bool],
+    saved: RowStats, g_logps: Tensor, g_entropy: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     head, chunks = _Head(backend, weight, bias), _chunks(rows, chunk_rows)
     gradients = _Gradients(backend, rows.logits, weight, bias, needs, single=len(chunks) == 1)
     for chunk in (_Chunk(index, rows) for index in chunks):
         logits = head.logits(chunk.hidden)
         chunk_saved = RowStats(*map(chunk.gather, saved))
-        backend.row_backward(chunk.rows(logits), chunk_saved, chunk.gather(g_logps), chunk.gather_any(g_entropy), logits[None])
+        backend.row_backward(
+            chunk.rows(logits), chunk_saved, chunk.gather(g_logps), chunk.gather_any(g_entropy), logits[None]
+        )
         gradients.add(chunk, logits)
     return gradients.finish()
 
 
 def policy(
-    backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, needs: list[bool], inputs: PolicyInputs
+    backend: Backend,
+    rows: Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    chunk_rows: int,
+    needs: list[bool],
+    inputs: PolicyInputs,
 ) -> tuple[Tensor, ...]:
     head, chunks = _Head(backend, weight, bias), _chunks(rows, chunk_rows)
     gradients = _Gradients(backend, rows.logits, weight, bias, needs, single=len(chunks) == 1)
     logps, entropy = _empty_stats(rows, 2)
     for chunk in (_Chunk(index, rows) for index in chunks):
         logits = head.logits(chunk.hidden)
-        chunk_inputs = PolicyInputs(*map(chunk.gather_any, inputs[:-2]), *inputs[-2:])  # type: ignore[arg-type]
+        gathered: dict[str, Any] = {name: chunk.gather_any(getattr(inputs, name)) for name in PER_TOKEN}
+        chunk_inputs = inputs._replace(**gathered)
         found = backend.row_policy(chunk.rows(logits), chunk_inputs, logits[None])
         logps[chunk.at], entropy[chunk.at] = found.logps[0], found.entropy[0]
         gradients.add(chunk, logits)

@@ -55,7 +55,19 @@ class RowLogps(torch.autograd.Function):
             raise RuntimeError(CONSUMED)
         logits, targets, active, temperatures, *stats = ctx.saved_tensors
         temperature, logit_scale, softcap = ctx.numbers
-        args = (logits, targets, active, temperature, temperatures, logit_scale, softcap, *stats, g_logps, g_entropy, ctx.backend)
+        args = (
+            logits,
+            targets,
+            active,
+            temperature,
+            temperatures,
+            logit_scale,
+            softcap,
+            *stats,
+            g_logps,
+            g_entropy,
+            ctx.backend,
+        )
         if not ctx.inplace:
             return ops.row_backward(*args), *[None] * N_OTHERS
         ops.row_backward_(*args)
@@ -63,14 +75,19 @@ class RowLogps(torch.autograd.Function):
         return logits.detach(), *[None] * N_OTHERS
 
 
-def row_logps(rows: Rows, *, sum_p2: bool, validate: bool, inplace_backward: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def row_logps(
+    rows: Rows, *, sum_p2: bool, validate: bool, inplace_backward: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, entropy and (maybe empty) sum p^2, [B, T]; differentiable in `rows.logits` but for the last."""
     if backend == "reference":
         ops.check_targets(rows, rows.logits.shape[-1], validate)
         return reference.token_logps(rows.logits, rows)
     if inplace_backward:
         check_inplace(rows.logits)
-    return RowLogps.apply(rows.logits, sum_p2, validate, inplace_backward, backend, *rows[1:])  # type: ignore[no-any-return]
+    outputs: tuple[Tensor, Tensor, Tensor] = RowLogps.apply(
+        rows.logits, sum_p2, validate, inplace_backward, backend, *rows[1:]
+    )
+    return outputs
 
 
 def unsupported_group(name: str, group: object) -> None:
@@ -118,18 +135,29 @@ def token_logps(
 
     Raises:
         ValueError: for shapes, strides or numbers that do not fit; for a target outside the vocabulary that is not
-            masked (on the CPU, or with ``validate``; elsewhere its log-prob is NaN); for ``inplace_backward`` on a leaf.
+            masked (on the CPU, or with ``validate``; elsewhere its log-prob is NaN); for ``inplace_backward`` on a
+            leaf.
         TypeError: for dtypes that do not fit.
     """
     unsupported_group("tp_group", tp_group)
     backend = resolve(backend, logits.device)
     rows = rows_of(
-        logits, targets, mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index
+        logits,
+        targets,
+        mask,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
     )
-    outputs = row_logps(rows, sum_p2=return_sum_p2, validate=validate, inplace_backward=inplace_backward, backend=backend)
+    outputs = row_logps(
+        rows, sum_p2=return_sum_p2, validate=validate, inplace_backward=inplace_backward, backend=backend
+    )
     return shaped(outputs, targets.shape, return_entropy, return_sum_p2)
 
 
 def shaped(outputs: tuple[Tensor, Tensor, Tensor], shape: torch.Size, entropy: bool, sum_p2: bool) -> TokenLogps:
     logps, h, squares = outputs
-    return TokenLogps(logps.view(shape), h.view(shape) if entropy else None, squares.detach().view(shape) if sum_p2 else None)
+    return TokenLogps(
+        logps.view(shape), h.view(shape) if entropy else None, squares.detach().view(shape) if sum_p2 else None
+    )

@@ -1,7 +1,7 @@
 """The operators that torch.compile sees: schema, shapes (fakes) and the one line that calls a backend.
 
-Autograd lives in autograd.Functions outside (logps.py, losses.py, linear.py). What needs the data to be checked, such as
-a target outside the vocabulary, is checked here, where a graph cannot see it.
+Autograd lives in autograd.Functions outside (logps.py, policy.py, losses.py, linear.py). What needs the data to be
+checked, such as a target outside the vocabulary, is checked here, where a graph cannot see it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .layout import Rows, check_boundaries, real_dtype
 LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 
 _ROWS = (
-    "Tensor{} logits, Tensor targets, Tensor active, float temperature, Tensor? temperatures, float logit_scale, float softcap"
+    "Tensor{} logits, Tensor targets, Tensor active, float temperature, Tensor? temperatures, "
+    "float logit_scale, float softcap"
 )
 _POLICY = (
     "Tensor advantages, Tensor weights, Tensor? old_logps, Tensor? ref_logps, Tensor? rollout_logps, "
@@ -117,7 +118,9 @@ def _row_policy_into(gradient: Tensor, args: tuple) -> tuple[Tensor, Tensor]:
     return stats.logps, stats.entropy
 
 
-def _token_policy(logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _token_policy(
+    logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     inputs, backend = PolicyInputs(*rest[:_N_POLICY]), rest[_N_POLICY]
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, logps.shape[1])
@@ -139,7 +142,9 @@ def _linear_forward(*args: Any) -> tuple[Tensor, ...]:
 def _linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, (weight, bias, chunk_rows, needs, *rest) = _split(args)
     saved, (g_logps, g_entropy, backend) = RowStats(*rest[:_N_STATS]), rest[_N_STATS:]
-    return linear_loops.backward(implementation(backend), rows, weight, bias, chunk_rows, needs, saved, g_logps, g_entropy)
+    return linear_loops.backward(
+        implementation(backend), rows, weight, bias, chunk_rows, needs, saved, g_logps, g_entropy
+    )
 
 
 def _linear_policy(*args: Any) -> tuple[Tensor, ...]:
@@ -160,7 +165,8 @@ def _fake_stats(logits: Tensor, targets: Tensor, sum_p2: bool) -> tuple[Tensor, 
     return (*(_real(logits, targets.shape) for _ in range(_N_STATS)), _real(logits, targets.shape if sum_p2 else (0,)))
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple[Tensor, ...]:
+def _fake_gradients(args: tuple) -> tuple[Tensor, ...]:
+    hidden, (weight, bias, _, needs) = args[0], args[_N_ROWS : _N_ROWS + 4]
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     likes = (hidden, weight, weight if bias is None else bias)
     return tuple(like.new_empty(s if need else (0,)) for like, s, need in zip(likes, shapes, needs, strict=True))
@@ -168,7 +174,13 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: 
 
 def _fake_token_policy(logps: Tensor, entropy: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
     g_entropy = _real(logps, (0,) if entropy is None else logps.shape)
-    return _real(logps, ()), _real(logps, logps.shape), _real(logps, logps.shape), g_entropy, _real(logps, (len(METRICS),))
+    return (
+        _real(logps, ()),
+        _real(logps, logps.shape),
+        _real(logps, logps.shape),
+        g_entropy,
+        _real(logps, (len(METRICS),)),
+    )
 
 
 def _fake_advantages(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -197,7 +209,11 @@ row_backward_ = _define(
 row_policy = _define(
     f"row_policy({_HEAD}, {_POLICY}, bool validate, str backend) -> (Tensor, Tensor, Tensor)",
     _row_policy,
-    lambda logits, targets, *_: (logits.new_empty(logits.shape), _real(logits, targets.shape), _real(logits, targets.shape)),
+    lambda logits, targets, *_: (
+        logits.new_empty(logits.shape),
+        _real(logits, targets.shape),
+        _real(logits, targets.shape),
+    ),
 )
 row_policy_ = _define(
     f"row_policy_({_HEAD_INPLACE}, {_POLICY}, bool validate, str backend) -> (Tensor, Tensor)",
@@ -226,14 +242,14 @@ linear_backward = _define(
     f"linear_backward({_HIDDEN}, {_LINEAR}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     _linear_backward,
-    lambda *args: _fake_gradients(args[0], *args[_N_ROWS : _N_ROWS + 2], args[_N_ROWS + 3]),
+    lambda *args: _fake_gradients(args),
 )
 linear_policy = _define(
     f"linear_policy({_HIDDEN}, {_LINEAR}, {_POLICY}, bool validate, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_policy,
     lambda *args: (
-        *_fake_gradients(args[0], *args[_N_ROWS : _N_ROWS + 2], args[_N_ROWS + 3]),
+        *_fake_gradients(args),
         _real(args[0], args[1].shape),
         _real(args[0], args[1].shape),
     ),

@@ -138,7 +138,14 @@ def policy_loss(
 
 
 def policy_metrics(
-    parts: list[Tensor], active: Tensor, entropy: Tensor, kl: Tensor, raw: Tensor, ratio: Tensor, adv: Tensor, s: Scalars
+    parts: list[Tensor],
+    active: Tensor,
+    entropy: Tensor,
+    kl: Tensor,
+    raw: Tensor,
+    ratio: Tensor,
+    adv: Tensor,
+    s: Scalars,
 ) -> Tensor:
     """In the order of config.METRICS; means over active tokens."""
     n = active.sum()
@@ -148,7 +155,10 @@ def policy_metrics(
 
     none = n == 0
     cap = min(s.delta, s.dual_clip)
-    low, high = mean(((ratio < s.ratio_low) & (adv < 0)).to(ratio.dtype)), mean(((ratio > s.ratio_high) & (adv > 0)).to(ratio.dtype))
+    low, high = (
+        mean(((ratio < s.ratio_low) & (adv < 0)).to(ratio.dtype)),
+        mean(((ratio > s.ratio_high) & (adv > 0)).to(ratio.dtype)),
+    )
     extremes = [torch.where(active, ratio, float("inf")).flatten(), torch.where(active, ratio, float("-inf")).flatten()]
     one = ratio.new_ones(1)
     return torch.stack([

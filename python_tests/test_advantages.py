@@ -19,12 +19,18 @@ def by_hand(rewards, ids, baseline, scale, ddof, eps):
         base = {"mean": r.mean(), "leave_one_out": (r.sum() - r) / max(n - 1, 1), "none": torch.zeros(())}[baseline]
         if n == 1:
             continue
-        std = {"group": r.std(correction=ddof) + eps, "batch": rewards.double().std(correction=ddof) + eps, "none": 1.0}[scale]
+        std = {
+            "group": r.std(correction=ddof) + eps,
+            "batch": rewards.double().std(correction=ddof) + eps,
+            "none": 1.0,
+        }[scale]
         out[ids == g] = (r - base) / std
     return out
 
 
-@pytest.mark.parametrize("baseline, scale, ddof", [*itertools.product(["mean", "leave_one_out", "none"], ["group", "batch", "none"], [0, 1])])
+@pytest.mark.parametrize(
+    "baseline, scale, ddof", [*itertools.product(["mean", "leave_one_out", "none"], ["group", "batch", "none"], [0, 1])]
+)
 def test_formula(backend, baseline, scale, ddof):
     ids = torch.arange(8) // 4
     expected = by_hand(R, ids, baseline, scale, ddof, 1e-4)
@@ -46,7 +52,9 @@ def test_small_spread_on_a_large_offset(backend):
     """Centred in a second pass: E[x^2] - E[x]^2 would lose everything here."""
     r = torch.tensor([1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3], dtype=torch.float64)
     out = gk.group_advantages(r, group_size=4, eps=0.0, backend=backend)
-    torch.testing.assert_close(out.advantages, gk.group_advantages(r - 1e6, group_size=4, eps=0.0).advantages, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        out.advantages, gk.group_advantages(r - 1e6, group_size=4, eps=0.0).advantages, rtol=1e-9, atol=0
+    )
 
 
 def test_order_changes_no_bit():
@@ -64,9 +72,14 @@ def test_ragged_groups_agree_with_the_reference():
     r, ids = torch.randn(200), torch.randint(0, 40, (200,))
     r[::11] = math.nan
     valid = torch.rand(200) > 0.2
-    for baseline, scale, single in itertools.product(["mean", "leave_one_out", "none"], ["group", "batch", "none"], ["zero", "raw"]):
+    for baseline, scale, single in itertools.product(
+        ["mean", "leave_one_out", "none"], ["group", "batch", "none"], ["zero", "raw"]
+    ):
         mine, theirs = (
-            gk.group_advantages(r, group_ids=ids, baseline=baseline, scale=scale, single=single, valid=valid, clip=1.2, backend=b) for b in ("cpu", "reference")
+            gk.group_advantages(
+                r, group_ids=ids, baseline=baseline, scale=scale, single=single, valid=valid, clip=1.2, backend=b
+            )
+            for b in ("cpu", "reference")
         )
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -79,7 +92,13 @@ def test_missing_rewards(backend):
     assert torch.equal(out.informative, torch.tensor([True] * 3 + [False] * 3))
     raw = gk.group_advantages(r, group_size=3, scale="none", single="raw", backend=backend)
     assert raw.advantages[5] == 4.0
-    same = gk.group_advantages(torch.tensor([1.0, 99.0, 0.0, 5.0, 5.0, 4.0]), group_size=3, scale="none", valid=torch.tensor([1, 0, 1, 0, 0, 1]), backend=backend)
+    same = gk.group_advantages(
+        torch.tensor([1.0, 99.0, 0.0, 5.0, 5.0, 4.0]),
+        group_size=3,
+        scale="none",
+        valid=torch.tensor([1, 0, 1, 0, 0, 1]),
+        backend=backend,
+    )
     assert torch.equal(same.advantages, out.advantages)
     assert (gk.group_advantages(torch.full((4,), math.nan), group_size=2, backend=backend).advantages == 0).all()
 

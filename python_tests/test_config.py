@@ -68,10 +68,12 @@ def test_presets_build_and_run(name):
     config = gk.LossConfig.preset(name, eps_low=0.25)
     assert config.eps_low == 0.25
     x = torch.randn(3, 4, requires_grad=True)
-    gk.policy_loss(x, torch.randn(3), old_logps=torch.zeros(3, 4), ref_logps=torch.zeros(3, 4), config=config).loss.backward()
+    gk.policy_loss(
+        x, torch.randn(3), old_logps=torch.zeros(3, 4), ref_logps=torch.zeros(3, 4), config=config
+    ).loss.backward()
     assert x.grad.abs().sum() > 0
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="no preset 'grpo'; there are .*trl_grpo"):
+    with pytest.raises(ValueError, match=r"no preset 'grpo'; there are .*trl_grpo"):
         gk.LossConfig.preset("grpo")

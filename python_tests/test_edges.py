@@ -41,7 +41,10 @@ def test_masked_tokens_are_not_read(backend, level, single_pass):
 def test_masks_of_any_dtype(dtype):
     b = make_batch()
     mask = (b.mask * 2).to(dtype)  # any non-zero is 1
-    assert torch.equal(gk.grpo_loss(b.logits, b.targets, b.advantages, mask).loss, gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask).loss)
+    assert torch.equal(
+        gk.grpo_loss(b.logits, b.targets, b.advantages, mask).loss,
+        gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask).loss,
+    )
 
 
 def test_ignore_index_is_masked():
@@ -51,7 +54,10 @@ def test_ignore_index_is_masked():
     a = gk.grpo_loss(b.logits, marked, b.advantages, config=config, old_logps=b.old_logps)
     c = gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, config=config, old_logps=b.old_logps)
     assert torch.equal(a.loss, c.loss) and a.metrics["tokens"] == b.mask.sum()
-    assert torch.equal(gk.token_logps(b.logits, marked, ignore_index=-100).logps, torch.where(b.mask, gk.token_logps(b.logits, b.targets).logps, 0.0))
+    assert torch.equal(
+        gk.token_logps(b.logits, marked, ignore_index=-100).logps,
+        torch.where(b.mask, gk.token_logps(b.logits, b.targets).logps, 0.0),
+    )
 
 
 @pytest.mark.parametrize("level", RATIO_LEVELS)
@@ -59,7 +65,12 @@ def test_ignore_index_is_masked():
 def test_nothing_active_is_exactly_zero(backend, level, shape):
     config = gk.LossConfig(ratio_level=level, aggregation="sequence_mean", **FULL)
     targets = torch.zeros(shape, dtype=torch.int64)
-    keywords = {"mask": torch.zeros(shape), "old_logps": torch.zeros(shape), "ref_logps": torch.zeros(shape), "backend": backend}
+    keywords = {
+        "mask": torch.zeros(shape),
+        "old_logps": torch.zeros(shape),
+        "ref_logps": torch.zeros(shape),
+        "backend": backend,
+    }
     b = make_batch()._replace(targets=targets)
     for loss in both_paths(b, config):
         x = torch.randn(*shape, 133, dtype=torch.float64, requires_grad=True)
@@ -73,9 +84,22 @@ def test_zero_length_sequence_among_packed(backend):
     b = make_batch(sequences=1, tokens=6)
     config = gk.LossConfig(ratio_level="sequence", aggregation="sequence_mean")
     cu = torch.tensor([0, 2, 2, 6])
-    out = gk.grpo_loss(b.logits[0], b.targets[0], torch.ones(3), old_logps=b.old_logps[0], cu_seqlens=cu, config=config, backend=backend)
+    out = gk.grpo_loss(
+        b.logits[0],
+        b.targets[0],
+        torch.ones(3),
+        old_logps=b.old_logps[0],
+        cu_seqlens=cu,
+        config=config,
+        backend=backend,
+    )
     assert out.loss.isfinite()
-    assert gk.policy_loss(torch.zeros(0), torch.zeros(0), cu_seqlens=torch.tensor([0]), config=config, backend=backend).loss == 0
+    assert (
+        gk.policy_loss(
+            torch.zeros(0), torch.zeros(0), cu_seqlens=torch.tensor([0]), config=config, backend=backend
+        ).loss
+        == 0
+    )
 
 
 def test_illegal_target(backend):
@@ -97,7 +121,11 @@ def test_nan_stays_in_its_row(backend):
     b = make_batch()
     logits = b.logits.clone()
     logits[0, 0, 3] = math.nan
-    for dirty, clean in zip(both_paths(b, gk.LossConfig(), old_logps=b.old_logps), both_paths(b, gk.LossConfig(), old_logps=b.old_logps), strict=True):
+    for dirty, clean in zip(
+        both_paths(b, gk.LossConfig(), old_logps=b.old_logps),
+        both_paths(b, gk.LossConfig(), old_logps=b.old_logps),
+        strict=True,
+    ):
         x, y = logits.clone().requires_grad_(), b.logits.clone().requires_grad_()
         out, good = (f(v, mask=b.mask, advantages=b.advantages, backend=backend) for f, v in ((dirty, x), (clean, y)))
         assert out.loss.isnan() and out.logps[0, 0].isnan() and out.logps.isnan().sum() == 1
@@ -129,7 +157,9 @@ def test_inplace_refuses_what_would_be_wrong():
     for bad in (leaf, leaf[1:]):
         for single_pass in (True, False):
             with pytest.raises(ValueError, match="leaf"):
-                gk.grpo_loss(bad, b.targets[: len(bad)], b.advantages[: len(bad)], inplace=True, single_pass=single_pass)
+                gk.grpo_loss(
+                    bad, b.targets[: len(bad)], b.advantages[: len(bad)], inplace=True, single_pass=single_pass
+                )
     logits = leaf * 1
     other = logits.square().sum()  # another node that saved the logits
     loss = gk.grpo_loss(logits, b.targets, b.advantages, inplace=True).loss

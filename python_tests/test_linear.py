@@ -27,7 +27,16 @@ def run(loss, values, needs):
 
 def in_full(hidden, weight, bias, batch, config, **options):
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return gk.grpo_loss(logits, batch.targets, batch.advantages, batch.mask, config=config, backend="reference", **batch.keywords(), **options).loss
+    return gk.grpo_loss(
+        logits,
+        batch.targets,
+        batch.advantages,
+        batch.mask,
+        config=config,
+        backend="reference",
+        **batch.keywords(),
+        **options,
+    ).loss
 
 
 @pytest.mark.parametrize("single_pass", [True, False])
@@ -39,7 +48,18 @@ def test_accuracy(backend, dtype, level, single_pass):
 
     def mine(h, w, c):
         return gk.linear_grpo_loss(
-            h, w, b.targets, b.advantages, b.mask, bias=c, chunk_rows=4, config=config, single_pass=single_pass, temperature=0.9, backend=backend, **b.keywords()
+            h,
+            w,
+            b.targets,
+            b.advantages,
+            b.mask,
+            bias=c,
+            chunk_rows=4,
+            config=config,
+            single_pass=single_pass,
+            temperature=0.9,
+            backend=backend,
+            **b.keywords(),
         ).loss
 
     ours = run(mine, values, [True] * 3)
@@ -58,7 +78,9 @@ def test_frozen_parts(needs, single_pass):
     b, config, values = make_batch(), gk.LossConfig(), tensors(torch.float64)
 
     def mine(h, w, c):
-        return gk.linear_grpo_loss(h, w, b.targets, b.advantages, b.mask, bias=c, config=config, single_pass=single_pass, old_logps=b.old_logps).loss
+        return gk.linear_grpo_loss(
+            h, w, b.targets, b.advantages, b.mask, bias=c, config=config, single_pass=single_pass, old_logps=b.old_logps
+        ).loss
 
     everything = run(mine, values, [True] * 3)
     some = run(mine, values, needs)
@@ -81,7 +103,9 @@ def test_chunks_change_nothing(chunk_rows):
 def test_logps_entropy_and_sum_p2(backend):
     b, (h, w, c) = make_batch(), tensors(torch.float64)
     full = gk.token_logps(h @ w.t() + c, b.targets, mask=b.mask, return_entropy=True, return_sum_p2=True)
-    mine = gk.linear_token_logps(h, w, b.targets, bias=c, mask=b.mask, return_entropy=True, return_sum_p2=True, chunk_rows=3, backend=backend)
+    mine = gk.linear_token_logps(
+        h, w, b.targets, bias=c, mask=b.mask, return_entropy=True, return_sum_p2=True, chunk_rows=3, backend=backend
+    )
     for x, y in zip(mine, full, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
@@ -103,7 +127,9 @@ def test_gradcheck():
     args = (b.targets[:2, :3], b.advantages[:2], b.mask[:2, :3])
 
     def loss(h, w, c):
-        return gk.linear_grpo_loss(h, w, *args, bias=c, chunk_rows=2, config=gk.LossConfig(entropy_coef=0.1), old_logps=b.old_logps[:2, :3]).loss
+        return gk.linear_grpo_loss(
+            h, w, *args, bias=c, chunk_rows=2, config=gk.LossConfig(entropy_coef=0.1), old_logps=b.old_logps[:2, :3]
+        ).loss
 
     def logps(h, w, c):
         return gk.linear_token_logps(h, w, args[0], bias=c, mask=args[2], chunk_rows=2, return_entropy=True)[:2]
@@ -119,7 +145,11 @@ def test_tied_embedding_accumulates():
     for fn in (gk.linear_grpo_loss, None):
         tied = w.clone().requires_grad_()
         hidden = tied[b.targets]
-        out = fn(hidden, tied, b.targets, b.advantages, b.mask) if fn else gk.grpo_loss(hidden @ tied.t(), b.targets, b.advantages, b.mask)
+        out = (
+            fn(hidden, tied, b.targets, b.advantages, b.mask)
+            if fn
+            else gk.grpo_loss(hidden @ tied.t(), b.targets, b.advantages, b.mask)
+        )
         grads.append(torch.autograd.grad(out.loss, tied)[0])
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
 
@@ -146,7 +176,9 @@ def test_many_rows_accumulate_in_float32():
 
     def loss(dtype, chunk):
         w = weight.to(dtype).requires_grad_()
-        out = gk.linear_grpo_loss(hidden.to(dtype), w, targets, adv, chunk_rows=chunk, config=gk.LossConfig(aggregation="token_sum"))
+        out = gk.linear_grpo_loss(
+            hidden.to(dtype), w, targets, adv, chunk_rows=chunk, config=gk.LossConfig(aggregation="token_sum")
+        )
         return torch.autograd.grad(out.loss, w)[0].double()
 
     exact = loss(torch.float64, 4096)

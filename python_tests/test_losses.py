@@ -38,7 +38,9 @@ def run(batch, config, dtype, backend, logits_of=lambda x: x, **options):
     """Loss, per-token terms, metrics and the gradient in the logits."""
     b = batch.to(dtype)
     x = b.logits.clone().requires_grad_()
-    out = gk.grpo_loss(logits_of(x), b.targets, b.advantages, b.mask, config=config, backend=backend, **b.keywords(), **options)
+    out = gk.grpo_loss(
+        logits_of(x), b.targets, b.advantages, b.mask, config=config, backend=backend, **b.keywords(), **options
+    )
     (g,) = torch.autograd.grad(out.loss, x)
     return out.loss.detach(), out.per_token_loss, torch.stack(list(out.metrics.values())), g
 
@@ -82,7 +84,9 @@ def test_upstream_gradient_is_scale(inplace, g):
     x = b.logits.clone().requires_grad_()
     args = (b.targets, b.advantages, b.mask)
     (a,) = torch.autograd.grad(gk.grpo_loss(x * 1, *args, config=config, inplace=inplace, **b.keywords()).loss * g, x)
-    (c,) = torch.autograd.grad(gk.grpo_loss(x * 1, *args, config=config, inplace=inplace, scale=g, **b.keywords()).loss, x)
+    (c,) = torch.autograd.grad(
+        gk.grpo_loss(x * 1, *args, config=config, inplace=inplace, scale=g, **b.keywords()).loss, x
+    )
     torch.testing.assert_close(a, c, rtol=1e-12, atol=0)
 
 
@@ -95,16 +99,35 @@ def test_packed_is_padded(backend, level, aggregation):
     b = b._replace(mask=b.mask & inside)
     cu_seqlens = torch.nn.functional.pad(inside.sum(-1).cumsum(0), (1, 0)).to(torch.int32)
     weights = torch.rand(6, dtype=torch.float64)
-    padded = gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, config=config, sequence_weights=weights, backend=backend, **b.keywords())
+    padded = gk.grpo_loss(
+        b.logits,
+        b.targets,
+        b.advantages,
+        b.mask,
+        config=config,
+        sequence_weights=weights,
+        backend=backend,
+        **b.keywords(),
+    )
     rest = {k: v[inside] for k, v in b.keywords().items()}
     x = b.logits[inside].requires_grad_()
     packed = gk.grpo_loss(
-        x, b.targets[inside], b.advantages, b.mask[inside], config=config, sequence_weights=weights, cu_seqlens=cu_seqlens, backend=backend, **rest
+        x,
+        b.targets[inside],
+        b.advantages,
+        b.mask[inside],
+        config=config,
+        sequence_weights=weights,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        **rest,
     )
     torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(packed.per_token_loss, padded.per_token_loss[inside], rtol=1e-12, atol=1e-14)
     y = b.logits.clone().requires_grad_()
-    again = gk.grpo_loss(y, b.targets, b.advantages, b.mask, config=config, sequence_weights=weights, backend=backend, **b.keywords())
+    again = gk.grpo_loss(
+        y, b.targets, b.advantages, b.mask, config=config, sequence_weights=weights, backend=backend, **b.keywords()
+    )
     (gx,), (gy,) = torch.autograd.grad(packed.loss, x), torch.autograd.grad(again.loss, y)
     torch.testing.assert_close(gx, gy[inside], rtol=1e-12, atol=1e-14)
 
@@ -114,7 +137,9 @@ def test_tokens_past_the_last_boundary_are_masked(backend):
     x = b.logits[0].requires_grad_()
     cu = torch.tensor([0, 3, 6])
     config = gk.LossConfig(ratio_level="sequence", aggregation="sequence_mean")
-    out = gk.grpo_loss(x, b.targets[0], torch.ones(2), old_logps=b.old_logps[0], cu_seqlens=cu, config=config, backend=backend)
+    out = gk.grpo_loss(
+        x, b.targets[0], torch.ones(2), old_logps=b.old_logps[0], cu_seqlens=cu, config=config, backend=backend
+    )
     (g,) = torch.autograd.grad(out.loss, x)
     assert (g[6:] == 0).all() and (g[:6] != 0).any() and (out.per_token_loss[6:] == 0).all()
 
@@ -136,7 +161,16 @@ def test_aggregations_by_hand(backend, aggregation):
     config = config_of({"aggregation": aggregation})
     own = gk.policy_loss(b.old_logps, b.advantages, b.mask, config=config, sequence_weights=w, backend=backend)
     torch.testing.assert_close(own.loss, expected, rtol=1e-12, atol=0)
-    given = gk.policy_loss(b.old_logps, b.advantages, b.mask, config=config, sequence_weights=w, denominator=torch.tensor(7), scale=0.25, backend=backend)
+    given = gk.policy_loss(
+        b.old_logps,
+        b.advantages,
+        b.mask,
+        config=config,
+        sequence_weights=w,
+        denominator=torch.tensor(7),
+        scale=0.25,
+        backend=backend,
+    )
     unnormalised = (rows / n if aggregation == "sequence_mean" else rows).sum()
     torch.testing.assert_close(given.loss, unnormalised * 0.25 / 7, rtol=1e-12, atol=0)
 
@@ -147,7 +181,15 @@ def test_accumulating_with_a_denominator_is_the_whole_batch():
     total = 0.0
     for part in (slice(0, 2), slice(2, 6)):
         rest = {k: v[part] for k, v in b.keywords().items()}
-        total += gk.grpo_loss(b.logits[part], b.targets[part], b.advantages[part], b.mask[part], config=config, denominator=b.mask.sum(), **rest).loss
+        total += gk.grpo_loss(
+            b.logits[part],
+            b.targets[part],
+            b.advantages[part],
+            b.mask[part],
+            config=config,
+            denominator=b.mask.sum(),
+            **rest,
+        ).loss
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=0)
 
 
@@ -181,7 +223,9 @@ def test_policy_loss_gradients_in_logps_and_entropy(backend):
     outs = []
     for name in (backend, "reference"):
         lp, h = (b.old_logps + 0.1).requires_grad_(), torch.rand_like(b.old_logps).fill_(0.7).requires_grad_()
-        out = gk.policy_loss(lp, b.advantages, b.mask, entropy=h, config=config, backend=name, return_entropy=True, **b.keywords())
+        out = gk.policy_loss(
+            lp, b.advantages, b.mask, entropy=h, config=config, backend=name, return_entropy=True, **b.keywords()
+        )
         outs.append((out.loss.detach(), out.entropy, *torch.autograd.grad(out.loss, (lp, h))))
     for a, c in zip(*outs, strict=True):
         torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-14)
@@ -200,8 +244,13 @@ def test_rewards_instead_of_advantages(backend):
     b = make_batch(sequences=6)
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
     a = gk.group_advantages(rewards, group_size=3, scale="none").advantages
-    for fn, first in ((gk.grpo_loss, (b.logits,)), (gk.linear_grpo_loss, (b.logits, torch.eye(133, dtype=torch.float64)))):
-        mine = fn(*first, b.targets, mask=b.mask, rewards=rewards, group_size=3, advantage_scale="none", backend=backend)
+    for fn, first in (
+        (gk.grpo_loss, (b.logits,)),
+        (gk.linear_grpo_loss, (b.logits, torch.eye(133, dtype=torch.float64))),
+    ):
+        mine = fn(
+            *first, b.targets, mask=b.mask, rewards=rewards, group_size=3, advantage_scale="none", backend=backend
+        )
         assert torch.equal(mine.loss, fn(*first, b.targets, a, b.mask, backend=backend).loss)
 
 
@@ -209,7 +258,10 @@ def test_modules():
     b = make_batch()
     config = gk.LossConfig(aggregation="sequence_mean")
     module = gk.GRPOLoss(config, temperature=0.5)
-    assert torch.equal(module(b.logits, b.targets, b.advantages, b.mask).loss, gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, config=config, temperature=0.5).loss)
+    assert torch.equal(
+        module(b.logits, b.targets, b.advantages, b.mask).loss,
+        gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, config=config, temperature=0.5).loss,
+    )
     linear = gk.LinearGRPOLoss(config, chunk_rows=3)
     weight = torch.eye(133, dtype=torch.float64)
     assert torch.equal(
@@ -225,7 +277,9 @@ def test_outputs_are_detached_and_complete(backend):
     assert out.loss.requires_grad and out.loss.dim() == 0 and out.entropy is None
     assert not any(x.requires_grad for x in (out.logps, out.per_token_loss, *out.metrics.values()))
     assert tuple(out.metrics) == METRICS and all(x.dim() == 0 for x in out.metrics.values())
-    assert gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, return_entropy=True, backend=backend).entropy.shape == (5, 7)
+    assert gk.grpo_loss(
+        b.logits, b.targets, b.advantages, b.mask, return_entropy=True, backend=backend
+    ).entropy.shape == (5, 7)
     parts = sum(out.metrics[k] for k in ("policy_loss", "kl_loss", "entropy_loss"))
     torch.testing.assert_close(parts, out.loss.detach(), rtol=1e-12, atol=0)
     assert math.isclose(float(out.metrics["tokens"]), float(b.mask.sum()))

@@ -5,8 +5,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import grpo_kernels as gk
-from grpo_kernels import losses, ops
+from grpo_kernels import ops
 from grpo_kernels.layout import layout_of, real_dtype, rows_of
+from grpo_kernels.policy import policy_inputs
 from grpo_kernels.testing.inputs import make_batch
 
 FULL = {"kl_coef": 0.1, "entropy_coef": 0.05}
@@ -17,7 +18,7 @@ def arguments(dtype=torch.float32, level="token"):
     b = make_batch().to(dtype)
     rows = rows_of(b.logits, b.targets, b.mask, temperature=0.7, logit_scale=1.0, softcap=20.0, ignore_index=-100)
     layout = layout_of(b.targets.shape, None)
-    inputs = losses.policy_inputs(
+    inputs = policy_inputs(
         layout, rows.active, real_dtype(dtype), gk.LossConfig(ratio_level=level, **FULL), advantages=b.advantages,
         sequence_weights=None, denominator=None, scale=1.0, **b.keywords(),
     )  # fmt: skip
@@ -73,8 +74,15 @@ def test_compiled_linear_with_inductor():
         return gk.linear_grpo_loss(h, w, b.targets, b.advantages, b.mask, config=config, **b.keywords()).loss
 
     torch.manual_seed(0)
-    h, w = torch.randn(5, 7, 8, dtype=torch.float64, requires_grad=True), torch.randn(133, 8, dtype=torch.float64, requires_grad=True)
-    for a, c in zip(torch.autograd.grad(torch.compile(step, fullgraph=True)(h, w), (h, w)), torch.autograd.grad(step(h, w), (h, w)), strict=True):
+    h, w = (
+        torch.randn(5, 7, 8, dtype=torch.float64, requires_grad=True),
+        torch.randn(133, 8, dtype=torch.float64, requires_grad=True),
+    )
+    for a, c in zip(
+        torch.autograd.grad(torch.compile(step, fullgraph=True)(h, w), (h, w)),
+        torch.autograd.grad(step(h, w), (h, w)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-15)
 
 
@@ -89,7 +97,9 @@ def test_one_graph_for_all_lengths_and_coefficients():
         b = make_batch(sequences=4 + i, tokens=tokens)
         config = gk.LossConfig(kl_coef=0.1 / (i + 1), eps_low=0.2 - 0.01 * i, entropy_coef=0.0)
         loss = step(b.logits, b.targets, b.advantages, b.mask, b.old_logps, b.ref_logps, config)
-        eager = gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, old_logps=b.old_logps, ref_logps=b.ref_logps, config=config).loss
+        eager = gk.grpo_loss(
+            b.logits, b.targets, b.advantages, b.mask, old_logps=b.old_logps, ref_logps=b.ref_logps, config=config
+        ).loss
         torch.testing.assert_close(loss, eager, rtol=1e-12, atol=0)
     assert counter.frame_count == 1
 

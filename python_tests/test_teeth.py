@@ -13,7 +13,11 @@ FULL = {"eps_high": 0.4, "delta": 1.6, "kl_coef": 0.1, "entropy_coef": 0.05, "kl
 def with_scalars(**changes):
     def patch(monkeypatch):
         original = reference.Scalars
-        monkeypatch.setattr(reference, "Scalars", lambda *values: original(*values)._replace(**{k: f(original(*values)) for k, f in changes.items()}))
+        monkeypatch.setattr(
+            reference,
+            "Scalars",
+            lambda *values: original(*values)._replace(**{k: f(original(*values)) for k, f in changes.items()}),
+        )
 
     return patch
 
@@ -22,7 +26,12 @@ def swapped(name, replacement):
     return lambda monkeypatch: monkeypatch.setattr(reference, name, replacement)
 
 
-clip, kl, log_ratios, estimate = reference.clip_objective, reference.kl_penalty, reference.log_ratios, reference.kl_estimate
+clip, kl, log_ratios, estimate = (
+    reference.clip_objective,
+    reference.kl_penalty,
+    reference.log_ratios,
+    reference.kl_estimate,
+)
 CHANGES = {
     "swap the clip bounds": with_scalars(ratio_low=lambda s: 2 - s.ratio_high, ratio_high=lambda s: 2 - s.ratio_low),
     "drop delta": with_scalars(delta=lambda s: float("inf")),
@@ -45,7 +54,15 @@ def test_a_changed_specification_is_noticed(monkeypatch, name):
 
     def run(backend):
         x = b.logits.clone().requires_grad_()
-        out = gk.grpo_loss(x, b.targets, torch.tensor([1.0, -1.0, 0.5, -2.0, 1.0]), b.mask, config=config, backend=backend, **b.keywords())
+        out = gk.grpo_loss(
+            x,
+            b.targets,
+            torch.tensor([1.0, -1.0, 0.5, -2.0, 1.0]),
+            b.mask,
+            config=config,
+            backend=backend,
+            **b.keywords(),
+        )
         return torch.cat([out.loss.detach()[None], torch.autograd.grad(out.loss, x)[0].flatten()])
 
     torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-10, atol=1e-12)

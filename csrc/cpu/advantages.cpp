@@ -34,10 +34,10 @@ class Groups {  // sample indices, group after group
  public:
   explicit Groups(const AdvantageParams& p) : p(p), order(p.samples) {
     for (int64_t i = 0; i < p.samples; ++i) order[i] = i;
-    if (p.group_ids) std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.group_ids[a] < p.group_ids[b]; });
+    if (p.group_ids)
+      std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.group_ids[a] < p.group_ids[b]; });
   }
-  template <typename Fn>
-  void for_each(const Fn& fn) const {
+  template <typename Fn> void for_each(const Fn& fn) const {
     for (int64_t begin = 0, end; begin < p.samples; begin = end) {
       for (end = begin + 1; end < p.samples && same(begin, end);) ++end;
       fn(order.data() + begin, end - begin);
@@ -62,9 +62,12 @@ double advantage(const AdvantageParams& p, double reward, const Moments& group, 
                          : p.baseline == Baseline::leave_one_out ? (reward - group.mean) * double(group.count) / others
                                                                  : reward - group.mean;
   switch (p.scale) {
-    case Scale::group: return centred / (group.std + p.eps);
-    case Scale::batch: return centred / (batch_std + p.eps);
-    default: return centred;
+    case Scale::group:
+      return centred / (group.std + p.eps);
+    case Scale::batch:
+      return centred / (batch_std + p.eps);
+    default:
+      return centred;
   }
 }
 

@@ -12,10 +12,14 @@ bool isa_supported(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (isa) {
-    case Isa::avx2: return avx2;
-    case Isa::avx512: return avx512;
-    case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
-    default: break;
+    case Isa::avx2:
+      return avx2;
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx512_bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
+    default:
+      break;
   }
 #endif
   return isa == Isa::generic;
@@ -37,11 +41,15 @@ Sweeps sweeps(DType dtype, bool softcap, bool squares) {
   if (dtype == DType::f64) return sweeps_double(softcap, squares);
   switch (isa_in_use()) {
 #ifdef GK_X86
-    case Isa::avx2: return sweeps_avx2(dtype, softcap, squares);
-    case Isa::avx512: return sweeps_avx512(dtype, softcap, squares);
-    case Isa::avx512_bf16: return sweeps_avx512_bf16(dtype, softcap, squares);
+    case Isa::avx2:
+      return sweeps_avx2(dtype, softcap, squares);
+    case Isa::avx512:
+      return sweeps_avx512(dtype, softcap, squares);
+    case Isa::avx512_bf16:
+      return sweeps_avx512_bf16(dtype, softcap, squares);
 #endif
-    default: return sweeps_generic(dtype, softcap, squares);
+    default:
+      return sweeps_generic(dtype, softcap, squares);
   }
 }
 

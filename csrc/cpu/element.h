@@ -44,19 +44,31 @@ inline uint16_t float_to_bf16(float x) {
 
 inline double load_element(const char* data, int64_t i, DType dtype) {
   switch (dtype) {
-    case DType::f32: return reinterpret_cast<const float*>(data)[i];
-    case DType::f64: return reinterpret_cast<const double*>(data)[i];
-    case DType::bf16: return bf16_to_float(reinterpret_cast<const uint16_t*>(data)[i]);
-    case DType::f16: return half_to_float(reinterpret_cast<const uint16_t*>(data)[i]);
+    case DType::f32:
+      return reinterpret_cast<const float*>(data)[i];
+    case DType::f64:
+      return reinterpret_cast<const double*>(data)[i];
+    case DType::bf16:
+      return bf16_to_float(reinterpret_cast<const uint16_t*>(data)[i]);
+    case DType::f16:
+      return half_to_float(reinterpret_cast<const uint16_t*>(data)[i]);
   }
   return NAN;
 }
 inline void store_element(char* data, int64_t i, DType dtype, double value) {
   switch (dtype) {
-    case DType::f32: reinterpret_cast<float*>(data)[i] = float(value); break;
-    case DType::f64: reinterpret_cast<double*>(data)[i] = value; break;
-    case DType::bf16: reinterpret_cast<uint16_t*>(data)[i] = float_to_bf16(float(value)); break;
-    case DType::f16: reinterpret_cast<uint16_t*>(data)[i] = float_to_half(float(value)); break;
+    case DType::f32:
+      reinterpret_cast<float*>(data)[i] = float(value);
+      break;
+    case DType::f64:
+      reinterpret_cast<double*>(data)[i] = value;
+      break;
+    case DType::bf16:
+      reinterpret_cast<uint16_t*>(data)[i] = float_to_bf16(float(value));
+      break;
+    case DType::f16:
+      reinterpret_cast<uint16_t*>(data)[i] = float_to_half(float(value));
+      break;
   }
 }
 

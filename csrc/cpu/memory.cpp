@@ -1,4 +1,5 @@
-// A fresh gradient as large as the logits costs several copies in page faults of 4 KiB; with 2 MiB pages it is nearly free.
+// A fresh gradient as large as the logits costs several copies in page faults of 4 KiB; with 2 MiB pages it is nearly
+// free.
 #include "memory.h"
 
 #ifdef __linux__

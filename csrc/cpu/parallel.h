@@ -9,8 +9,7 @@
 namespace gk {
 
 // Runs work(i) for i in [0, count), each i on one thread, handed out in order as threads become free.
-template <typename Work>
-void parallel_for(int64_t count, int threads, const Work& work) {
+template <typename Work> void parallel_for(int64_t count, int threads, const Work& work) {
   std::atomic<int64_t> next{0};
   const auto run = [&] {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);

@@ -9,11 +9,15 @@ inline double load_real(const void* data, int64_t index, bool is_double) {
   return is_double ? static_cast<const double*>(data)[index] : static_cast<const float*>(data)[index];
 }
 inline void store_real(void* data, int64_t index, bool is_double, double value) {
-  if (is_double) static_cast<double*>(data)[index] = value;
-  else static_cast<float*>(data)[index] = float(value);
+  if (is_double)
+    static_cast<double*>(data)[index] = value;
+  else
+    static_cast<float*>(data)[index] = float(value);
 }
 // noinline: gcc 12 drops the rounding where it can pair two of these into a vector (-fno-tree-slp-vectorize keeps it).
-__attribute__((noinline)) inline double as_real(double value, bool is_double) { return is_double ? value : float(value); }
+__attribute__((noinline)) inline double as_real(double value, bool is_double) {
+  return is_double ? value : float(value);
+}
 inline double read(const View& v, int64_t row, int64_t tokens, bool is_double, double absent) {
   return v.data ? load_real(v.data, v.offset(row, tokens), is_double) : absent;
 }
@@ -29,8 +33,10 @@ struct TokenInputs {
 inline TokenInputs read_token(const PolicyInputs& in, int64_t row, int64_t tokens, bool is_double, double logp) {
   const auto get = [&](const View& v, double absent) { return read(v, row, tokens, is_double, absent); };
   const double weight = get(in.weights, 1);
-  return {get(in.advantages, 0),   weight,  get(in.old_logps, logp), get(in.ref_logps, logp), get(in.rollout_logps, logp),
-          get(in.token_weights, 1), get(in.entropy_weights, weight), get(in.entropy_mask, 1)};
+  return {get(in.advantages, 0),           weight,
+          get(in.old_logps, logp),         get(in.ref_logps, logp),
+          get(in.rollout_logps, logp),     get(in.token_weights, 1),
+          get(in.entropy_weights, weight), get(in.entropy_mask, 1)};
 }
 
 inline double clamp_log_ratio(double log_ratio, const Scalars<double>& s) {

@@ -39,12 +39,15 @@ struct Row {
 class RowKernel {
  public:
   RowKernel(const Rows& p, const RowStats& stats)
-      : p(p), stats(stats), is_double(p.dtype == DType::f64), bytes(size_of(p.dtype)),
-        blocks((p.vocab + kBlock - 1) / kBlock), sweeps(gk::sweeps(p.dtype, p.softcap > 0, stats.sum_p2 != nullptr)) {}
+      : p(p),
+        stats(stats),
+        is_double(p.dtype == DType::f64),
+        bytes(size_of(p.dtype)),
+        blocks((p.vocab + kBlock - 1) / kBlock),
+        sweeps(gk::sweeps(p.dtype, p.softcap > 0, stats.sum_p2 != nullptr)) {}
 
   // epilogue(row index) -> Pull, once the row's statistics are stored. known: they are already, from an earlier launch.
-  template <typename Epilogue>
-  void run(bool known, const View* gradient, const Epilogue& epilogue) const {
+  template <typename Epilogue> void run(bool known, const View* gradient, const Epilogue& epilogue) const {
     const int64_t rows = p.batch * p.tokens;
     const int threads = int(std::min<int64_t>(p.threads, 1 + rows * p.vocab / kElementsWorthAThread));
     if (rows >= threads) {
@@ -63,17 +66,20 @@ class RowKernel {
 
   // Rows [first, first + count): many rows are taken one by one by each thread, few rows share all threads by columns.
   template <typename Epilogue>
-  void run_some(int64_t first, int64_t count, int threads, bool known, const View* gradient, const Epilogue& epilogue) const {
+  void run_some(int64_t first, int64_t count, int threads, bool known, const View* gradient,
+                const Epilogue& epilogue) const {
     if (!known) {
       std::vector<Softmax<double>> partial(count * blocks);
-      parallel_for(count * blocks, threads, [&](int64_t i) { sweep_stats(first + i / blocks, i % blocks, &partial[i]); });
+      parallel_for(count * blocks, threads,
+                   [&](int64_t i) { sweep_stats(first + i / blocks, i % blocks, &partial[i]); });
       for (int64_t i = 0; i < count; ++i) save_stats(first + i, &partial[i * blocks]);
     }
     if (!gradient) return;
     std::vector<Pull> pull(count);
     for (int64_t i = 0; i < count; ++i)
       if (active(first + i)) pull[i] = epilogue(first + i);
-    parallel_for(count * blocks, threads, [&](int64_t i) { sweep_gradient(first + i / blocks, i % blocks, *gradient, pull[i / blocks]); });
+    parallel_for(count * blocks, threads,
+                 [&](int64_t i) { sweep_gradient(first + i / blocks, i % blocks, *gradient, pull[i / blocks]); });
   }
 
   bool active(int64_t r) const { return is_active(p.active, r, p.tokens); }
@@ -82,7 +88,8 @@ class RowKernel {
   Row row(int64_t r) const {
     const double inv_t = p.temperature.data ? 1 / read(p.temperature, r, p.tokens, is_double, 1) : p.inv_temperature;
     const double slope = p.logit_scale * inv_t;
-    const Transform plain{slope * kLog2e, slope, 1, 0}, capped{inv_t * kLog2e, slope, p.logit_scale / p.softcap, p.softcap};
+    const Transform plain{slope * kLog2e, slope, 1, 0},
+        capped{inv_t * kLog2e, slope, p.logit_scale / p.softcap, p.softcap};
     return {static_cast<const char*>(p.logits.data) + p.logits.offset(r, p.tokens) * bytes,
             static_cast<const int64_t*>(p.targets.data)[p.targets.offset(r, p.tokens)], p.softcap > 0 ? capped : plain};
   }
@@ -150,7 +157,8 @@ void row_forward(const Rows& p, const RowStats& stats, Stream) {
   RowKernel(p, stats).run(false, nullptr, [](int64_t) { return Pull{}; });
 }
 
-void row_backward(const Rows& p, const RowStats& saved, const void* g_logps, const void* g_entropy, const View& gradient, Stream) {
+void row_backward(const Rows& p, const RowStats& saved, const void* g_logps, const void* g_entropy,
+                  const View& gradient, Stream) {
   const bool is_double = p.dtype == DType::f64;
   RowKernel(p, saved).run(true, &gradient, [&](int64_t r) {
     return Pull{load_real(g_logps, r, is_double), g_entropy ? load_real(g_entropy, r, is_double) : 0};

@@ -23,19 +23,21 @@ using Float = float __attribute__((vector_size(4 * kLanes)));
 using Int = int32_t __attribute__((vector_size(4 * kLanes)));
 using UInt = uint32_t __attribute__((vector_size(4 * kLanes)));
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 inline Float splat(float x) { return Float{} + x; }
 
-template <typename V>
-inline V load_bits(const void* p) {
+template <typename V> inline V load_bits(const void* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-template <typename V>
-inline void store_bits(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+template <typename V> inline void store_bits(void* p, V v) { std::memcpy(p, &v, sizeof v); }
 
 // A NaN in `a` is dropped, one in `b` is kept.
 inline Float max_of(Float a, Float b) {
@@ -62,8 +64,7 @@ inline double sum_lanes(Float v) {
 // 2^y, y no lower than kExp2Floor, times a constant that costs nothing: a polynomial in y - floor(y), minimax on [0, 1]
 // with the constant term held at 1, so that 2^0 is exactly 1. Relative error before rounding by degree: 4: 3e-6,
 // 5: 9e-8, 6: 1e-8.
-template <int kDegree>
-class Exp2 {
+template <int kDegree> class Exp2 {
  public:
   explicit Exp2(float factor = 1) {
     for (int i = 0; i <= kDegree; ++i) c[i] = splat(kCoefficients[i] * factor);
@@ -82,9 +83,10 @@ class Exp2 {
 
  private:
   static constexpr float kDegree4[] = {1, 6.930448524e-1f, 2.412801448e-1f, 5.224260278e-2f, 1.342660424e-2f};
-  static constexpr float kDegree5[] = {1, 6.931513116e-1f, 2.401644524e-1f, 5.579990466e-2f, 9.017042184e-3f, 1.867124460e-3f};
-  static constexpr float kDegree6[] = {1, 6.931470444e-1f, 2.402293055e-1f, 5.548528092e-2f, 9.675450850e-3f, 1.246785395e-3f,
-                                       2.161288628e-4f};
+  static constexpr float kDegree5[] = {
+      1, 6.931513116e-1f, 2.401644524e-1f, 5.579990466e-2f, 9.017042184e-3f, 1.867124460e-3f};
+  static constexpr float kDegree6[] = {
+      1, 6.931470444e-1f, 2.402293055e-1f, 5.548528092e-2f, 9.675450850e-3f, 1.246785395e-3f, 2.161288628e-4f};
   static constexpr const float* kCoefficients = kDegree == 4 ? kDegree4 : kDegree == 5 ? kDegree5 : kDegree6;
   Float c[kDegree + 1];
 
@@ -125,7 +127,9 @@ inline Float tanh_of(Float v) {
 
 // ---- loads and stores of 2 * kLanes elements; the two vectors hold them in an order only store2 knows ----
 
-struct Pair { Float a, b; };
+struct Pair {
+  Float a, b;
+};
 
 inline Pair load2(const float* p) { return {load_bits<Float>(p), load_bits<Float>(p + kLanes)}; }
 inline void store2(float* p, Pair v) { store_bits(p, v.a), store_bits(p + kLanes, v.b); }
@@ -142,8 +146,8 @@ inline UInt round_to_bf16(Float v) {  // in the upper half; the lower half is no
 inline UInt pack(Pair v, const bf16*) {
 #if defined(__AVX512BF16__)
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a);  // a in the low half
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                              21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (UInt)_mm512_permutexvar_epi16(interleave, both);
 #else
   return (round_to_bf16(v.a) >> 16) | (round_to_bf16(v.b) & 0xffff0000u);
@@ -187,8 +191,7 @@ inline UInt pack(Pair v, const f16*) {
   return to_half(v.a) | (to_half(v.b) << 16);
 #endif
 }
-template <typename Half>
-inline void store2(Half* p, Pair v) { store_bits(p, pack(v, p)); }
+template <typename Half> inline void store2(Half* p, Pair v) { store_bits(p, pack(v, p)); }
 
 // Past the cache; p is aligned to a vector. stream_fence() before the written memory is touched again.
 inline void stream_bits(void* p, UInt v) {
@@ -201,8 +204,7 @@ inline void stream_bits(void* p, UInt v) {
 #endif
 }
 inline void stream2(float* p, Pair v) { stream_bits(p, (UInt)v.a), stream_bits(p + kLanes, (UInt)v.b); }
-template <typename Half>
-inline void stream2(Half* p, Pair v) { stream_bits(p, pack(v, p)); }
+template <typename Half> inline void stream2(Half* p, Pair v) { stream_bits(p, pack(v, p)); }
 inline void stream_fence() {
 #ifdef __AVX2__
   _mm_sfence();

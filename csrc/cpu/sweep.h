@@ -19,7 +19,8 @@ struct Transform {
 struct Sweeps {
   void (*stats)(const void* logits, int64_t columns, const Transform&, Softmax<double>* out);
   // out may be logits; stream: write past the cache.
-  void (*gradient)(const void* logits, void* out, int64_t columns, const Transform&, double max, RowGradient<double>, bool stream);
+  void (*gradient)(const void* logits, void* out, int64_t columns, const Transform&, double max, RowGradient<double>,
+                   bool stream);
 };
 
 enum class Isa : int { generic, avx2, avx512, avx512_bf16, kCount };

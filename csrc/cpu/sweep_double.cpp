@@ -4,10 +4,12 @@
 namespace gk {
 namespace {
 
-template <bool kSoftcap>
-double capped_tanh(double logit, const Transform& f) { return kSoftcap ? std::tanh(logit * f.inner) : 0; }
-template <bool kSoftcap>
-double z_of(double logit, const Transform& f) { return kSoftcap ? f.cap * capped_tanh<kSoftcap>(logit, f) : logit; }
+template <bool kSoftcap> double capped_tanh(double logit, const Transform& f) {
+  return kSoftcap ? std::tanh(logit * f.inner) : 0;
+}
+template <bool kSoftcap> double z_of(double logit, const Transform& f) {
+  return kSoftcap ? f.cap * capped_tanh<kSoftcap>(logit, f) : logit;
+}
 
 double exp2_times(double y, double factor) { return y == -INFINITY ? 0 : std::exp2(y) * factor; }
 
@@ -27,7 +29,8 @@ void stats(const void* logits, int64_t columns, const Transform& f, Softmax<doub
 }
 
 template <bool kSoftcap>
-void gradient(const void* logits, void* out, int64_t columns, const Transform& f, double max, RowGradient<double> g, bool) {
+void gradient(const void* logits, void* out, int64_t columns, const Transform& f, double max, RowGradient<double> g,
+              bool) {
   const double* z = static_cast<const double*>(logits);
   double* dz = static_cast<double*>(out);
   for (int64_t i = 0; i < columns; ++i) {

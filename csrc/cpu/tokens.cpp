@@ -49,8 +49,7 @@ class TokenKernel {
       if (active(r)) pull += token(r, sequence ? &ratio : nullptr, sums);
     const bool shared = level == RatioLevel::sequence || level == RatioLevel::sequence_product;
     for (int64_t r = segment.begin; shared && ratio.open && r < segment.end; ++r)
-      if (active(r) && passes(r))
-        store(p.g_logps, r, load_real(p.g_logps, r, p.is_double) + ratio.share * pull);
+      if (active(r) && passes(r)) store(p.g_logps, r, load_real(p.g_logps, r, p.is_double) + ratio.share * pull);
     return sums;
   }
 
@@ -86,18 +85,20 @@ class TokenKernel {
   double token(int64_t r, const SequenceRatio* sequence, Sums& sums) const {
     const double logp = this->logp(r);
     const TokenInputs t = read_token(p.in, r, p.tokens, p.is_double, logp);
-    const double raw = logp - t.old, clamped = clamp_log_ratio(raw, s), log_ratio = sequence ? sequence->log_ratio : clamped;
+    const double raw = logp - t.old, clamped = clamp_log_ratio(raw, s),
+                 log_ratio = sequence ? sequence->log_ratio : clamped;
     const TokenLoss<double> loss = token_loss(p.in.form, {logp, log_ratio, t.adv, t.token_weight, t.ref, t.rollout}, s);
     const double entropy = read(p.entropy, r, p.tokens, p.is_double, 0), bonus = s.entropy_coef * t.entropy_mask;
 
-    const bool own = level == RatioLevel::token ? inside(raw, clamped) : level == RatioLevel::sequence_token && sequence->open;
+    const bool own =
+        level == RatioLevel::token ? inside(raw, clamped) : level == RatioLevel::sequence_token && sequence->open;
     store(p.per_token, r, loss.value(s) - bonus * entropy);
     store(p.g_logps, r, t.weight * (loss.d_logp + (own ? loss.d_log_ratio : 0)));
     store(p.g_entropy, r, -bonus * t.entropy_weight);
 
     const double ratio = exp_(log_ratio);
-    sums.merge({t.weight * loss.policy, t.weight * s.kl_coef * loss.kl, -bonus * t.entropy_weight * entropy, 1, entropy, loss.kl,
-                -raw, expm1_(raw) - raw, ratio, ratio, ratio, double((loss.flags & kClippedLow) != 0),
+    sums.merge({t.weight * loss.policy, t.weight * s.kl_coef * loss.kl, -bonus * t.entropy_weight * entropy, 1, entropy,
+                loss.kl, -raw, expm1_(raw) - raw, ratio, ratio, ratio, double((loss.flags & kClippedLow) != 0),
                 double((loss.flags & kClippedHigh) != 0), double((loss.flags & kCapped) != 0)});
     return t.weight * loss.d_log_ratio;
   }
@@ -107,10 +108,12 @@ std::vector<Segment> segments_of(const TokenParams& p) {
   std::vector<Segment> segments;
   if (p.in.form.ratio_level == RatioLevel::token) {  // tokens are independent: equal pieces
     const int64_t rows = p.batch * p.tokens;
-    for (int64_t r = 0; r < rows; r += kTokensWorthAThread) segments.push_back({r, std::min(r + kTokensWorthAThread, rows)});
+    for (int64_t r = 0; r < rows; r += kTokensWorthAThread)
+      segments.push_back({r, std::min(r + kTokensWorthAThread, rows)});
   } else {
     for (int64_t i = 0; i < p.sequences; ++i)
-      segments.push_back(p.cu_seqlens ? Segment{p.cu_seqlens[i], p.cu_seqlens[i + 1]} : Segment{i * p.tokens, (i + 1) * p.tokens});
+      segments.push_back(p.cu_seqlens ? Segment{p.cu_seqlens[i], p.cu_seqlens[i + 1]}
+                                      : Segment{i * p.tokens, (i + 1) * p.tokens});
   }
   return segments;
 }
@@ -119,10 +122,12 @@ void store_metrics(const TokenParams& p, const Sums& t) {
   const double n = max_(t.tokens, 1.0);
   const bool any = t.tokens > 0;
   double metrics[kMetricCount];
-  metrics[kPolicyLoss] = t.policy, metrics[kKlLoss] = t.kl, metrics[kEntropyLoss] = t.entropy, metrics[kTokens] = t.tokens;
+  metrics[kPolicyLoss] = t.policy, metrics[kKlLoss] = t.kl, metrics[kEntropyLoss] = t.entropy,
+  metrics[kTokens] = t.tokens;
   metrics[kEntropy] = t.raw_entropy / n, metrics[kKl] = t.raw_kl / n;
   metrics[kApproxKl] = t.approx_kl / n, metrics[kApproxKlK3] = t.approx_kl_k3 / n;
-  metrics[kRatioMean] = any ? t.ratio / n : 1, metrics[kRatioMin] = any ? t.ratio_min : 1, metrics[kRatioMax] = any ? t.ratio_max : 1;
+  metrics[kRatioMean] = any ? t.ratio / n : 1, metrics[kRatioMin] = any ? t.ratio_min : 1,
+  metrics[kRatioMax] = any ? t.ratio_max : 1;
   metrics[kClipLow] = t.low / n, metrics[kClipHigh] = t.high / n, metrics[kClipRegion] = (t.low + t.high) / n;
   metrics[kClipCap] = t.cap / n;
   for (int i = 0; i < kMetricCount; ++i) store_real(p.metrics, i, p.is_double, metrics[i]);

@@ -19,23 +19,20 @@ struct Form {
 };
 
 // Numbers that may change from step to step, in the order of SCALARS in grpo_kernels/config.py. Infinity: no bound.
-template <typename T>
-struct Scalars {
+template <typename T> struct Scalars {
   T ratio_low, ratio_high, delta, dual_clip, log_ratio_clamp, sequence_log_ratio_max;
   T kl_coef, kl_input_clamp, kl_output_clamp, entropy_coef;
 };
 
 // A term of the loss, its derivative in the log-ratio (of the token, or of the sequence) and directly in logp.
-template <typename T>
-struct Term {
+template <typename T> struct Term {
   T value, d_log_ratio, d_logp;
 };
 
 enum ClipFlags : int { kClippedLow = 1, kClippedHigh = 2, kCapped = 4 };
 
 // -min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that).
-template <typename T>
-GK_HD Term<T> clip_objective(T log_ratio, T adv, const Scalars<T>& s, int& flags) {
+template <typename T> GK_HD Term<T> clip_objective(T log_ratio, T adv, const Scalars<T>& s, int& flags) {
   const T ratio = exp_(log_ratio), capped = min_(ratio, s.delta), clipped = clamp_(ratio, s.ratio_low, s.ratio_high);
   const bool unclipped = !(capped * adv > clipped * adv);  // the negations let a NaN through
   T value = -(unclipped ? capped : clipped) * adv;
@@ -50,29 +47,32 @@ GK_HD Term<T> clip_objective(T log_ratio, T adv, const Scalars<T>& s, int& flags
 template <typename T>
 GK_HD Term<T> policy_objective(const Form& form, T log_ratio, T adv, const Scalars<T>& s, int& flags) {
   switch (form.objective) {
-    case Objective::clip: return clip_objective(log_ratio, adv, s, flags);
+    case Objective::clip:
+      return clip_objective(log_ratio, adv, s, flags);
   }
   return {};
 }
 
 // KL(policy || reference) from one sample, u = ref - logp: the estimator, its derivative in logp, and the two added up
 // without cancellation, which is the derivative of exp(logp - sg logp) times the estimator.
-template <typename T>
-struct KlEstimate {
+template <typename T> struct KlEstimate {
   T value, d_logp, score;
 };
 
-template <typename T>
-GK_HD KlEstimate<T> kl_estimate(KlEstimator estimator, T u) {
+template <typename T> GK_HD KlEstimate<T> kl_estimate(KlEstimator estimator, T u) {
   switch (estimator) {
-    case KlEstimator::k1: return {-u, T(1), 1 - u};
+    case KlEstimator::k1:
+      return {-u, T(1), 1 - u};
     case KlEstimator::abs: {
       const T value = u < 0 ? -u : u, slope = u < 0 ? T(1) : u > 0 ? T(-1) : T(0);
       return {value, slope, value + slope};
     }
-    case KlEstimator::k2: return {u * u / 2, -u, u * (u / 2 - 1)};
-    case KlEstimator::k3: return {expm1_(u) - u, -expm1_(u), -u};
-    default: return {};
+    case KlEstimator::k2:
+      return {u * u / 2, -u, u * (u / 2 - 1)};
+    case KlEstimator::k3:
+      return {expm1_(u) - u, -expm1_(u), -u};
+    default:
+      return {};
   }
 }
 
@@ -93,8 +93,11 @@ GK_HD Term<T> kl_penalty(const Form& form, T logp, T ref, T rollout, T log_ratio
       k = {ratio * estimate.value, T(0), ratio * estimate.score};
       break;
     }
-    case KlGradient::score_function: k.d_logp = estimate.score; break;
-    default: break;
+    case KlGradient::score_function:
+      k.d_logp = estimate.score;
+      break;
+    default:
+      break;
   }
   const T value = clamp_(k.value, -s.kl_output_clamp, s.kl_output_clamp);
   if (u < inside || u > inside || value < k.value || value > k.value) k.d_log_ratio = k.d_logp = 0;
@@ -103,20 +106,17 @@ GK_HD Term<T> kl_penalty(const Form& form, T logp, T ref, T rollout, T log_ratio
 }
 
 // What one token adds to the loss before aggregation, entropy apart: token_weight * policy + kl_coef * kl.
-template <typename T>
-struct TokenLoss {
+template <typename T> struct TokenLoss {
   T policy, kl, d_log_ratio, d_logp;  // kl without its coefficient; the derivatives of the whole
   int flags;
   GK_HD T value(const Scalars<T>& s) const { return policy + s.kl_coef * kl; }
 };
 
-template <typename T>
-struct TokenValues {
+template <typename T> struct TokenValues {
   T logp, log_ratio, adv, token_weight, ref, rollout;
 };
 
-template <typename T>
-GK_HD TokenLoss<T> token_loss(const Form& form, const TokenValues<T>& t, const Scalars<T>& s) {
+template <typename T> GK_HD TokenLoss<T> token_loss(const Form& form, const TokenValues<T>& t, const Scalars<T>& s) {
   TokenLoss<T> loss{};
   const Term<T> policy = policy_objective(form, t.log_ratio, t.adv, s, loss.flags);
   loss.policy = t.token_weight * policy.value;

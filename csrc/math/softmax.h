@@ -6,10 +6,10 @@ namespace gk {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// With y = (z - max) * log2(e): sum of 2^y, of y 2^y and of 4^y. A monoid: any split of a row merges to the same answer,
-// and everything is relative to the maximum, so adding a constant to the logits changes no digit of the entropy.
-template <typename T>
-struct Softmax {
+// With y = (z - max) * log2(e): sum of 2^y, of y 2^y and of 4^y. A monoid: any split of a row merges to the same
+// answer, and everything is relative to the maximum, so adding a constant to the logits changes no digit of the
+// entropy.
+template <typename T> struct Softmax {
   T max = -INFINITY, sum = 0, dot = 0, sum2 = 0;
 
   // `unit` = log2(e) / temperature turns a difference of logits into y.
@@ -31,8 +31,7 @@ struct Softmax {
 
 // d loss / d logit_j = slope * 2^y (a + b y), except at the target, which also receives slope * g.
 // slope holds what lies between logit and z: logit_scale * softcap' / temperature.
-template <typename T>
-struct RowGradient {
+template <typename T> struct RowGradient {
   T a = 0, b = 0;
 
   // From d loss / d logp, d loss / d entropy and the row's statistics:  -p (g + h (log p + H)).
@@ -43,8 +42,7 @@ struct RowGradient {
 };
 
 // The target's entry without the slope. 1 - p is formed as -expm1(logp): exact for a peaked row.
-template <typename T>
-GK_HD T target_gradient(T g_logp, T g_entropy, T logp, T entropy) {
+template <typename T> GK_HD T target_gradient(T g_logp, T g_entropy, T logp, T entropy) {
   const T from_entropy = g_entropy == 0 ? T(0) : g_entropy * exp_(logp) * (logp + entropy);
   return -g_logp * expm1_(logp) - from_entropy;
 }

@@ -50,16 +50,20 @@ class PolicyInputs(NamedTuple):
 class Backend(Protocol):
     """Tensors have been checked; outputs are dense, and `gradient` may be the logits themselves."""
 
-    def new_matrix(self, like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor: ...
+    def new_matrix(
+        self, like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor: ...
     def row_forward(self, rows: Rows, sum_p2: bool) -> tuple[RowStats, Tensor]: ...
-    def row_backward(self, rows: Rows, saved: RowStats, g_logps: Tensor, g_entropy: Tensor | None, gradient: Tensor) -> None: ...
+    def row_backward(
+        self, rows: Rows, saved: RowStats, g_logps: Tensor, g_entropy: Tensor | None, gradient: Tensor
+    ) -> None: ...
     def row_policy(self, rows: Rows, inputs: PolicyInputs, gradient: Tensor) -> RowStats: ...
     def token_policy(
         self, logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, inputs: PolicyInputs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
     def group_advantages(
-        self, rewards: Tensor, valid: Tensor | None, group_ids: Tensor | None, group_size: int, baseline: str, scale: str,
-        ddof: int, eps: float, clip: float, single_raw: bool,
+        self, rewards: Tensor, valid: Tensor | None, group_ids: Tensor | None, group_size: int, baseline: str,
+        scale: str, ddof: int, eps: float, clip: float, single_raw: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def forced_instruction_set(name: str) -> Iterator[None]:
 
 
 def new_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory that may be as large as the logits: in huge pages, since faults would cost several copies."""
+    """Uninitialised memory that may be as large as the logits: in huge pages, as faults would cost several copies."""
     matrix = like.new_empty(shape, dtype=dtype or like.dtype)
     if matrix.nbytes >= HUGE_PAGE_WORTH:
         _cpu.prefer_huge_pages(matrix.data_ptr(), matrix.nbytes)
@@ -81,7 +81,16 @@ def _addresses(stats: RowStats, sum_p2: Tensor | None = None) -> list[int]:
 
 
 def _policy(p: PolicyInputs) -> tuple[list[View | None], list[int], list[float]]:
-    views = (p.advantages, p.weights, p.old_logps, p.ref_logps, p.rollout_logps, p.token_weights, p.entropy_weights, p.entropy_mask)
+    views = (
+        p.advantages,
+        p.weights,
+        p.old_logps,
+        p.ref_logps,
+        p.rollout_logps,
+        p.token_weights,
+        p.entropy_weights,
+        p.entropy_mask,
+    )
     return [_view(x) for x in views], p.form_codes, p.scalars.tolist()
 
 
@@ -115,7 +124,8 @@ def token_policy(
     sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     outputs = [*map(_address, (loss, per_token, g_logps, None if entropy is None else g_entropy, metrics))]
     _cpu.token_policy(
-        *_policy(inputs), _view(logps), _view(entropy), _view(active), tuple(logps.shape), _address(cu_seqlens), sequences,
+        *_policy(inputs), _view(logps), _view(entropy), _view(active), tuple(logps.shape), _address(cu_seqlens),
+        sequences,
         logps.dtype == torch.float64, outputs, torch.get_num_threads(),
     )  # fmt: skip
     return loss, per_token, g_logps, g_entropy, metrics

@@ -22,7 +22,8 @@ class Batch(NamedTuple):
     entropy_mask: Tensor
 
     def to(self, dtype: torch.dtype) -> Batch:
-        return Batch(*(x.to(dtype) if x.is_floating_point() else x for x in self))
+        cast = {name: x.to(dtype) for name, x in self._asdict().items() if x.is_floating_point()}
+        return self._replace(**cast)
 
     def keywords(self) -> dict[str, Tensor]:
         """The per-token keywords of the losses."""
@@ -44,7 +45,7 @@ def make_batch(sequences: int = 5, tokens: int = 7, vocab: int = 133, *, seed: i
         mask[:, 1] &= torch.arange(sequences) % 2 == 0  # holes, as tool calls leave
     advantages = normal(sequences)
     advantages[sequences // 2] = 0
-    near = [(logps + 0.3 * normal(sequences, tokens)).float().double() for _ in range(3)]
+    old, ref, rollout = ((logps + 0.3 * normal(sequences, tokens)).float().double() for _ in range(3))
     weights = torch.rand(sequences, tokens, generator=g, dtype=torch.float64)
     entropy_mask = (torch.rand(sequences, tokens, generator=g) < 0.6).double()
-    return Batch(logits, targets, mask, advantages, *near, 2 * weights, entropy_mask)
+    return Batch(logits, targets, mask, advantages, old, ref, rollout, 2 * weights, entropy_mask)

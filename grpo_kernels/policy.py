@@ -1,0 +1,252 @@
+"""The policy loss from log-probs: preparing its inputs, the token kernel's autograd, and policy_loss itself."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops, reference
+from .aggregation import aggregation_weights
+from .backends import PolicyInputs, resolve
+from .config import METRICS, LossConfig
+from .layout import Layout, layout_of, real_dtype
+from .logps import unsupported_group
+
+N_INPUTS = len(PolicyInputs._fields)
+
+
+class LossOutput(NamedTuple):
+    """What every loss returns. `loss` carries the gradient; everything else is detached.
+
+    `per_token_loss` is the term before aggregation (policy + KL - entropy), 0 at masked tokens. `entropy` is None
+    unless the loss has an entropy term or `return_entropy` asked for it. `metrics` are 0-d tensors on the device, so
+    nothing waits for them until you read them; over N active tokens, with x = logp - old and r the ratio at its level:
+
+    ==================  =============================================================================
+    policy_loss         the policy term's part of the loss; with the next two it adds up to the loss
+    kl_loss             the KL term's part, coefficient included
+    entropy_loss        the entropy term's part, coefficient and sign included
+    tokens              N
+    entropy             mean entropy in nats (0 where it is not computed)
+    kl                  mean of the KL estimate (weighted by its gradient form), without the coefficient
+    approx_kl           mean of -x: how far the policy has moved since `old`
+    approx_kl_k3        mean of e^x - 1 - x, the same with lower variance
+    ratio_mean/min/max  of r (1 when there are no tokens)
+    clip_low            share of tokens with A < 0 and r below 1 - eps_low
+    clip_high           share with A > 0 and r above 1 + eps_high
+    clip_region         their sum
+    clip_cap            share with A < 0 where delta or dual_clip bounds the term
+    ==================  =============================================================================
+    """
+
+    loss: Tensor
+    logps: Tensor
+    entropy: Tensor | None
+    per_token_loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class TokenPolicy(torch.autograd.Function):
+    """The token kernel already knows the derivatives, so the backward is a product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logps: Tensor,
+        entropy: Tensor | None,
+        active: Tensor,
+        cu_seqlens: Tensor | None,
+        backend: str,
+        *inputs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, per_token, g_logps, g_entropy, metrics = ops.token_policy(
+            logps, entropy, active, cu_seqlens, *inputs, backend
+        )
+        ctx.save_for_backward(g_logps, g_entropy)
+        ctx.mark_non_differentiable(per_token, metrics)
+        return loss, per_token, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:
+        g_logps, g_entropy = ctx.saved_tensors
+        return g * g_logps, g * g_entropy if ctx.needs_input_grad[1] else None, *[None] * (3 + N_INPUTS)
+
+
+def policy_inputs(
+    layout: Layout,
+    active: Tensor,
+    dtype: torch.dtype,
+    config: LossConfig,
+    *,
+    advantages: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    rollout_logps: Tensor | None,
+    token_weights: Tensor | None,
+    entropy_mask: Tensor | None,
+    sequence_weights: Tensor | None,
+    denominator: Tensor | float | None,
+    scale: float | Tensor,
+) -> PolicyInputs:
+    """Everything the loss reads per token, checked and brought to [B, T]."""
+    _check_given(config, ref_logps, rollout_logps, layout)
+    share = functools.partial(
+        aggregation_weights, layout, config=config, dtype=dtype, sequence_weights=sequence_weights, scale=scale
+    )
+    mask = layout.tokens_or_sequences(entropy_mask, "entropy_mask", dtype)
+    policy_weights = layout.tokens_or_sequences(token_weights, "token_weights", dtype)
+    if mask is not None:
+        policy_weights = mask if policy_weights is None else policy_weights * mask
+    bonus_mask = mask if config.has_entropy and config.entropy_mask_bonus else None
+    entropy_weights = None
+    if config.has_entropy and (config.entropy_aggregation is not None or bonus_mask is not None):
+        kept = active if bonus_mask is None else active & (bonus_mask != 0)
+        own = config.entropy_aggregation or config.aggregation
+        entropy_weights = share(kept, own, denominator=None if config.entropy_aggregation else denominator)
+    adv = layout.tokens_or_sequences(advantages, "advantages", dtype)
+    assert adv is not None
+    return PolicyInputs(
+        adv,
+        share(active, config.aggregation, denominator=denominator),
+        layout.tokens(old_logps, "old_logps", dtype),
+        layout.tokens(ref_logps, "ref_logps", dtype) if config.has_kl else None,
+        layout.tokens(rollout_logps, "rollout_logps", dtype),
+        policy_weights,
+        entropy_weights,
+        bonus_mask,
+        config.scalars,
+        list(config.form),
+    )
+
+
+def _check_given(config: LossConfig, ref_logps: Tensor | None, rollout_logps: Tensor | None, layout: Layout) -> None:
+    if config.has_kl and ref_logps is None:
+        raise ValueError("kl_coef is not 0, so ref_logps must be given; got None")
+    if config.has_kl and config.form.kl_gradient == "behaviour_weighted" and rollout_logps is None:
+        raise ValueError("kl_gradient='behaviour_weighted' needs rollout_logps; got None")
+    if config.form.ratio_level != "token" and not layout.knows_sequences:
+        raise ValueError(f"ratio_level={config.form.ratio_level!r} over flat tokens needs cu_seqlens")
+
+
+def within_sequences(active: Tensor, layout: Layout) -> Tensor:
+    """Tokens past the last boundary of cu_seqlens are masked."""
+    if layout.cu_seqlens is None:
+        return active
+    return active & (torch.arange(active.shape[1], device=active.device) < layout.cu_seqlens[-1])
+
+
+def token_loss(
+    logps: Tensor, entropy: Tensor | None, active: Tensor, layout: Layout, inputs: PolicyInputs, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, per-token terms and metrics from [B, T] log-probs; differentiable in them and in the entropy."""
+    if backend == "reference":
+        return reference.policy_loss(logps, entropy, active, layout, inputs)
+    outputs: tuple[Tensor, Tensor, Tensor] = TokenPolicy.apply(
+        logps, entropy, active, layout.cu_seqlens, backend, *inputs
+    )
+    return outputs
+
+
+def output(
+    layout: Layout, loss: Tensor, logps: Tensor, entropy: Tensor | None, per_token: Tensor, metrics: Tensor
+) -> LossOutput:
+    shape = layout.shape
+    return LossOutput(
+        loss,
+        logps.detach().view(shape),
+        None if entropy is None else entropy.detach().view(shape),
+        per_token.view(shape),
+        dict(zip(METRICS, metrics.unbind(), strict=True)),
+    )
+
+
+def policy_loss(
+    logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    rollout_logps: Tensor | None = None,
+    entropy: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    entropy_mask: Tensor | None = None,
+    sequence_weights: Tensor | None = None,
+    return_entropy: bool = False,
+    cu_seqlens: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    scale: float | Tensor = 1.0,
+    config: LossConfig | None = None,
+    cp_group: object = None,
+    backend: str = "auto",
+) -> LossOutput:
+    """The policy loss from log-probs: ``scale * sum(weights * terms) / denominator``.
+
+    ``terms = policy + kl_coef * kl - entropy_coef * entropy``, the maths of ``LossConfig``, in one launch with its
+    derivative. Differentiable in ``logps`` and ``entropy``; every
+    other tensor is detached. What TRL's ``_compute_loss`` and verl's ``compute_policy_loss_*`` do after the log-probs.
+
+    Args:
+        logps: ``[B, T]``, or ``[N]`` packed; log-probs of the current policy, nats, float32 or float64 (others are
+            computed in float32).
+        advantages: ``[B]`` or ``[B, T]``; packed: ``[N]``, or ``[R]`` with ``cu_seqlens`` (where N = R, per token).
+        mask: per token, any dtype, 0 masks: nothing of a masked token is read, NaN included.
+        old_logps: per token, of the policy that the ratio is taken against; None: on-policy, ratio 1.
+        ref_logps: per token; read only when ``config.kl_coef`` is not 0.
+        rollout_logps: per token, of the sampler; read by ``kl_gradient="behaviour_weighted"``.
+        entropy: per token, from ``token_logps``; needed when ``config.entropy_coef`` is not 0.
+        token_weights: per token or sequence, multiplies the policy term only (importance correction, rejection).
+        entropy_mask: per token, multiplies the policy term (TRL's top-entropy quantile), and the entropy term with
+            ``config.entropy_mask_bonus``.
+        sequence_weights: ``[R]``, multiplies every term of a sequence, beside the aggregation's own weight.
+        cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences; needed where a sequence matters.
+        denominator: replaces the aggregation's own (tokens, sequences, or sequences * max_length), for gradient
+            accumulation and data parallelism; a 0-d tensor is not waited for.
+        scale: multiplies the loss; ``1 / steps`` for gradient accumulation.
+        config: the loss; ``LossConfig()`` when None.
+        backend: ``"auto"`` or a name from ``available_backends()``.
+
+    Returns:
+        LossOutput; ``entropy`` is the argument's, when it is asked for or part of the loss.
+
+    Raises:
+        ValueError: for shapes that do not fit, and for a tensor that the config needs and that is missing.
+    """
+    unsupported_group("cp_group", cp_group)
+    config = config or LossConfig()
+    backend = resolve(backend, logps.device)
+    layout = layout_of(logps.shape, cu_seqlens)
+    dtype = real_dtype(logps.dtype)
+    grid_logps = logps.to(dtype).reshape(layout.grid)
+    active = _policy_mask(mask, grid_logps, layout)
+    if config.has_entropy and entropy is None:
+        raise ValueError(
+            "entropy_coef is not 0, so entropy must be given (token_logps(..., return_entropy=True)); got None"
+        )
+    grid_entropy = None
+    if entropy is not None and (config.has_entropy or return_entropy):
+        if entropy.shape != logps.shape:
+            raise ValueError(f"entropy must have the shape of logps, {tuple(logps.shape)}; got {tuple(entropy.shape)}")
+        grid_entropy = entropy.to(dtype).reshape(layout.grid)
+    inputs = policy_inputs(
+        layout, active, dtype, config, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
+        rollout_logps=rollout_logps, token_weights=token_weights, entropy_mask=entropy_mask,
+        sequence_weights=sequence_weights, denominator=denominator, scale=scale,
+    )  # fmt: skip
+    loss, per_token, metrics = token_loss(grid_logps, grid_entropy, active, layout, inputs, backend)
+    return output(layout, loss, grid_logps, grid_entropy, per_token, metrics)
+
+
+def _policy_mask(mask: Tensor | None, grid_logps: Tensor, layout: Layout) -> Tensor:
+    if mask is None:
+        active = torch.ones_like(grid_logps, dtype=torch.bool)
+    elif mask.shape != layout.shape:
+        raise ValueError(f"mask must have the shape of the tokens, {tuple(layout.shape)}; got {tuple(mask.shape)}")
+    else:
+        active = (mask != 0).reshape(layout.grid)
+    return within_sequences(active, layout)

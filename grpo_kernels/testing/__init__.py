@@ -1,0 +1,1 @@
+"""For tests and benchmarks, ours and yours: measuring time (``bench``) and memory (``memory``) truthfully."""

@@ -1,0 +1,82 @@
+"""The build: what a missing compiler says, and that CUDA comes along where it can and never breaks the CPU module."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROBE_KERNEL = "__global__ void probe(float* x) { x[threadIdx.x] = 1.0f; }\n"
+PROBE_MODULE = """#include <pybind11/pybind11.h>
+PYBIND11_MODULE(GK_MODULE, m) { m.attr("built") = true; }
+"""
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a build reads, without optimisation so that it is quick."""
+    for name in ("csrc", "setup.py", "pyproject.toml"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    (tmp_path / "grpo_kernels").mkdir()
+    return tmp_path
+
+
+def build(tree, path=None, **environment):
+    env = {**os.environ, "CXXFLAGS": "-O0", "GRPO_KERNELS_CUDA_ARCHS": "80", **environment}
+    if path is not None:
+        env["PATH"] = str(path)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+
+
+def modules(tree):
+    return {p.name.split(".")[0] for p in (tree / "grpo_kernels").glob("*.so")}
+
+
+def test_a_missing_compiler_is_one_clear_sentence(tree):
+    done = build(tree, CXX="no-such-compiler")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "needs a C++17 compiler and found none (tried no-such-compiler): install g++ or clang, or set CXX." in done.stderr
+
+
+def add_cuda(tree):
+    (tree / "csrc/cuda").mkdir(exist_ok=True)
+    (tree / "csrc/cuda/probe.cu").write_text(PROBE_KERNEL)
+    (tree / "csrc/cuda/probe_module.cpp").write_text(PROBE_MODULE)
+
+
+def fake_nvcc(tree, script):
+    folder = tree / "bin"
+    folder.mkdir()
+    (folder / "nvcc").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvcc").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.slow
+def test_a_failing_cuda_build_leaves_the_cpu_module(tree):
+    add_cuda(tree)
+    path = fake_nvcc(tree, "[ \"$1\" = --list-gpu-arch ] && echo compute_80 && exit 0\nexit 1")
+    done = build(tree, path=path)
+    assert done.returncode == 0 and modules(tree) == {"_cpu"}
+    assert "grpo_kernels._cuda was not built and the CUDA backend will be missing" in done.stderr
+    assert build(tree, path=path, GRPO_KERNELS_CUDA="1").returncode != 0  # asked for: an error
+    quiet = build(tree, path=path, GRPO_KERNELS_CUDA="0")
+    assert quiet.returncode == 0 and "_cuda" not in quiet.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+def test_cuda_sources_join_where_nvcc_is(tree):
+    add_cuda(tree)
+    done = build(tree)
+    assert done.returncode == 0 and modules(tree) == {"_cpu", "_cuda"}, done.stderr
+    code = "import importlib.util as u, sys; s = u.spec_from_file_location('_cuda', sys.argv[1]); assert u.module_from_spec(s).built"
+    module = next((tree / "grpo_kernels").glob("_cuda*.so"))
+    subprocess.run([sys.executable, "-c", code, module], check=True)
