@@ -40,7 +40,7 @@ rule cxx
 rule nvcc
   command = nvcc -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {archs} {include} $flags -c $in -o $out
 rule link
-  command = {cxx} -shared $in -o $out $libs
+  command = {link} -shared $in -o $out $libs
 """
 
 
@@ -85,11 +85,13 @@ class NinjaBuild(build_ext):
         flags = " ".join([*CXX_FLAGS, "-DGK_X86" * X86, include, os.environ.get("CXXFLAGS", "")])
         cuda = any(s.endswith(".cu") for s in sources)
         archs = cuda_architectures() if cuda else ""
-        lines = [RULES.format(cxx=compiler(), flags=flags, archs=archs, include=include)]
+        cxx = compiler()
+        link = f"nvcc -ccbin {cxx} -cudart static" if cuda else cxx  # nvcc knows where its libraries are
+        lines = [RULES.format(cxx=cxx, link=link, flags=flags, archs=archs, include=include)]
         objects = []
 
         def add(rule: str, source: str, suffix: str = "", extra: str = "") -> None:
-            objects.append(build / f"{Path(source).stem}{suffix}.o")
+            objects.append(build / f"{Path(source).name}{suffix}.o")
             lines.append(f"build {objects[-1]}: {rule} {(ROOT / source).resolve()}\n  flags = {extra}")
 
         for source in sources:
@@ -98,10 +100,9 @@ class NinjaBuild(build_ext):
                     add("cxx", source, f"_{isa}", f"-DGK_ISA={isa} {isa_flags}")
             else:
                 add("nvcc" if source.endswith(".cu") else "cxx", source)
-        libs = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-pthread"
-        libs += " " + os.environ.get("LDFLAGS", "")
-        if cuda:
-            libs += f" -L{Path(shutil.which('nvcc')).resolve().parents[1] / 'lib64'} -lcudart_static -ldl -lrt"
+        threads = "-Xcompiler -pthread" if cuda else "-pthread"
+        libs = "-undefined dynamic_lookup" if sys.platform == "darwin" else threads
+        libs = f"{libs} {os.environ.get('LDFLAGS', '')}"
         lines.append(f"build {target}: link {' '.join(map(str, objects))}\n  libs = {libs}")
         return "\n".join(lines) + "\n"
 

@@ -198,13 +198,19 @@ def _check_unread(c: LossConfig) -> None:
         raise ValueError(f"max_length is read by aggregation='fixed_length' only; got aggregation={c.aggregation!r}")
 
 
-_TRL: dict[str, Any] = {"entropy_aggregation": "token_mean", "entropy_mask_bonus": True}
-_VERL: dict[str, Any] = {"count_empty_sequences": False}
+# TRL weighs its k3 by the ratio (use_bias_correction_kl) once beta is set; its entropy bonus is always a token mean.
+_TRL: dict[str, Any] = {
+    "entropy_aggregation": "token_mean",
+    "entropy_mask_bonus": True,
+    "kl_gradient": "importance_weighted",
+}
+# verl's low_var_kl, its default once use_kl_loss is on, has two clamps.
+_VERL: dict[str, Any] = {"count_empty_sequences": False, "kl_input_clamp": 20.0, "kl_output_clamp": 10.0}
 
 # Each equals the trainer's own defaults, the surprising ones included. Where a trainer's normaliser spans more than
 # one call (accumulation, data parallelism), pass it as `denominator` or `scale`.
 PRESETS: dict[str, dict[str, Any]] = {
-    # TRL GRPOConfig, loss_type=...; beta 0, epsilon 0.2; the entropy bonus is a token mean whatever the loss.
+    # TRL GRPOConfig, loss_type=...; beta 0, epsilon 0.2.
     "trl_dapo": {**_TRL, "aggregation": "token_mean"},  # TRL recommends epsilon_high=0.28
     "trl_bnpo": {**_TRL, "aggregation": "token_mean"},
     "trl_grpo": {**_TRL, "aggregation": "sequence_mean"},

@@ -191,10 +191,10 @@ def group_advantages(
         centred = wide - (0.0 if baseline == "none" else m)
         if baseline == "leave_one_out" and len(r) > 1:
             centred = centred * len(r) / (len(r) - 1)
-        if constant and baseline != "none":
-            centred = torch.zeros_like(wide)
         divisor = {"group": group_std + eps, "batch": batch_std + eps, "none": 1.0}[scale]
         a = centred / divisor
+        if constant and baseline != "none":
+            a = torch.zeros_like(wide)  # exactly, where eps is 0 too
         if len(r) == 1:
             a = wide if single_raw else torch.zeros_like(wide)
         chosen = members & usable

@@ -205,7 +205,10 @@ def test_gradcheck(backend):
     targets, mask = torch.randint(11, (2, 3)), torch.tensor([[1, 1, 0], [1, 0, 1]])
     for options in ({}, {"softcap": 3.0, "logit_scale": 1.5, "temperature": 0.7}):
         assert torch.autograd.gradcheck(
-            lambda x, options=options: gk.token_logps(x, targets, mask=mask, return_entropy=True, backend=backend, **options)[:2], logits
+            lambda x, options=options: gk.token_logps(
+                x, targets, mask=mask, return_entropy=True, backend=backend, **options
+            )[:2],
+            logits,
         )
 
 
