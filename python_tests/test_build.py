@@ -86,3 +86,14 @@ def test_cuda_sources_join_where_nvcc_is(tree):
     )
     module = next((tree / "grpo_kernels").glob("_cuda*.so"))
     subprocess.run([sys.executable, "-c", code, module], check=True)
+
+
+@pytest.mark.parametrize("compiler", ["c++", "clang++", "aarch64-linux-gnu-g++"])
+def test_compiles_without_x86(compiler, tree):
+    """The portable path has no intrinsics: as on arm64, with that compiler too where it is here."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not here")
+    sources = sorted((tree / "csrc/cpu").glob("*.cpp"))
+    flags = "-std=c++17 -O1 -Wall -Wextra -Werror -DGK_ISA=generic -fsyntax-only".split()
+    done = subprocess.run([compiler, *flags, *sources], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

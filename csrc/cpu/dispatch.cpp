@@ -3,7 +3,18 @@
 
 #include "sweep.h"
 
+#ifdef GK_X86
+#include <cpuid.h>
+#endif
+
 namespace gk {
+
+#ifdef GK_X86
+static bool has_avx512_bf16() {  // clang 14's __builtin_cpu_supports does not know the name
+  unsigned a = 0, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
 
 bool isa_supported(Isa isa) {
 #ifdef GK_X86
@@ -17,7 +28,7 @@ bool isa_supported(Isa isa) {
     case Isa::avx512:
       return avx512;
     case Isa::avx512_bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16");
+      return avx512 && has_avx512_bf16();
     default:
       break;
   }

@@ -96,7 +96,7 @@ class RowKernel {
 
   void sweep_stats(int64_t r, int64_t block, Softmax<double>* out) const {
     if (!active(r)) return;
-    const FlushDenormals flush;
+    [[maybe_unused]] const FlushDenormals flush;
     const Row row = this->row(r);
     sweeps.stats(row.logits + block * kBlock * bytes, columns(block), row.transform, out);
   }
@@ -134,7 +134,7 @@ class RowKernel {
       std::memset(dz, 0, n * bytes);
       return;
     }
-    const FlushDenormals flush;
+    [[maybe_unused]] const FlushDenormals flush;
     const Row row = this->row(r);
     const auto stat = [&](const void* values) { return load_real(values, r, is_double); };
     const double entropy = stat(stats.entropy);
