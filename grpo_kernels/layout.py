@@ -122,6 +122,30 @@ class Rows(NamedTuple):
     softcap: float  # 0: none
 
 
+class RowStats(NamedTuple):
+    """Of each row, real [B, T]: log p(target), entropy, and the softmax's maximum and log-sum relative to it."""
+
+    logps: Tensor
+    entropy: Tensor
+    max: Tensor
+    log_sum: Tensor
+
+
+class PolicyInputs(NamedTuple):
+    """Everything per token that the loss reads beside the log-probs: real [B, T] views, None where absent."""
+
+    advantages: Tensor
+    weights: Tensor  # of the aggregation
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    rollout_logps: Tensor | None
+    token_weights: Tensor | None  # multiplies the policy term only
+    entropy_weights: Tensor | None  # None: weights
+    entropy_mask: Tensor | None  # multiplies the entropy term; None: 1
+    scalars: Tensor  # float64 on the CPU
+    form: list[str]
+
+
 def _check_logits(logits: Tensor, targets: Tensor, name: str) -> None:
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(str, LOGITS_DTYPES))}; got {logits.dtype}")

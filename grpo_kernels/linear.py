@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops, reference
-from .backends import PolicyInputs, resolve
+from .backends import resolve
 from .config import LossConfig
-from .layout import Rows, layout_of, real_dtype, rows_of
+from .layout import PolicyInputs, Rows, layout_of, real_dtype, rows_of
 from .linear_loops import chunk_rows_for
 from .logps import TokenLogps, shaped, unsupported_group
 from .losses import given_advantages, scaled

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, PolicyInputs, RowStats
-from .layout import Rows, real_dtype
+from .backends import Backend
+from .layout import PolicyInputs, Rows, RowStats, real_dtype
 
 CHUNK_BYTES = 128 << 20  # of logits at a time, unless chunk_rows says otherwise
 PER_TOKEN = PolicyInputs._fields[:-2]  # all but scalars and form

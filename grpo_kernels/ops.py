@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import linear_loops
-from .backends import PolicyInputs, RowStats, implementation
+from .backends import implementation
 from .config import METRICS
-from .layout import Rows, check_boundaries, real_dtype
+from .layout import PolicyInputs, Rows, RowStats, check_boundaries, real_dtype
 
 LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 

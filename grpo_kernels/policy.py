@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from . import ops, reference
 from .aggregation import aggregation_weights
-from .backends import PolicyInputs, resolve
+from .backends import resolve
 from .config import METRICS, LossConfig
-from .layout import Layout, layout_of, real_dtype
+from .layout import Layout, PolicyInputs, layout_of, real_dtype
 from .logps import unsupported_group
 
 N_INPUTS = len(PolicyInputs._fields)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import PolicyInputs
 from .config import Form, Scalars
-from .layout import Layout, Rows, real_dtype
+from .layout import Layout, PolicyInputs, Rows, real_dtype
 
 # ---- log-probs ----
 

@@ -4,47 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..config import Form
-from ..layout import Rows
+from ..layout import PolicyInputs, Rows, RowStats
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 PLANNED = {
     "cuda": "this version has no CUDA C++ kernels yet",
     "triton": "this version has no Triton kernels yet",
 }
-
-
-class RowStats(NamedTuple):
-    """Of each row, real [B, T]: log p(target), entropy, and the softmax's maximum and log-sum relative to it."""
-
-    logps: Tensor
-    entropy: Tensor
-    max: Tensor
-    log_sum: Tensor
-
-
-class PolicyInputs(NamedTuple):
-    """Everything per token that the loss reads beside the log-probs: real [B, T] views, None where absent."""
-
-    advantages: Tensor
-    weights: Tensor  # of the aggregation
-    old_logps: Tensor | None
-    ref_logps: Tensor | None
-    rollout_logps: Tensor | None
-    token_weights: Tensor | None  # multiplies the policy term only
-    entropy_weights: Tensor | None  # None: weights
-    entropy_mask: Tensor | None  # multiplies the entropy term; None: 1
-    scalars: Tensor  # float64 on the CPU
-    form: list[str]
-
-    @property
-    def form_codes(self) -> list[int]:
-        return Form(*self.form).codes
 
 
 class Backend(Protocol):

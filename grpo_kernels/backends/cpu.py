@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]
-from ..config import METRICS
-from ..layout import Rows, real_dtype
-from . import PolicyInputs, RowStats
+from ..config import METRICS, Form
+from ..layout import PolicyInputs, Rows, RowStats, real_dtype
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")  # in the order of gk::Isa
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -91,7 +90,7 @@ def _policy(p: PolicyInputs) -> tuple[list[View | None], list[int], list[float]]
         p.entropy_weights,
         p.entropy_mask,
     )
-    return [_view(x) for x in views], p.form_codes, p.scalars.tolist()
+    return [_view(x) for x in views], Form(*p.form).codes, p.scalars.tolist()
 
 
 def row_forward(rows: Rows, sum_p2: bool) -> tuple[RowStats, Tensor]:
