@@ -7,14 +7,16 @@ from importlib import metadata
 
 import torch
 
+import grpo_kernels as gk
+
 from ..backends import resolve
 
-PACKAGES = ("grpo-kernels", "torch", "triton", "transformers", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
+    """Of this library, Python and the packages that matter to either, or "not installed"."""
+    found = {"grpo-kernels": gk.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
@@ -37,7 +39,7 @@ def instruction_set(backend: str) -> str:
 
 
 def devices() -> list[str]:
-    names = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
+    names = [f"cpu ({platform.machine()}, threads: {torch.get_num_threads()})"]
     if torch.cuda.is_available():
         names += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     return names

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,15 @@ import grpo_kernels as gk
 from .policy import Policy
 from .train import LossInputs
 
-Gradients = tuple[Tensor, Tensor, Tensor]  # loss, d loss / d hidden, d loss / d weight
+LARGER = 8  # the demo's batch is small enough for a laptop; this many of it are a small batch elsewhere
+LossAndGradients = tuple[Tensor, ...]  # loss, d loss / d hidden, d loss / d weight
 
 
 @dataclass(frozen=True)
 class Cost:
     seconds: float  # median of the rounds, forward and backward
     peak_bytes: int  # of all tensors alive at one moment, above what was alive before
+    larger_peak_bytes: int  # the same for a batch `LARGER` times as large
 
 
 @dataclass(frozen=True)
@@ -64,53 +66,74 @@ def eager_grpo_loss(
     return ((policy + config.kl_coef * kl) * mask).sum() / mask.sum()
 
 
-def compare(policy: Policy, inputs: LossInputs, config: gk.LossConfig, rounds: int = 5) -> Comparison:
+class _Case:
+    """The two losses on the same tensors."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, inputs: LossInputs, config: gk.LossConfig, copies: int = 1):
+        def repeated(x: Tensor) -> Tensor:
+            return x.repeat(copies, *[1] * (x.dim() - 1))
+
+        self.hidden = repeated(hidden).requires_grad_()
+        self.weight = weight.detach().clone().requires_grad_()
+        self.targets, self.mask = repeated(inputs.batch.targets), repeated(inputs.batch.mask)
+        self.advantages = repeated(inputs.advantages)
+        self.old_logps, self.ref_logps = repeated(inputs.old_logps), repeated(inputs.ref_logps)
+        self.config = config
+
+    def fused(self) -> LossAndGradients:
+        loss = gk.linear_grpo_loss(
+            self.hidden, self.weight, self.targets, self.advantages, self.mask,
+            old_logps=self.old_logps, ref_logps=self.ref_logps, config=self.config,
+        ).loss  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight))
+
+    def eager(self) -> LossAndGradients:
+        loss = eager_grpo_loss(
+            self.hidden, self.weight, self.targets, self.advantages, self.mask,
+            self.old_logps, self.ref_logps, self.config,
+        )  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight))
+
+
+def compare(policy: Policy, inputs: LossInputs, config: gk.LossConfig) -> Comparison:
     """Both losses with the policy as it is now, so after the update: ratios differ from 1 and the KL from 0."""
     with torch.no_grad():
         hidden, weight = policy.hidden_and_weight(inputs.batch)
-    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-    targets, mask = inputs.batch.targets, inputs.batch.mask
-
-    def fused() -> Gradients:
-        loss = gk.linear_grpo_loss(
-            hidden, weight, targets, inputs.advantages, mask,
-            old_logps=inputs.old_logps, ref_logps=inputs.ref_logps, config=config,
-        ).loss  # fmt: skip
-        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
-
-    def eager() -> Gradients:
-        loss = eager_grpo_loss(
-            hidden, weight, targets, inputs.advantages, mask, inputs.old_logps, inputs.ref_logps, config
-        )
-        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
-
-    (fused_loss, *fused_gradients), (eager_loss, *eager_gradients) = fused(), eager()
+    case = _Case(hidden, weight, inputs, config)
+    (fused_loss, *fused_gradients), (eager_loss, *eager_gradients) = case.fused(), case.eager()
     hidden_error, weight_error = map(_relative_error, fused_gradients, eager_gradients)
     del fused_gradients, eager_gradients
-    fused_seconds, eager_seconds = interleaved_seconds((fused, eager), rounds)
+    (fused_seconds, eager_seconds), rounds = interleaved_seconds((case.fused, case.eager))
+    larger = _Case(hidden, weight, inputs, config, copies=LARGER)
     return Comparison(
-        rows=targets.numel(),
-        active_rows=int(mask.sum()),
+        rows=case.targets.numel(),
+        active_rows=int(case.mask.sum()),
         vocabulary=weight.shape[0],
         rounds=rounds,
         fused_loss=fused_loss.item(),
         eager_loss=eager_loss.item(),
         hidden_gradient_error=hidden_error,
         weight_gradient_error=weight_error,
-        fused=Cost(fused_seconds, peak_bytes(fused)),
-        eager=Cost(eager_seconds, peak_bytes(eager)),
+        fused=Cost(fused_seconds, peak_bytes(case.fused), peak_bytes(larger.fused)),
+        eager=Cost(eager_seconds, peak_bytes(case.eager), peak_bytes(larger.eager)),
     )
 
 
-def interleaved_seconds(runs: tuple[Callable[[], object], ...], rounds: int) -> list[float]:
-    """Median seconds of each; taking turns lets a disturbance of the machine hit all of them alike."""
+def interleaved_seconds(
+    runs: Sequence[Callable[[], object]], least: int = 5, most: int = 50, budget: float = 1.0
+) -> tuple[list[float], int]:
+    """Median seconds of each, and of how many rounds: more of them where they are short.
+
+    They take turns, so that a disturbance of the machine hits all of them alike.
+    """
     taken: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    while len(taken[0]) < least or (len(taken[0]) < most and time.perf_counter() - begin < budget):
         for run, seconds in zip(runs, taken, strict=True):
-            begin = time.perf_counter()
+            start = time.perf_counter()
             run()
-            seconds.append(time.perf_counter() - begin)
-    return [median(seconds) for seconds in taken]
+            seconds.append(time.perf_counter() - start)
+    return [median(seconds) for seconds in taken], len(taken[0])
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

@@ -20,7 +20,16 @@ class Batch:
     completions: list[Completion]  # R
     targets: Tensor  # [R, T] token ids
     mask: Tensor  # [R, T] bool, see completion_mask
-    inputs: dict[str, Any]  # whatever the policy needs to run its model over the batch again
+    inputs: dict[str, Any]  # whatever the policy needs to run its model over the batch again; tensors are [R, ...]
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(
+            problems=self.problems[rows],
+            completions=self.completions[rows],
+            targets=self.targets[rows],
+            mask=self.mask[rows],
+            inputs={name: x[rows] if isinstance(x, Tensor) else x for name, x in self.inputs.items()},
+        )
 
 
 class Policy(Protocol):

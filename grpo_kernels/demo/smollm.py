@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,10 +37,9 @@ def find_model() -> Path:
     )
 
 
-def _quiet_transformers() -> Any:
-    """Import transformers so that it neither reaches for the network nor draws its own progress bars over ours."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TQDM_DISABLE", "1")
+def _offline_transformers() -> Any:
+    """Everything is in the wheel; transformers must not reach for the network, nor warn into our progress bar."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -49,10 +51,11 @@ class SmolPolicy:
     name = "SmolLM2-135M-Instruct"
 
     def __init__(self, path: Path):
-        transformers = _quiet_transformers()
+        transformers = _offline_transformers()
         source = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(**source, padding_side="left")
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars that no setting of transformers turns off
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(**source, padding_side="left")
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         self.model.eval()  # it has no dropout; eval mode keeps sampling and training the same function
         self.reference = copy.deepcopy(self.model.model).requires_grad_(False)
         self.eos: int = self.model.generation_config.eos_token_id
@@ -87,7 +90,7 @@ class SmolPolicy:
     def hidden_and_weight(self, batch: Batch, *, reference: bool = False) -> tuple[Tensor, Tensor]:
         attention = batch.inputs["attention"][:, :-1]
         trunk = self.reference if reference else self.model.model
-        with torch.set_grad_enabled(not reference):
+        with torch.no_grad() if reference else nullcontext():
             hidden = trunk(
                 input_ids=batch.inputs["ids"][:, :-1],
                 attention_mask=attention,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +65,12 @@ class SyntheticPolicy:
 
     def hidden_and_weight(self, batch: Batch, *, reference: bool = False) -> tuple[Tensor, Tensor]:
         model = self.reference if reference else self.model
-        with torch.set_grad_enabled(not reference):
+        with torch.no_grad() if reference else nullcontext():
             hidden, _ = model(**batch.inputs)
         return hidden, model.head.weight
 
     def _learn_the_language(self, steps: int = 60, rows: int = 128, longest: int = 6) -> None:
-        """Pre-training on random digit strings of random length: it knows digits and stopping, and nothing of the task."""
+        """Pre-training on random digit strings: it knows digits and stopping, and nothing of the task."""
         optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
         for _ in range(steps):
             tokens = torch.randint(0, 10, (rows, longest))
@@ -85,6 +86,17 @@ class SyntheticPolicy:
 
 def _shifted(tokens: Tensor) -> Tensor:
     return torch.cat([torch.full_like(tokens[:, :1], START), tokens[:, :-1]], dim=1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The matmuls are too small to share: a second thread gains nothing, and loses 10x where another job is running."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _completion(tokens: list[int]) -> Completion:

@@ -85,7 +85,7 @@ class CopyDigits:
     """Repeat the digits asked for, then stop: `3 1 4` and nothing more."""
 
     name = "copy digits"
-    rule = "0.5 x share of the four places that are right (three digits, then the end), 0.5 if it is three digits at all"
+    rule = "0.5 x share of the four places that are right (three digits, the end), 0.5 if it is three digits at all"
     length = 3
 
     def training(self, rng: random.Random) -> Iterator[Problem]:

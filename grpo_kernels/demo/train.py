@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from statistics import fmean
 from typing import Protocol
 
 import torch
@@ -27,6 +28,7 @@ class Settings:
     max_new_tokens: int
     learning_rate: float
     kl_coef: float
+    rows_at_once: int  # of a batch in one forward and backward pass; the gradients add up
     inner_steps: int = 1
     evaluation_prompts: int = 16
     evaluation_copies: int = 4
@@ -41,9 +43,20 @@ class Settings:
         return replace(self, evaluation_prompts=4, evaluation_copies=2) if self.steps < 3 else self
 
 
-SMOLLM = Settings(steps=15, prompts=4, group_size=8, max_new_tokens=14, learning_rate=1e-5, kl_coef=0.02, inner_steps=2)
+# Eight rows of SmolLM2 keep 0.8 GB of activations alive, all 32 would keep 3.
+SMOLLM = Settings(
+    steps=12, prompts=4, group_size=8, max_new_tokens=12, learning_rate=2e-5, kl_coef=0.02, rows_at_once=8
+)
 SYNTHETIC = Settings(
-    steps=150, prompts=16, group_size=16, max_new_tokens=10, learning_rate=5e-3, kl_coef=1e-3, evaluation_copies=16
+    steps=100,
+    prompts=32,
+    group_size=8,
+    max_new_tokens=6,
+    learning_rate=1e-2,
+    kl_coef=1e-3,
+    rows_at_once=256,
+    inner_steps=2,
+    evaluation_copies=16,
 )
 
 
@@ -82,6 +95,15 @@ class LossInputs:
     ref_logps: Tensor
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Of one forward and backward over a batch."""
+
+    loss: float
+    kl: float  # to the reference, mean over the tokens
+    logps: Tensor
+
+
 @dataclass
 class Run:
     settings: Settings
@@ -110,26 +132,100 @@ def train(policy: Policy, task: Task, settings: Settings, listener: Listener) ->
     """Never raises KeyboardInterrupt: what was done until then is in the Run, `interrupted` says so."""
     run = Run(settings)
     try:
-        _train(run, policy, task, listener)
+        _Trainer(policy, task, listener, run).train()
     except KeyboardInterrupt:
         run.interrupted = True
     return run
 
 
-def _train(run: Run, policy: Policy, task: Task, listener: Listener) -> None:
-    settings = run.settings
-    torch.manual_seed(settings.seed)
-    problems = task.training(random.Random(settings.seed))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+class _Trainer:
+    def __init__(self, policy: Policy, task: Task, listener: Listener, run: Run):
+        self.policy, self.task, self.listener, self.run = policy, task, listener, run
+        self.settings = run.settings
+        self.config = run.settings.loss_config()
+        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=self.settings.learning_rate, weight_decay=0.0)
 
-    listener.phase("judging the untrained policy")
-    with run.timed("evaluation"):
-        run.before = evaluate(policy, task, settings)
-    for index in range(settings.steps):
-        _train_step(run, index + 1, policy, task, list(islice(problems, settings.prompts)), optimizer, listener)
-    listener.phase("judging the trained policy")
-    with run.timed("evaluation"):
-        run.after = evaluate(policy, task, settings)
+    def train(self) -> None:
+        torch.manual_seed(self.settings.seed)
+        problems = self.task.training(random.Random(self.settings.seed))
+        self.run.before = self._evaluate("judging the untrained policy")
+        for number in range(1, self.settings.steps + 1):
+            step = self._step(number, list(islice(problems, self.settings.prompts)))
+            self.run.steps.append(step)
+            self.listener.step(step)
+        self.run.after = self._evaluate("judging the trained policy")
+
+    def _evaluate(self, phase: str) -> Evaluation:
+        self.listener.phase(phase)
+        with self.run.timed("evaluation"):
+            return evaluate(self.policy, self.task, self.settings)
+
+    def _step(self, number: int, problems: Sequence[Problem]) -> Step:
+        begin = time.perf_counter()
+        self.listener.phase("sampling")
+        with self.run.timed("sampling"):
+            batch = self.policy.sample(problems, self.settings.group_size, self.settings.max_new_tokens)
+            scores = score_all(self.task, batch)
+        self.listener.phase("learning")
+        with self.run.timed("learning"):
+            rewards = torch.tensor([score.reward for score in scores])
+            groups = gk.group_advantages(rewards, group_size=self.settings.group_size)
+            inputs, last, grad_norm = self._update(batch, groups.advantages)
+        informative = int(groups.informative.sum())
+        if informative or self.run.last is None:
+            self.run.last = inputs
+        return Step(
+            step=number,
+            reward=fmean(score.reward for score in scores),
+            correct=fmean(score.correct for score in scores),
+            form=fmean(score.form for score in scores),
+            loss=last.loss,
+            kl=last.kl,
+            grad_norm=grad_norm,
+            informative_groups=informative,
+            tokens=int(batch.mask.sum()),
+            seconds=time.perf_counter() - begin,
+        )
+
+    def _update(self, batch: Batch, advantages: Tensor) -> tuple[LossInputs, Pass, float]:
+        """`inner_steps` optimiser steps on one batch; the pass and the gradient norm are the last one's."""
+        frozen, frozen_weight = self.policy.hidden_and_weight(batch, reference=True)
+        with torch.no_grad():
+            ref_logps = gk.linear_token_logps(frozen, frozen_weight, batch.targets, mask=batch.mask).logps
+        old_logps: Tensor | None = None
+        for _ in range(self.settings.inner_steps):
+            self.optimizer.zero_grad(set_to_none=True)
+            result = self._pass(batch, advantages, old_logps, ref_logps)
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
+            self.optimizer.step()
+            # The first pass is on-policy, so its log-probabilities are the sampler's, as the trained model has them.
+            old_logps = result.logps if old_logps is None else old_logps
+        assert old_logps is not None
+        return LossInputs(batch, advantages, old_logps, ref_logps), result, float(grad_norm)
+
+    def _pass(self, batch: Batch, advantages: Tensor, old_logps: Tensor | None, ref_logps: Tensor) -> Pass:
+        """Loss and gradients of the batch, a few rows at a time; every part divides by the whole batch's tokens."""
+        tokens = batch.mask.sum()
+        outs = []
+        for start in range(0, len(batch.problems), self.settings.rows_at_once):
+            rows = slice(start, start + self.settings.rows_at_once)
+            hidden, weight = self.policy.hidden_and_weight(batch[rows])
+            out = gk.linear_grpo_loss(
+                hidden,
+                weight,
+                batch.targets[rows],
+                advantages[rows],
+                batch.mask[rows],
+                old_logps=None if old_logps is None else old_logps[rows],
+                ref_logps=ref_logps[rows],
+                denominator=tokens,
+                config=self.config,
+            )
+            out.loss.backward()
+            outs.append(out)
+        kl = sum(out.metrics["kl"] * out.metrics["tokens"] for out in outs) / tokens
+        loss = sum(out.loss.detach() for out in outs)
+        return Pass(loss=float(loss), kl=float(kl), logps=torch.cat([out.logps for out in outs]))
 
 
 def evaluate(policy: Policy, task: Task, settings: Settings) -> Evaluation:
@@ -137,95 +233,16 @@ def evaluate(policy: Policy, task: Task, settings: Settings) -> Evaluation:
         torch.manual_seed(settings.seed + 1)
         problems = task.held_out(settings.evaluation_prompts)
         batch = policy.sample(problems, settings.evaluation_copies, settings.max_new_tokens)
-    scores = _scores(task, batch)
+    scores = score_all(task, batch)
     firsts = range(0, len(batch.problems), settings.evaluation_copies)
     return Evaluation(
-        reward=_mean(score.reward for score in scores),
-        correct=_mean(score.correct for score in scores),
-        form=_mean(score.form for score in scores),
+        reward=fmean(score.reward for score in scores),
+        correct=fmean(score.correct for score in scores),
+        form=fmean(score.form for score in scores),
         samples=len(scores),
         examples=[(batch.problems[i].question, batch.completions[i].text) for i in islice(firsts, 3)],
     )
 
 
-def _train_step(
-    run: Run,
-    index: int,
-    policy: Policy,
-    task: Task,
-    problems: Sequence[Problem],
-    optimizer: torch.optim.Optimizer,
-    listener: Listener,
-) -> None:
-    begin = time.perf_counter()
-    listener.phase("sampling")
-    with run.timed("sampling"):
-        batch = policy.sample(problems, run.settings.group_size, run.settings.max_new_tokens)
-        scores = _scores(task, batch)
-    listener.phase("learning")
-    with run.timed("learning"):
-        rewards = torch.tensor([score.reward for score in scores])
-        groups = gk.group_advantages(rewards, group_size=run.settings.group_size)
-        inputs, loss, kl, grad_norm = _update(policy, batch, groups.advantages, optimizer, run.settings)
-    informative = int(groups.informative.sum())
-    if informative or run.last is None:
-        run.last = inputs
-    step = Step(
-        step=index,
-        reward=rewards.mean().item(),
-        correct=_mean(score.correct for score in scores),
-        form=_mean(score.form for score in scores),
-        loss=loss,
-        kl=kl,
-        grad_norm=grad_norm,
-        informative_groups=informative,
-        tokens=int(batch.mask.sum()),
-        seconds=time.perf_counter() - begin,
-    )
-    run.steps.append(step)
-    listener.step(step)
-
-
-def _update(
-    policy: Policy, batch: Batch, advantages: Tensor, optimizer: torch.optim.Optimizer, settings: Settings
-) -> tuple[LossInputs, float, float, float]:
-    """`inner_steps` optimiser steps on one batch; the last one's loss, KL to the reference and gradient norm."""
-    frozen, frozen_weight = policy.hidden_and_weight(batch, reference=True)
-    with torch.no_grad():
-        ref_logps = gk.linear_token_logps(frozen, frozen_weight, batch.targets, mask=batch.mask).logps
-    old_logps: Tensor | None = None
-    for _ in range(settings.inner_steps):
-        hidden, weight = policy.hidden_and_weight(batch)
-        out = gk.linear_grpo_loss(
-            hidden,
-            weight,
-            batch.targets,
-            advantages,
-            batch.mask,
-            old_logps=old_logps,  # None: on-policy, the ratio is 1
-            ref_logps=ref_logps,
-            config=settings.loss_config(),
-        )
-        if old_logps is None:
-            old_logps = out.logps  # what the sampler's log-probabilities were, by the model that is being trained
-        optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
-        optimizer.step()
-    assert old_logps is not None
-    kl = _mean_kl(out.logps, ref_logps, batch.mask)
-    return LossInputs(batch, advantages, old_logps, ref_logps), out.loss.item(), kl, float(grad_norm)
-
-
-def _mean_kl(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> float:
-    u = (ref_logps - logps)[mask]
-    return (torch.expm1(u) - u).mean().item()
-
-
-def _scores(task: Task, batch: Batch) -> list[Score]:
+def score_all(task: Task, batch: Batch) -> list[Score]:
     return [task.score(*pair) for pair in zip(batch.problems, batch.completions, strict=True)]
-
-
-def _mean(values: Iterator[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)

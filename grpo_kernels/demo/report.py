@@ -1,0 +1,184 @@
+"""What the demo leaves behind: two tables, a picture of the reward and every figure as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import grpo_kernels as gk
+
+from . import environment
+from .measure import LARGER, Comparison
+from .train import Evaluation, Run
+
+MISSING = "not measured"
+
+
+@dataclass(frozen=True)
+class Report:
+    policy: str
+    task: str
+    rule: str
+    run: Run
+    comparison: Comparison | None
+    backend: str
+    instruction_set: str
+
+    @property
+    def setup(self) -> str:
+        """One line: which loss, which kernels."""
+        config = self.run.settings.loss_config()
+        return (
+            f"{config.objective}, {config.kl_coef:g} x {config.kl_estimator}, {config.aggregation}; "
+            f"backend {self.backend} ({self.instruction_set}), threads: {torch.get_num_threads()}"
+        )
+
+
+def print_report(report: Report, console: Console) -> None:
+    run = report.run
+    if run.interrupted:
+        console.print(f"[yellow]Stopped early:[/yellow] {len(run.steps)} of {run.settings.steps} steps done.")
+    console.print(_rewards(report))
+    console.print(_reward_note(report), style="dim")
+    if run.before:
+        console.print(_examples(run.before, run.after))
+    console.print(_losses(report))
+    console.print(_loss_note(report), style="dim")
+
+
+def _rewards(report: Report) -> Table:
+    run = report.run
+    table = Table(title=f"{report.policy}, {report.task}: {len(run.steps)} GRPO steps", title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, name in (("mean reward", "reward"), ("of it: correct", "correct"), ("of it: form", "form")):
+        table.add_row(label, *(f"{getattr(e, name):.3f}" if e else MISSING for e in (run.before, run.after)))
+    if run.steps:
+        first, last = run.steps[0], run.steps[-1]
+        table.add_section()
+        table.add_row("training batch, first and last step", f"{first.reward:.3f}", f"{last.reward:.3f}")
+    return table
+
+
+def _reward_note(report: Report) -> str:
+    evaluation = report.run.before
+    judged = (
+        f"Before and after: {evaluation.samples} answers sampled at temperature 1 to the same "
+        f"{report.run.settings.evaluation_prompts} problems, none of them trained on, with the same random numbers. "
+        if evaluation
+        else ""
+    )
+    return f"{judged}Reward: {report.rule}."
+
+
+def _examples(before: Evaluation, after: Evaluation | None) -> Table:
+    table = Table(title="held-out problems", title_justify="left")
+    for heading in ("problem", "first answer before", "first answer after"):
+        table.add_column(heading)
+    for index, (question, answer) in enumerate(before.examples):
+        now = repr(after.examples[index][1]) if after else MISSING
+        table.add_row(escape(question), escape(repr(answer)), escape(now))
+    return table
+
+
+def _losses(report: Report) -> Table:
+    table = Table(title="the same loss on the same batch, forward and backward", title_justify="left")
+    table.add_column("")
+    for heading in ("grpo_kernels", "eager PyTorch", "difference"):
+        table.add_column(heading, justify="right")
+    if (c := report.comparison) is None:
+        table.add_row("loss, gradients, time, memory", *[MISSING] * 3)
+        return table
+    table.add_row("loss", f"{c.fused_loss:+.7f}", f"{c.eager_loss:+.7f}", f"{c.loss_difference:.1e}")
+    table.add_row("gradient, hidden states", "", "", f"{c.hidden_gradient_error:.1e} relative")
+    table.add_row("gradient, head weight", "", "", f"{c.weight_gradient_error:.1e} relative")
+    seconds = c.fused.seconds, c.eager.seconds
+    table.add_row("time", *(f"{1e3 * s:,.1f} ms" for s in seconds), _times(*seconds, "faster", "slower"))
+    peaks = {
+        "peak memory": (c.fused.peak_bytes, c.eager.peak_bytes),
+        f"peak memory, {LARGER} x the batch": (c.fused.larger_peak_bytes, c.eager.larger_peak_bytes),
+    }
+    for label, pair in peaks.items():
+        table.add_row(label, *(f"{peak / 2**20:,.1f} MiB" for peak in pair), _times(*pair, "less", "more"))
+    return table
+
+
+def _times(ours: float, theirs: float, better: str, worse: str) -> str:
+    return f"{theirs / ours:.2f} x {better}" if ours <= theirs else f"{ours / theirs:.2f} x {worse}"
+
+
+def _loss_note(report: Report) -> str:
+    if (c := report.comparison) is None:
+        return report.setup
+    return (
+        f"{report.setup}. Batch: {c.rows} token positions, {c.active_rows} of them in the mask, "
+        f"vocabulary {c.vocabulary:,}, fp32. Relative: largest difference / largest value. "
+        f"Time: median of {c.rounds} rounds taken in turns. Peak memory: what torch allocated above what was "
+        "there before, gradients included, by its profiler."
+    )
+
+
+def save_json(report: Report, path: Path) -> None:
+    run = report.run
+    figures: dict[str, Any] = {
+        "policy": report.policy,
+        "task": report.task,
+        "rule": report.rule,
+        "interrupted": run.interrupted,
+        "settings": asdict(run.settings),
+        "loss_config": _config(run.settings.loss_config()),
+        "backend": report.backend,
+        "instruction_set": report.instruction_set,
+        "threads": torch.get_num_threads(),
+        "devices": environment.devices(),
+        "versions": environment.versions(),
+        "before": asdict(run.before) if run.before else None,
+        "after": asdict(run.after) if run.after else None,
+        "comparison": asdict(report.comparison) if report.comparison else None,
+        "seconds": run.seconds,
+        "steps": [asdict(step) for step in run.steps],
+    }
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _config(config: gk.LossConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and those before it, `window` at most."""
+    parts = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def save_picture(report: Report, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    run = report.run
+    numbers, rewards = [step.step for step in run.steps], [step.reward for step in run.steps]
+    window = max(3, len(rewards) // 20)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes.plot(numbers, rewards, "o-", color="tab:blue", alpha=0.35, markersize=3, label="mean of the batch")
+    axes.plot(numbers, smooth(rewards, window), color="tab:blue", linewidth=2, label=f"mean of {window} steps")
+    held_out = [(0, run.before), (len(numbers) + 1, run.after)]
+    judged = [(at, evaluation.reward) for at, evaluation in held_out if evaluation]
+    if judged:
+        axes.plot(*zip(*judged, strict=True), "D", color="tab:orange", label="held-out problems")
+    if judged or numbers:
+        axes.legend(loc="lower right")
+    axes.set(xlabel="GRPO step", ylabel="mean reward (0 to 1)", ylim=(-0.02, 1.02))
+    axes.set_title(f"{report.policy}, {report.task}\n{report.setup}", fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+    pyplot.close(figure)
