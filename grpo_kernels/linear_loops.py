@@ -50,8 +50,9 @@ class _Chunk:
 
 
 def _chunks(rows: Rows, chunk_rows: int) -> list[Tensor]:
-    """Flat indices of the active rows, a chunk at a time."""
-    return [index for index in rows.active.reshape(-1).nonzero()[:, 0].split(chunk_rows) if index.numel()]
+    """Flat indices of the active rows, in chunks of nearly equal size, the largest first."""
+    index = rows.active.reshape(-1).nonzero()[:, 0]
+    return list(index.tensor_split(-(-index.numel() // chunk_rows))) if index.numel() else []
 
 
 class _Head:
@@ -89,16 +90,19 @@ class _Gradients:
             self.hidden[chunk.at] = g_logits @ self._weight
         if self._needs[1] and self._single:
             self.weight = g_logits.t() @ chunk.hidden
-        elif self._needs[1]:
-            self._accumulate_weight(g_logits, chunk.hidden.to(self._wide))
-        if self._needs[2]:
-            self.bias.add_(g_logits.sum(0, dtype=self._wide))
+        sum_weight = self._needs[1] and not self._single
+        if sum_weight or self._needs[2]:
+            self._accumulate(g_logits, chunk.hidden.to(self._wide) if sum_weight else None)
 
-    def _accumulate_weight(self, g_logits: Tensor, hidden: Tensor) -> None:
-        """weight += g_logits.T @ hidden; half precision is widened a block of the vocabulary at a time."""
-        step = self.weight.shape[0] if g_logits.dtype == self._wide else WIDENED_COLUMNS
-        for v in range(0, self.weight.shape[0], step):
-            self.weight[v : v + step].addmm_(g_logits[:, v : v + step].to(self._wide).t(), hidden)
+    def _accumulate(self, g_logits: Tensor, hidden: Tensor | None) -> None:
+        """weight += g_logits.T @ hidden, bias += the sum; half precision is widened some columns at a time."""
+        step = g_logits.shape[1] if g_logits.dtype == self._wide else WIDENED_COLUMNS
+        for v in range(0, g_logits.shape[1], step):
+            columns = g_logits[:, v : v + step].to(self._wide)
+            if hidden is not None:
+                self.weight[v : v + step].addmm_(columns.t(), hidden)
+            if self._needs[2]:
+                self.bias[v : v + step].add_(columns.sum(0))
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.hidden, self.weight.to(self._weight.dtype), self.bias.to(self._bias_dtype)

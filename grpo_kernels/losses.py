@@ -52,8 +52,7 @@ def scaled(gradient: Tensor, g: Tensor, inplace: bool) -> Tensor:
     """g * gradient; on the CPU, where reading g is free, a g of 1 costs nothing."""
     if g.device.type == "cpu" and not torch.compiler.is_compiling() and g == 1:
         return gradient
-    g = g.to(gradient.dtype)
-    return gradient.mul_(g) if inplace else gradient * g
+    return gradient.mul_(g) if inplace else gradient * g  # a 0-d g keeps its precision and the gradient's dtype
 
 
 def grpo_loss(

@@ -283,3 +283,15 @@ def test_outputs_are_detached_and_complete(backend):
     parts = sum(out.metrics[k] for k in ("policy_loss", "kl_loss", "entropy_loss"))
     torch.testing.assert_close(parts, out.loss.detach(), rtol=1e-12, atol=0)
     assert math.isclose(float(out.metrics["tokens"]), float(b.mask.sum()))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_upstream_gradient_keeps_its_precision(inplace):
+    """A bf16 gradient is multiplied by 1/3, not by 1/3 rounded to bf16."""
+    torch.manual_seed(0)
+    x, targets, advantages = torch.randn(64, 500).bfloat16().requires_grad_(), torch.randint(500, (64,)), torch.ones(64)
+    grads = []
+    for factor in (1.0, 1 / 3):
+        out = gk.grpo_loss(x * 1, targets, advantages, inplace=inplace)
+        grads.append(torch.autograd.grad(out.loss * factor, x)[0].double().clamp(min=0).sum())  # all but the targets
+    assert abs(float(grads[1] / grads[0]) * 3 - 1) < 5e-4  # bf16(1/3) * 3 is 1.00195
