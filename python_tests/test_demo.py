@@ -25,7 +25,7 @@ from grpo_kernels.demo import doctor, measure, report, smollm, train
 from grpo_kernels.demo.errors import DemoError, require
 from grpo_kernels.demo.policy import completion_mask
 from grpo_kernels.demo.synthetic import SyntheticPolicy, one_thread
-from grpo_kernels.demo.tasks import Addition, Completion, CopyDigits, Problem
+from grpo_kernels.demo.tasks import Addition, Completion, CopyDigits, Problem, Score
 
 TINY = replace(train.SYNTHETIC, steps=3, prompts=4, group_size=4, evaluation_prompts=2, evaluation_copies=2)
 
@@ -228,6 +228,21 @@ def test_doctor_fails_when_the_kernels_are_wrong(monkeypatch):
     assert result.exit_code == 1 and "FAILED" in result.output
 
 
+class Constant(CopyDigits):
+    """Every answer is as good as any other: no group carries a signal."""
+
+    def score(self, problem: Problem, completion: Completion) -> Score:
+        return Score(correct=1.0, form=1.0)
+
+
+def test_without_a_signal_no_gradient_error_is_claimed(tmp_path):
+    console = Console(record=True, width=100, file=io.StringIO())
+    demo.run(SyntheticPolicy(), Constant(), TINY, tmp_path, console)
+    compared = json.loads((tmp_path / "report.json").read_text())["comparison"]
+    assert compared["hidden_gradient_error"] is None and compared["weight_gradient_error"] is None
+    assert "no signal" in console.export_text()
+
+
 def test_peak_memory_counts_what_is_alive_at_once():
     def run() -> torch.Tensor:
         first = torch.ones(1 << 20)
@@ -250,9 +265,10 @@ def test_language_model_demo_end_to_end(tmp_path):
         smollm.find_model()
     except DemoError as error:
         pytest.skip(str(error))
-    result = invoke("demo", "--steps", "1", "--prompts", "2", "--group-size", "2", "--out", str(tmp_path))
+    result = invoke("demo", "--steps", "1", "--prompts", "2", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["steps"][0]["informative_groups"] > 0  # or there is no gradient to compare
     compared = figures["comparison"]
     assert compared["vocabulary"] == 49152
     assert compared["fused_loss"] == pytest.approx(compared["eager_loss"], abs=1e-5)

@@ -39,8 +39,8 @@ class Comparison:
     rounds: int
     fused_loss: float
     eager_loss: float
-    hidden_gradient_error: float  # max |difference| / max |eager|
-    weight_gradient_error: float
+    hidden_gradient_error: float | None  # max |difference| / max |eager|; None: no group carried a signal
+    weight_gradient_error: float | None
     fused: Cost
     eager: Cost
 
@@ -101,7 +101,10 @@ def compare(policy: Policy, inputs: LossInputs, config: gk.LossConfig) -> Compar
         hidden, weight = policy.hidden_and_weight(inputs.batch)
     case = _Case(hidden, weight, inputs, config)
     (fused_loss, *fused_gradients), (eager_loss, *eager_gradients) = case.fused(), case.eager()
-    hidden_error, weight_error = map(_relative_error, fused_gradients, eager_gradients)
+    hidden_error: float | None = None
+    weight_error: float | None = None
+    if inputs.advantages.any():  # else the gradient is rounding noise on both sides, which nothing can be relative to
+        hidden_error, weight_error = map(_relative_error, fused_gradients, eager_gradients)
     del fused_gradients, eager_gradients
     (fused_seconds, eager_seconds), rounds = interleaved_seconds((case.fused, case.eager))
     larger = _Case(hidden, weight, inputs, config, copies=LARGER)

@@ -98,8 +98,9 @@ def _losses(report: Report) -> Table:
         table.add_row("loss, gradients, time, memory", *[MISSING] * 3)
         return table
     table.add_row("loss", f"{c.fused_loss:+.7f}", f"{c.eager_loss:+.7f}", f"{c.loss_difference:.1e}")
-    table.add_row("gradient, hidden states", "", "", f"{c.hidden_gradient_error:.1e} relative")
-    table.add_row("gradient, head weight", "", "", f"{c.weight_gradient_error:.1e} relative")
+    errors = {"gradient, hidden states": c.hidden_gradient_error, "gradient, head weight": c.weight_gradient_error}
+    for label, error in errors.items():
+        table.add_row(label, "", "", "no signal" if error is None else f"{error:.1e} relative")
     seconds = c.fused.seconds, c.eager.seconds
     table.add_row("time", *(f"{1e3 * s:,.1f} ms" for s in seconds), _times(*seconds, "faster", "slower"))
     peaks = {
@@ -118,11 +119,16 @@ def _times(ours: float, theirs: float, better: str, worse: str) -> str:
 def _loss_note(report: Report) -> str:
     if (c := report.comparison) is None:
         return report.setup
+    no_signal = (
+        "No signal: in every group all rewards were equal, so there is no gradient to compare. "
+        if c.hidden_gradient_error is None
+        else ""
+    )
     return (
         f"{report.setup}. Batch: {c.rows} token positions, {c.active_rows} of them in the mask, "
         f"vocabulary {c.vocabulary:,}, fp32. Relative: largest difference / largest value. "
-        f"Time: median of {c.rounds} rounds taken in turns. Peak memory: what torch allocated above what was "
-        "there before, gradients included, by its profiler."
+        f"{no_signal}Time: median of {c.rounds} rounds taken in turns. "
+        "Peak memory: what torch allocated above what was there before, gradients included, by its profiler."
     )
 
 

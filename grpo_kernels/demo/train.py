@@ -43,7 +43,7 @@ class Settings:
         return replace(self, evaluation_prompts=4, evaluation_copies=2) if self.steps < 3 else self
 
 
-# Eight rows of SmolLM2 keep 0.8 GB of activations alive, all 32 would keep 3.
+# Resident after two steps of SmolLM2 on a CPU: 4.6 GiB with eight rows at once, 6.1 GiB with all 32.
 SMOLLM = Settings(
     steps=12, prompts=4, group_size=8, max_new_tokens=12, learning_rate=2e-5, kl_coef=0.02, rows_at_once=8
 )
