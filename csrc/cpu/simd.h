@@ -50,15 +50,19 @@ inline Float max_of(Float a, Float b) {
 #endif
 }
 
+// Lanes combined in a tree, for its short chain as much as for its rounding.
+template <typename T, typename Combine> inline T combine_lanes(Float v, Combine combine) {
+  T lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = v[i];
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = combine(lanes[i], lanes[i + width]);
+  return lanes[0];
+}
 inline float max_lane(Float v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  return combine_lanes<float>(v, [](float a, float b) { return a > b ? a : b; });
 }
 inline double sum_lanes(Float v) {
-  double s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
+  return combine_lanes<double>(v, [](double a, double b) { return a + b; });
 }
 
 // 2^y, y no lower than kExp2Floor, times a constant that costs nothing: a polynomial in y - floor(y), minimax on [0, 1]

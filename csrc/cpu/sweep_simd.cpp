@@ -76,8 +76,7 @@ void stats(const void* logits, int64_t columns, const Transform& f, Softmax<doub
         add(v.a, penalty.a, sum.a, dot.a, sum2.a);
         add(v.b, penalty.b, sum.b, dot.b, sum2.b);
       });
-  *out = {max, sum_lanes(sum.a) + sum_lanes(sum.b), sum_lanes(dot.a) + sum_lanes(dot.b),
-          sum_lanes(sum2.a) + sum_lanes(sum2.b)};
+  *out = {max, sum_lanes(sum.a + sum.b), sum_lanes(dot.a + dot.b), sum_lanes(sum2.a + sum2.b)};
 }
 
 // Without an entropy gradient b is 0 and a is folded into the exponential.
