@@ -100,7 +100,7 @@ class NinjaBuild(build_ext):
                     add("cxx", source, f"_{isa}", f"-DGK_ISA={isa} {isa_flags}")
             else:
                 add("nvcc" if source.endswith(".cu") else "cxx", source)
-        threads = "-Xcompiler -pthread" if cuda else "-pthread"
+        threads = "-Xcompiler -pthread" if cuda else "-pthread -ldl"
         libs = "-undefined dynamic_lookup" if sys.platform == "darwin" else threads
         libs = f"{libs} {os.environ.get('LDFLAGS', '')}"
         lines.append(f"build {target}: link {' '.join(map(str, objects))}\n  libs = {libs}")

@@ -1,23 +1,25 @@
-// Threads for one call. They are started anew each time: no pool to survive a fork, none that spins beside torch's own.
 #pragma once
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
-#include <vector>
 
 namespace gk {
 
+// Calls body(data) on up to `threads` threads, this one among them, and waits for all.
+void run_on_threads(int threads, void (*body)(void*), void* data);
+
 // Runs work(i) for i in [0, count), each i on one thread, handed out in order as threads become free.
 template <typename Work> void parallel_for(int64_t count, int threads, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const auto run = [&] {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+  struct Shared {
+    std::atomic<int64_t> next;
+    const int64_t count;
+    const Work& work;
+  } shared{{0}, count, work};
+  const auto body = [](void* data) {
+    Shared& s = *static_cast<Shared*>(data);
+    for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) s.work(i);
   };
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < std::min<int64_t>(threads, count); ++t) others.emplace_back(run);
-  run();
-  for (auto& thread : others) thread.join();
+  run_on_threads(int(std::min<int64_t>(threads, count)), body, &shared);
 }
 
 }  // namespace gk

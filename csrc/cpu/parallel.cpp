@@ -1,0 +1,25 @@
+// Threads: those of the OpenMP runtime that torch has loaded. Threads of our own would share the cores with torch's,
+// which go on spinning for milliseconds after torch's last parallel loop; and a second OpenMP runtime would spin too.
+#include "parallel.h"
+
+#include <dlfcn.h>
+
+#include <thread>
+#include <vector>
+
+namespace gk {
+
+void run_on_threads(int threads, void (*body)(void*), void* data) {
+  // GNU's entry point; LLVM's and Intel's runtimes have it too. Whatever number of threads it gives, the work gets
+  // done.
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  static const auto openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (threads <= 1) return body(data);
+  if (openmp) return openmp(body, data, unsigned(threads), 0);
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(body, data);
+  body(data);
+  for (auto& thread : others) thread.join();
+}
+
+}  // namespace gk
