@@ -68,11 +68,7 @@ class Layout(NamedTuple):
             raise ValueError(
                 f"{name} must have the shape of the tokens, {tuple(self.shape)}; got {tuple(values.shape)}"
             )
-        return (
-            values.detach().to(dtype).view(self.grid)
-            if values.is_contiguous()
-            else values.detach().to(dtype).reshape(self.grid)
-        )
+        return values.detach().to(dtype).reshape(self.grid)
 
     def tokens_or_sequences(self, values: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
         """The same for a tensor that may also hold one value a sequence: [R], or [B, 1] when padded."""

@@ -39,7 +39,11 @@ class Backend(Protocol):
 
 
 class BackendUnavailable(RuntimeError):
-    """Asked for a backend that is not here; the message says how to get it."""
+    """Asked for a backend that is not here; the reason says how to get it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"backend {name!r} is not here: {reason}")
+        self.reason = reason
 
 
 @functools.cache
@@ -53,13 +57,14 @@ def implementation(name: str) -> Backend:
     if name not in NAMES:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}; got {name!r}")
     if name in PLANNED:
-        raise BackendUnavailable(f"backend {name!r} is not here: {PLANNED[name]}; use 'cpu' or 'reference'")
+        raise BackendUnavailable(name, f"{PLANNED[name]}; use 'cpu' or 'reference'")
     try:
         return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
     except ImportError as error:
         raise BackendUnavailable(
-            f"backend {name!r} is not here: its native module does not load ({error}); "
-            "build it with `pip install .` (or `python setup.py build_ext --inplace`) where a C++ compiler is"
+            name,
+            f"its native module does not load ({error}); "
+            "build it with `pip install .` (or `python setup.py build_ext --inplace`) where a C++ compiler is",
         ) from error
 
 
@@ -82,5 +87,5 @@ def available_backends() -> dict[str, str]:
             implementation(name)
             found[name] = "ok"
         except BackendUnavailable as error:
-            found[name] = str(error)
+            found[name] = error.reason
     return found

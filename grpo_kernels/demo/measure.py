@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
 import grpo_kernels as gk
+from grpo_kernels.testing.memory import peak_memory
 
 from .policy import Policy
 from .train import LossInputs
@@ -140,39 +136,8 @@ def interleaved_seconds(
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes torch's CPU allocator had handed out at one moment during `run`, above what it had before.
-
-    From the profiler's allocation events: they come from the allocator itself, so what an operator allocates inside
-    (which a TorchDispatchMode does not see) counts too. Not counted: what libraries allocate outside torch.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    with _native_stderr_silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    del result
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    allocations = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
-    alive = peak = 0
-    for event in sorted(allocations, key=lambda event: event["ts"]):
-        alive += event["args"]["Bytes"]
-        peak = max(peak, alive)
-    return peak
-
-
-@contextmanager
-def _native_stderr_silenced() -> Iterator[None]:
-    """The profiler's native half writes status lines to file descriptor 2, past sys.stderr and its log level."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    """Most bytes of tensors alive at one moment during `run`, above what was alive before."""
+    return peak_memory(run, warm_up=False, resident=False).tensor_bytes
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> float:
