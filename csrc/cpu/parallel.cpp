@@ -3,11 +3,15 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <thread>
 #include <vector>
 
 namespace gk {
+
+// A forked child inherits an OpenMP runtime without its threads, and waits for them for ever.
+static const pid_t kLoadedIn = getpid();
 
 void run_on_threads(int threads, void (*body)(void*), void* data) {
   // GNU's entry point; LLVM's and Intel's runtimes have it too. Whatever number of threads it gives, the work gets
@@ -15,7 +19,7 @@ void run_on_threads(int threads, void (*body)(void*), void* data) {
   using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
   static const auto openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   if (threads <= 1) return body(data);
-  if (openmp) return openmp(body, data, unsigned(threads), 0);
+  if (openmp && getpid() == kLoadedIn) return openmp(body, data, unsigned(threads), 0);
   std::vector<std::thread> others;
   for (int t = 1; t < threads; ++t) others.emplace_back(body, data);
   body(data);
