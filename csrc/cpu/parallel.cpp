@@ -14,8 +14,7 @@ namespace gk {
 static const pid_t kLoadedIn = getpid();
 
 void run_on_threads(int threads, void (*body)(void*), void* data) {
-  // GNU's entry point; LLVM's and Intel's runtimes have it too. Whatever number of threads it gives, the work gets
-  // done.
+  // GNU's entry point; LLVM's and Intel's runtimes have it too. The work gets done however many threads it gives.
   using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
   static const auto openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   if (threads <= 1) return body(data);
