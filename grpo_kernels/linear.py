@@ -11,13 +11,11 @@ from torch.autograd.function import once_differentiable
 from . import ops, reference
 from .backends import resolve
 from .config import LossConfig
-from .layout import PolicyInputs, Rows, layout_of, real_dtype, rows_of
+from .layout import Rows, layout_of, real_dtype, rows_of
 from .linear_loops import chunk_rows_for
-from .logps import TokenLogps, shaped, unsupported_group
-from .losses import given_advantages, scaled
-from .policy import LossOutput, output, policy_inputs, token_loss, within_sequences
-
-N_ROWS, N_INPUTS = len(Rows._fields) - 1, len(PolicyInputs._fields)
+from .logps import N_ROWS, TokenLogps, shaped, unsupported_group
+from .losses import ConfiguredLoss, given_advantages, scaled
+from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss, within_sequences
 
 
 def _given(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
@@ -243,16 +241,7 @@ def linear_grpo_loss(
     return output(layout, loss, logps, entropy if config.has_entropy or return_entropy else None, per_token, metrics)
 
 
-class LinearGRPOLoss(torch.nn.Module):
+class LinearGRPOLoss(ConfiguredLoss):
     """A ``LossConfig`` as a module: ``LinearGRPOLoss(config)(hidden, weight, ...)`` is ``linear_grpo_loss``."""
 
-    def __init__(self, config: LossConfig | None = None, **options: Any) -> None:
-        """``options``: keywords of ``linear_grpo_loss`` to hold, such as ``temperature`` or ``chunk_rows``."""
-        super().__init__()
-        self.config, self.options = config or LossConfig(), options
-
-    def forward(self, *args: Any, **kwargs: Any) -> LossOutput:
-        return linear_grpo_loss(*args, config=self.config, **{**self.options, **kwargs})
-
-    def extra_repr(self) -> str:
-        return ", ".join([repr(self.config), *(f"{k}={v!r}" for k, v in self.options.items())])
+    loss = staticmethod(linear_grpo_loss)

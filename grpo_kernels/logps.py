@@ -18,7 +18,7 @@ CONSUMED = (
 )
 
 
-N_OTHERS = 4 + len(Rows._fields) - 1  # arguments of RowLogps that have no gradient
+N_ROWS = len(Rows._fields) - 1  # of Rows, all but the logits: arguments without a gradient
 
 
 class TokenLogps(NamedTuple):
@@ -69,10 +69,10 @@ class RowLogps(torch.autograd.Function):
             ctx.backend,
         )
         if not ctx.inplace:
-            return ops.row_backward(*args), *[None] * N_OTHERS
+            return ops.row_backward(*args), *[None] * (4 + N_ROWS)
         ops.row_backward_(*args)
         ctx.consumed = True
-        return logits.detach(), *[None] * N_OTHERS
+        return logits.detach(), *[None] * (4 + N_ROWS)
 
 
 def row_logps(

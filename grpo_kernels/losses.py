@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,11 +13,9 @@ from . import ops
 from .advantages import group_advantages
 from .backends import resolve
 from .config import LossConfig
-from .layout import Rows, layout_of, real_dtype, rows_of
-from .logps import CONSUMED, check_inplace, row_logps, unsupported_group
+from .layout import layout_of, real_dtype, rows_of
+from .logps import CONSUMED, N_ROWS, check_inplace, row_logps, unsupported_group
 from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss, within_sequences
-
-N_ROWS = len(Rows._fields) - 1  # arguments without a gradient
 
 
 class SinglePass(torch.autograd.Function):
@@ -166,16 +165,24 @@ def given_advantages(
     return group_advantages(rewards, group_size=group_size, eps=eps, scale=scale, backend=backend).advantages
 
 
-class GRPOLoss(torch.nn.Module):
-    """A ``LossConfig`` as a module: ``GRPOLoss(config)(logits, targets, advantages, mask, ...)`` is ``grpo_loss``."""
+class ConfiguredLoss(torch.nn.Module):
+    """A loss function as a module that holds its ``LossConfig`` and some of its keywords."""
+
+    loss: ClassVar[Callable[..., LossOutput]]  # the function, of the subclass
 
     def __init__(self, config: LossConfig | None = None, **options: Any) -> None:
-        """``options``: keywords of ``grpo_loss`` to hold, such as ``temperature`` or ``inplace``."""
+        """``options``: keywords of the function to hold, such as ``temperature``; a call's own go before them."""
         super().__init__()
         self.config, self.options = config or LossConfig(), options
 
     def forward(self, *args: Any, **kwargs: Any) -> LossOutput:
-        return grpo_loss(*args, config=self.config, **{**self.options, **kwargs})
+        return self.loss(*args, config=self.config, **{**self.options, **kwargs})
 
     def extra_repr(self) -> str:
         return ", ".join([repr(self.config), *(f"{k}={v!r}" for k, v in self.options.items())])
+
+
+class GRPOLoss(ConfiguredLoss):
+    """A ``LossConfig`` as a module: ``GRPOLoss(config)(logits, targets, advantages, mask, ...)`` is ``grpo_loss``."""
+
+    loss = staticmethod(grpo_loss)
