@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -36,7 +37,16 @@ gk::Rows rows(const ViewArg& logits, const ViewArg& targets, const ViewArg& acti
 gk::RowStats stats(const std::array<Address, 5>& a) {
   return {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]), pointer(a[4])};
 }
-gk::PolicyInputs policy(const std::array<ViewArg, 8>& v, std::array<int, 4> form, const std::array<double, 10>& s) {
+
+constexpr int kPolicyViews = 10;
+using PolicyViews = std::array<ViewArg, kPolicyViews>;
+using FormCodes = std::array<int, 4>;
+using ScalarValues = std::array<double, gk::kScalars>;
+
+gk::PolicyInputs policy(const PolicyViews& v, const FormCodes& form, const ScalarValues& values) {
+  static_assert(sizeof(gk::Scalars<double>) == sizeof(ScalarValues));
+  gk::Scalars<double> scalars;
+  std::memcpy(&scalars, values.data(), sizeof scalars);
   return {view(v[0]),
           view(v[1]),
           view(v[2]),
@@ -45,8 +55,10 @@ gk::PolicyInputs policy(const std::array<ViewArg, 8>& v, std::array<int, 4> form
           view(v[5]),
           view(v[6]),
           view(v[7]),
+          view(v[8]),
+          view(v[9]),
           {gk::Objective(form[0]), gk::RatioLevel(form[1]), gk::KlEstimator(form[2]), gk::KlGradient(form[3])},
-          {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]}};
+          scalars};
 }
 
 }  // namespace
@@ -66,16 +78,16 @@ PYBIND11_MODULE(GK_MODULE, m) {
       Release());
   m.def(
       "row_policy",
-      [](const gk::Rows& p, const std::array<Address, 5>& out, const std::array<ViewArg, 8>& inputs,
-         std::array<int, 4> form, const std::array<double, 10>& scalars, const ViewArg& gradient) {
+      [](const gk::Rows& p, const std::array<Address, 5>& out, const PolicyViews& inputs, const FormCodes& form,
+         const ScalarValues& scalars, const ViewArg& gradient) {
         gk::row_policy(p, stats(out), policy(inputs, form, scalars), view(gradient), nullptr);
       },
       Release());
   m.def(
       "token_policy",
-      [](const std::array<ViewArg, 8>& inputs, std::array<int, 4> form, const std::array<double, 10>& scalars,
-         const ViewArg& logps, const ViewArg& entropy, const ViewArg& active, std::array<int64_t, 2> shape,
-         Address cu_seqlens, int64_t sequences, bool is_double, const std::array<Address, 5>& out, int threads) {
+      [](const PolicyViews& inputs, const FormCodes& form, const ScalarValues& scalars, const ViewArg& logps,
+         const ViewArg& entropy, const ViewArg& active, std::array<int64_t, 2> shape, Address cu_seqlens,
+         int64_t sequences, bool is_double, const std::array<Address, 5>& out, int threads) {
         gk::token_policy({policy(inputs, form, scalars), view(logps), view(entropy), view(active), shape[0], shape[1],
                           pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]), pointer(out[1]),
                           pointer(out[2]), pointer(out[3]), pointer(out[4]), threads},

@@ -40,8 +40,10 @@ struct RowStats {  // real [batch * tokens]; sum_p2 may be null
 struct PolicyInputs {
   View advantages, weights;                  // real; the loss is sum(weights * terms)
   View old_logps, ref_logps, rollout_logps;  // real; null: not given
-  View token_weights;                        // real; multiplies the policy term only
+  View token_weights;                        // real; multiplies the policy term only (gmpo: weighs its means)
   View entropy_weights, entropy_mask;        // real; null: weights, 1
+  View selected;                             // real; not 0: picked for its covariance; null: none
+  View pooled_weights;                       // real; importance weights that enter a sequence's own; null: 1
   Form form;
   Scalars<double> scalars;
 };
@@ -62,6 +64,17 @@ enum Metric : int {  // the order of METRICS in grpo_kernels/config.py
   kClipHigh,
   kClipRegion,
   kClipCap,
+  kClipLowMin,
+  kClipHighMax,
+  kGradientWeight,
+  kRejected,
+  kWeightMean,
+  kWeightMin,
+  kWeightMax,
+  kWeightEss,
+  kRolloutKl,
+  kRolloutKlK3,
+  kRolloutAbsDiff,
   kMetricCount
 };
 

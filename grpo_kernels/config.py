@@ -1,4 +1,4 @@
-"""What a loss is: its form (which code runs), its scalars (numbers that may change every step), and the presets."""
+"""What a loss is: its form (which code runs) and its scalars (numbers that may change every step)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,46 @@ from typing import Any, NamedTuple
 import torch
 
 # Every name that selects code; the positions are the enumerators of csrc/math/policy.h.
-OBJECTIVES = ("clip",)
+OBJECTIVES = (
+    "clip", "cispo", "sapo", "gmpo", "vespo", "reinforce", "dppo_tv", "dppo_kl", "tv_mask", "ipo", "dro", "clip_cov",
+    "kl_cov",
+)  # fmt: skip
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_product")
 KL_ESTIMATORS = ("none", "k1", "abs", "k2", "k3")
 KL_GRADIENTS = ("pathwise", "straight_through", "importance_weighted", "score_function", "behaviour_weighted")
 AGGREGATIONS = ("token_mean", "token_sum", "sequence_mean", "sequence_sum", "fixed_length")
 
-# Sums of the token kernel, in the order of `Metric` in csrc/kernels.h; described in losses.LossOutput.
+# Sums of the token kernel, in the order of `Metric` in csrc/kernels.h; described in policy.LossOutput.
 METRICS = (
     "policy_loss", "kl_loss", "entropy_loss", "tokens", "entropy", "kl", "approx_kl", "approx_kl_k3",
-    "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_region", "clip_cap",
+    "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_region", "clip_cap", "clip_low_min",
+    "clip_high_max", "gradient_weight", "rejected", "weight_mean", "weight_min", "weight_max", "weight_ess",
+    "rollout_kl", "rollout_kl_k3", "rollout_abs_diff",
 )  # fmt: skip
+
+_BOUNDS = frozenset({"eps_low", "eps_high"})
+_CAPS = frozenset({"delta", "dual_clip"})
+# What each objective reads of the options that belong to objectives, beside log_ratio_clamp.
+OBJECTIVE_OPTIONS = {
+    "clip": _BOUNDS | _CAPS,
+    "cispo": frozenset({"cispo_low", "cispo_high"}),
+    "sapo": frozenset({"sapo_tau_pos", "sapo_tau_neg"}),
+    "gmpo": _BOUNDS,
+    "vespo": frozenset({"vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"}),
+    "reinforce": frozenset(),
+    "dppo_tv": _BOUNDS | {"ratio_cap"},
+    "dppo_kl": _BOUNDS | {"ratio_cap"},
+    "tv_mask": frozenset({"tv_low", "tv_high", "ratio_sq_coef"}),
+    "ipo": frozenset({"tv_high", "ratio_sq_coef"}),
+    "dro": frozenset({"dro_beta"}),
+    "clip_cov": _BOUNDS | _CAPS | {"cov_ratio", "cov_low", "cov_high"},
+    "kl_cov": frozenset({"cov_ratio", "cov_kl"}),
+}
+ANY_RATIO_LEVEL = ("clip", "cispo", "sapo")  # the others define their own ratio
+ROLLOUT_RATIO = ("tv_mask", "ipo")  # their ratio is taken against the sampler
+BY_COVARIANCE = ("clip_cov", "kl_cov")
+VESPO_MIN_LAMBDA = 1e-4
+BY_SEQUENCE = ("gmpo", "vespo")  # one weight a sequence, from all of its tokens
 
 
 class Form(NamedTuple):
@@ -32,6 +61,15 @@ class Form(NamedTuple):
     kl_gradient: str
 
     @property
+    def token_local(self) -> bool:
+        """Whether a token's derivative needs that token alone, so that one launch can write the logits' gradient."""
+        return self.ratio_level == "token" and self.objective not in BY_SEQUENCE + BY_COVARIANCE
+
+    @property
+    def needs_sequences(self) -> bool:
+        return self.ratio_level != "token" or self.objective in BY_SEQUENCE
+
+    @property
     def codes(self) -> list[int]:
         names = (OBJECTIVES, RATIO_LEVELS, KL_ESTIMATORS, KL_GRADIENTS)
         return [names.index(chosen) for names, chosen in zip(names, self, strict=True)]
@@ -40,10 +78,26 @@ class Form(NamedTuple):
 class Scalars(NamedTuple):
     """Numbers a kernel reads at run time; infinity where there is no bound."""
 
-    ratio_low: float
+    eps_low: float
+    eps_high: float
+    ratio_low: float  # 1 - eps_low, as float64 rounds it
     ratio_high: float
     delta: float
     dual_clip: float
+    cispo_low: float
+    cispo_high: float
+    sapo_tau_pos: float
+    sapo_tau_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+    ratio_cap: float
+    tv_low: float
+    tv_high: float
+    ratio_sq_coef: float
+    dro_beta: float
+    cov_kl: float
     log_ratio_clamp: float
     sequence_log_ratio_max: float
     kl_coef: float
@@ -60,18 +114,46 @@ def _bound(value: float | None) -> float:
 class LossConfig:
     """A GRPO-family loss: objective, ratio level, aggregation, KL to the reference and entropy bonus.
 
-    Per token, with ``r = exp(logp - old)`` and advantage ``A`` (``objective="clip"``, PPO, arXiv:1707.06347)::
+    Per token, with ``x = logp - old``, ``r = exp(x)``, advantage ``A`` and ``sg`` for no gradient; docs/objectives.md
+    has the derivatives, the sources and the trainers' names:
 
-        -min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A);   A < 0 and dual_clip = c:  min(-c A, that)
+    ==============  ===================================================================================
+    ``clip``        ``-min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A)``; ``A < 0`` and
+                    ``dual_clip = c``: ``min(-c A, that)`` (PPO, GRPO, DAPO, GSPO)
+    ``cispo``       ``-sg(clamp(r, cispo_low, cispo_high)) A logp``
+    ``sapo``        ``-(4/tau) sigmoid(tau (r - 1)) A``, tau by the sign of ``A``
+    ``gmpo``        a sequence's ``-exp(mean_t clipped x) mean_t A``, ``x`` clipped to the eps by the sign of ``A``
+    ``vespo``       ``-sg(phi) A logp``, ``log phi = lambda + k log w - lambda w``, ``w`` the sequence's ratio
+    ``reinforce``   ``-A logp`` (GPG; weighted by ``token_weights``: the truncated-IS policy gradient)
+    ``dppo_tv``     ``-A sg(min(r, ratio_cap)) logp`` where ``p - p_old`` stays within the eps
+    ``dppo_kl``     the same where the binary KL does
+    ``tv_mask``     ``-A r`` where ``p - p_rollout`` is within tv_low, tv_high, plus ``ratio_sq_coef x^2``;
+                    here ``x = logp - rollout`` (prime-rl)
+    ``ipo``         the same where ``|p - p_rollout| <= tv_high``
+    ``dro``         ``-(A logp - dro_beta x^2 / 2)``
+    ``clip_cov``    ``clip`` without a random share of the tokens of high covariance
+    ``kl_cov``      ``-A r``, plus ``cov_kl |x|`` on the tokens of highest covariance
+    ==============  ===================================================================================
 
     Args:
-        objective: ``"clip"``.
-        eps_low, eps_high: clip range of the ratio; ``eps_high=None`` takes ``eps_low`` (DAPO's clip-higher sets it).
+        objective: a name of the table.
+        eps_low, eps_high: clip range of the ratio (``gmpo``: of the log-ratio; ``dppo_*``: of the divergence);
+            ``eps_high=None`` takes ``eps_low`` (DAPO's clip-higher sets it).
         delta: upper bound of the unclipped ratio (INTELLECT-2's two-sided clip), ``None`` for none.
         dual_clip: bound ``c > 1`` on ``-r A`` for negative advantages (arXiv:1912.09729), ``None`` for none.
+        cispo_low, cispo_high: bounds of the ratio itself, not of its distance from 1; ``cispo_low=None`` for none.
+        sapo_tau_pos, sapo_tau_neg: temperatures for ``A > 0`` and for the rest.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: gamma weighting for ``A >= 0`` and ``A < 0``.
+        ratio_cap: upper bound of the ratio of ``dppo_*``, ``None`` for none.
+        tv_low, tv_high, ratio_sq_coef: of ``tv_mask`` and ``ipo``.
+        dro_beta: of ``dro``, which needs it.
+        cov_ratio: share of the active tokens that the ``*_cov`` objectives pick, at least one.
+        cov_low, cov_high: covariances that ``clip_cov`` picks from, at random (torch's generator).
+        cov_kl: weight of ``|x|`` on the picked tokens of ``kl_cov``.
         ratio_level: ``"token"``; ``"sequence"`` (GSPO, arXiv:2507.18071: ``exp(mean_t x)``, gradient through the mean);
             ``"sequence_token"`` (that value, gradient by token); ``"sequence_product"`` (``exp(sum_t x)``, RLOO).
-        log_ratio_clamp: ``x = logp - old`` is clamped to +- this before anything else, no gradient outside.
+            Other than ``"token"`` for ``clip``, ``cispo`` and ``sapo`` only.
+        log_ratio_clamp: ``x`` is clamped to +- this before anything else, no gradient outside.
         sequence_log_ratio_max: upper bound on a sequence's log-ratio, no gradient above.
         kl_coef, kl_estimator, kl_gradient: penalty to the reference, ``u = ref - logp``: ``k1 = -u``, ``abs``,
             ``k2 = u^2/2``, ``k3 = e^u - u - 1``; differentiated ``"pathwise"``, ``"straight_through"`` (k2's gradient),
@@ -94,6 +176,23 @@ class LossConfig:
     eps_high: float | None = None
     delta: float | None = None
     dual_clip: float | None = None
+    cispo_low: float | None = None
+    cispo_high: float = 5.0
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    ratio_cap: float | None = None
+    tv_low: float = 0.2
+    tv_high: float = 0.2
+    ratio_sq_coef: float = 0.0
+    dro_beta: float | None = None
+    cov_ratio: float = 2e-4
+    cov_low: float = 1.0
+    cov_high: float = 5.0
+    cov_kl: float = 0.1
     ratio_level: str = "token"
     log_ratio_clamp: float | None = None
     sequence_log_ratio_max: float | None = None
@@ -121,11 +220,13 @@ class LossConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LossConfig:
-        """A trainer's own defaults, by name (see ``PRESETS``), with ``changes`` to any field.
+        """A trainer's own defaults, by name (``presets.PRESETS``), with ``changes`` to any field.
 
         Raises:
             ValueError: if there is no preset of that name.
         """
+        from .presets import PRESETS
+
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(sorted(PRESETS))}")
         return cls(**{**PRESETS[name], **changes})
@@ -149,12 +250,13 @@ class LossConfig:
 
     def _scalars(self) -> Scalars:
         eps_high = self.eps_low if self.eps_high is None else self.eps_high
-        return Scalars(
-            1 - self.eps_low, 1 + eps_high, _bound(self.delta), _bound(self.dual_clip), _bound(self.log_ratio_clamp),
-            _bound(self.sequence_log_ratio_max), self.kl_coef, _bound(self.kl_input_clamp),
-            _bound(self.kl_output_clamp),
-            self.entropy_coef,
-        )  # fmt: skip
+        low = -math.inf if self.cispo_low is None else self.cispo_low
+        own = {
+            "eps_high": eps_high, "ratio_low": 1 - self.eps_low, "ratio_high": 1 + eps_high, "cispo_low": low,
+            "dro_beta": self.dro_beta or 0.0, "vespo_lambda_pos": max(self.vespo_lambda_pos, VESPO_MIN_LAMBDA),
+            "vespo_lambda_neg": max(self.vespo_lambda_neg, VESPO_MIN_LAMBDA),
+        }  # fmt: skip
+        return Scalars(*(own[f] if f in own else _bound(getattr(self, f)) for f in Scalars._fields))
 
 
 def _check_names(c: LossConfig) -> None:
@@ -180,59 +282,45 @@ def _check_numbers(c: LossConfig) -> None:
         value = getattr(c, field.name, None)
         if field.type.startswith("float") and value is not None:
             require(field.name, isinstance(value, (int, float)) and math.isfinite(value), "a finite number")
-    for name in ("eps_low", "eps_high", "kl_coef", "entropy_coef"):
+    at_least_0 = (
+        "eps_low", "eps_high", "kl_coef", "entropy_coef", "cispo_low", "cispo_high", "tv_low", "tv_high",
+        "ratio_sq_coef", "cov_kl",
+    )  # fmt: skip
+    above_0 = ("delta", "log_ratio_clamp", "kl_input_clamp", "kl_output_clamp", "ratio_cap", "dro_beta")
+    for name in at_least_0:
         require(name, getattr(c, name) is None or getattr(c, name) >= 0, "at least 0")
-    for name in ("delta", "log_ratio_clamp", "kl_input_clamp", "kl_output_clamp"):
+    for name in above_0:
         require(name, getattr(c, name) is None or getattr(c, name) > 0, "above 0, or None")
+    for name in ("sapo_tau_pos", "sapo_tau_neg"):
+        require(name, getattr(c, name) > 0, "above 0")
+    require("cov_ratio", 0 < c.cov_ratio <= 1, "above 0 and at most 1")
+    require("cov_high", c.cov_high > c.cov_low, f"above cov_low ({c.cov_low!r})")
+    require("cispo_high", c.cispo_low is None or c.cispo_high >= c.cispo_low, f"at least cispo_low ({c.cispo_low!r})")
     require("dual_clip", c.dual_clip is None or c.dual_clip > 1, "above 1, or None")
     require("max_length", c.max_length is None or c.max_length >= 1, "at least 1, or None")
 
 
 def _check_unread(c: LossConfig) -> None:
     """An option that the chosen form never reads is a mistake of the caller's, not a detail to drop."""
+    reads = OBJECTIVE_OPTIONS[c.objective]
+    defaults = {field.name: field.default for field in dataclasses.fields(c)}
+    for name in sorted(frozenset().union(*OBJECTIVE_OPTIONS.values()) - reads):
+        if getattr(c, name) != defaults[name]:
+            allowed = f"reads {', '.join(sorted(reads))}" if reads else "has no options of its own"
+            raise ValueError(f"{name}={getattr(c, name)!r} is not read by objective={c.objective!r}, which {allowed}")
+    if c.objective == "dro" and c.dro_beta is None:
+        raise ValueError("objective='dro' needs dro_beta, above 0; got None")
+    if c.ratio_level != "token" and c.objective not in ANY_RATIO_LEVEL:
+        raise ValueError(
+            f"objective={c.objective!r} has a ratio of its own and allows ratio_level='token' only "
+            f"(others: {', '.join(ANY_RATIO_LEVEL)}); got {c.ratio_level!r}"
+        )
+    weighted_kl = c.kl_coef != 0 and c.kl_gradient == "importance_weighted"
+    if c.log_ratio_clamp is not None and c.objective == "reinforce" and not weighted_kl:
+        raise ValueError("log_ratio_clamp is not read by objective='reinforce', which has no ratio; pass None")
     if c.sequence_log_ratio_max is not None and c.ratio_level == "token":
         raise ValueError(
             "sequence_log_ratio_max needs a ratio_level of 'sequence', 'sequence_token' or 'sequence_product'"
         )
     if c.max_length is not None and "fixed_length" not in (c.aggregation, c.entropy_aggregation):
         raise ValueError(f"max_length is read by aggregation='fixed_length' only; got aggregation={c.aggregation!r}")
-
-
-# TRL weighs its k3 by the ratio (use_bias_correction_kl) once beta is set; its entropy bonus is always a token mean.
-_TRL: dict[str, Any] = {
-    "entropy_aggregation": "token_mean",
-    "entropy_mask_bonus": True,
-    "kl_gradient": "importance_weighted",
-}
-# verl's low_var_kl, its default once use_kl_loss is on, has two clamps.
-_VERL: dict[str, Any] = {"count_empty_sequences": False, "kl_input_clamp": 20.0, "kl_output_clamp": 10.0}
-
-# Each equals the trainer's own defaults, the surprising ones included. Where a trainer's normaliser spans more than
-# one call (accumulation, data parallelism), pass it as `denominator` or `scale`.
-PRESETS: dict[str, dict[str, Any]] = {
-    # TRL GRPOConfig, loss_type=...; beta 0, epsilon 0.2.
-    "trl_dapo": {**_TRL, "aggregation": "token_mean"},  # TRL recommends epsilon_high=0.28
-    "trl_bnpo": {**_TRL, "aggregation": "token_mean"},
-    "trl_grpo": {**_TRL, "aggregation": "sequence_mean"},
-    "trl_dr_grpo": {**_TRL, "aggregation": "fixed_length", "max_length": 512},  # max_completion_length
-    # importance_sampling_level="sequence" with loss_type="grpo"; the GSPO paper uses eps 3e-4 / 4e-4.
-    "trl_gspo": {**_TRL, "ratio_level": "sequence", "aggregation": "sequence_mean"},
-    "trl_luspo": {**_TRL, "ratio_level": "sequence", "aggregation": "sequence_sum"},  # its recommended level
-    # verl ActorConfig, policy_loss.loss_mode=...; clip_ratio 0.2, clip_ratio_c 3.0, loss_agg_mode token-mean.
-    "verl_vanilla": {**_VERL, "dual_clip": 3.0, "log_ratio_clamp": 20.0, "aggregation": "token_mean"},
-    # verl recommends aggregation="sequence_mean" and clip ratios 3e-4 / 4e-4 for it.
-    "verl_gspo": {
-        **_VERL, "ratio_level": "sequence_token", "sequence_log_ratio_max": 10.0, "aggregation": "token_mean",
-    },
-    # OpenRLHF --actor.policy_loss_type ppo: eps_clip 0.2, no dual clip, KL in the reward.
-    "openrlhf_ppo": {"log_ratio_clamp": 20.0, "aggregation": "token_mean", "count_empty_sequences": False},
-    # slime --advantage-estimator grpo: mean over sequences of the token mean; pass sequence_weights for sibling means.
-    "slime_grpo": {"aggregation": "sequence_mean"},
-    # NeMo-RL ClippedPGLossConfig: token-level loss, KL 0.01 by the score-function form of k3 with its clamps.
-    "nemo_grpo": {
-        "aggregation": "token_mean", "kl_coef": 0.01, "kl_estimator": "k3", "kl_gradient": "score_function",
-        "kl_input_clamp": 20.0, "kl_output_clamp": 10.0,
-    },
-    # DeepSeekMath (arXiv:2402.03300): sequence mean, KL 0.04.
-    "deepseekmath_grpo": {"aggregation": "sequence_mean", "kl_coef": 0.04},
-}  # fmt: skip

@@ -135,9 +135,11 @@ class PolicyInputs(NamedTuple):
     old_logps: Tensor | None
     ref_logps: Tensor | None
     rollout_logps: Tensor | None
-    token_weights: Tensor | None  # multiplies the policy term only
+    token_weights: Tensor | None  # multiplies the policy term only; gmpo's means are over it
     entropy_weights: Tensor | None  # None: weights
     entropy_mask: Tensor | None  # multiplies the entropy term; None: 1
+    selected: Tensor | None  # not 0: picked for its covariance
+    pooled_weights: Tensor | None  # importance weights that enter a sequence's own instead of multiplying a term
     scalars: Tensor  # float64 on the CPU
     form: list[str]
 

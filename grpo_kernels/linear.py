@@ -58,6 +58,7 @@ class LinearSinglePass(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        cu_seqlens: Tensor | None,
         chunk_rows: int,
         validate: bool,
         backend: str,
@@ -67,7 +68,7 @@ class LinearSinglePass(torch.autograd.Function):
         *gradients, logps, entropy = ops.linear_policy(
             hidden, *rows, weight, bias, chunk_rows, needs, *inputs, validate, backend
         )
-        loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], None, *inputs, backend)
+        loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], cu_seqlens, *inputs, backend)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
         return loss, logps, entropy, per_token, metrics
@@ -79,7 +80,7 @@ class LinearSinglePass(torch.autograd.Function):
         gradients = [
             scaled(x, g, inplace=False) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
         ]
-        return *gradients, *[None] * (3 + N_ROWS + N_INPUTS)
+        return *gradients, *[None] * (4 + N_ROWS + N_INPUTS)
 
 
 def _prepared(
@@ -201,7 +202,8 @@ def linear_grpo_loss(
 
     With a token-level ratio the forward already computes the gradients of hidden, weight and bias, chunk by chunk:
     three matmuls (6 N H V operations, 4 N H V with a frozen head) where recomputing the logits takes four. Masked rows
-    are never computed. Sequence-level ratios and ``single_pass=False`` recompute.
+    are never computed. Losses that need more than the token (see ``grpo_loss``) and
+    ``single_pass=False`` recompute.
 
     Args:
         hidden, weight, bias, chunk_rows: as in ``linear_token_logps``.
@@ -231,13 +233,14 @@ def linear_grpo_loss(
     )  # fmt: skip
     entropy: Tensor | None
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    if single_pass and config.form.ratio_level == "token" and backend != "reference" and wants_grad:
+    if single_pass and config.form.token_local and backend != "reference" and wants_grad:
         loss, logps, entropy, per_token, metrics = LinearSinglePass.apply(
-            rows.logits, weight, bias, chunk_rows_for(weight, chunk_rows), validate, backend, *rows[1:], *inputs
-        )
+            rows.logits, weight, bias, layout.cu_seqlens, chunk_rows_for(weight, chunk_rows), validate, backend,
+            *rows[1:], *inputs,
+        )  # fmt: skip
     else:
         logps, entropy, _ = _logps(rows, weight, bias, chunk_rows, False, validate, backend)
-        loss, per_token, metrics = token_loss(logps, entropy, rows.active, layout, inputs, backend)
+        loss, per_token, metrics = token_loss(logps, entropy, rows.active, layout, inputs, config, backend)
     return output(layout, loss, logps, entropy if config.has_entropy or return_entropy else None, per_token, metrics)
 
 

@@ -23,7 +23,7 @@ class SinglePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, validate: bool, inplace: bool, backend: str, *rest: Any
+        ctx: Any, logits: Tensor, cu_seqlens: Tensor | None, validate: bool, inplace: bool, backend: str, *rest: Any
     ) -> tuple[Tensor, ...]:
         rows, inputs = rest[:N_ROWS], rest[N_ROWS:]
         if inplace:
@@ -31,7 +31,7 @@ class SinglePass(torch.autograd.Function):
             gradient = logits.detach()
         else:
             gradient, logps, entropy = ops.row_policy(logits, *rows, *inputs, validate, backend)
-        loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], None, *inputs, backend)
+        loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], cu_seqlens, *inputs, backend)
         ctx.save_for_backward(gradient)
         ctx.inplace, ctx.consumed = inplace, False
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
@@ -44,7 +44,7 @@ class SinglePass(torch.autograd.Function):
             raise RuntimeError(CONSUMED)
         (gradient,) = ctx.saved_tensors
         ctx.consumed = ctx.inplace
-        return scaled(gradient, g, ctx.inplace), *[None] * (3 + N_ROWS + N_INPUTS)
+        return scaled(gradient, g, ctx.inplace), *[None] * (4 + N_ROWS + N_INPUTS)
 
 
 def scaled(gradient: Tensor, g: Tensor, inplace: bool) -> Tensor:
@@ -88,9 +88,10 @@ def grpo_loss(
 ) -> LossOutput:
     """The GRPO loss from logits, ``policy_loss`` of ``token_logps``, fused.
 
-    With a token-level ratio the gradient of the logits is written in the forward launch, while each row is in the
-    cache: one read and one write of the logits for loss and gradient. Sequence-level ratios, and ``single_pass=False``,
-    take log-probs first and write the gradient in the backward.
+    Where a token's loss needs that token alone (a token-level ratio, all objectives but ``gmpo``, ``vespo`` and
+    ``*_cov``), the gradient of the logits is written in the forward launch, while each row is in the cache: one read
+    and one write of the logits for loss and gradient. The others, and ``single_pass=False``, take log-probs first and
+    write the gradient in the backward.
 
     Args:
         logits, targets, mask, temperature, logit_scale, softcap, ignore_index, validate: as in ``token_logps``; the
@@ -135,20 +136,20 @@ def grpo_loss(
         old_logps=old_logps, ref_logps=ref_logps, rollout_logps=rollout_logps, token_weights=token_weights,
         entropy_mask=entropy_mask, sequence_weights=sequence_weights, denominator=denominator, scale=scale,
     )  # fmt: skip
-    fused = single_pass and config.form.ratio_level == "token" and backend != "reference"
+    fused = single_pass and config.form.token_local and backend != "reference"
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     entropy: Tensor | None
     if fused and wants_grad:
         if inplace:
             check_inplace(logits)
         loss, logps, entropy, per_token, metrics = SinglePass.apply(
-            rows.logits, validate, inplace, backend, *rows[1:], *inputs
+            rows.logits, layout.cu_seqlens, validate, inplace, backend, *rows[1:], *inputs
         )
     else:
         logps, entropy, _ = row_logps(
             rows, sum_p2=False, validate=validate, inplace_backward=inplace and wants_grad, backend=backend
         )
-        loss, per_token, metrics = token_loss(logps, entropy, rows.active, layout, inputs, backend)
+        loss, per_token, metrics = token_loss(logps, entropy, rows.active, layout, inputs, config, backend)
     return output(layout, loss, logps, entropy if config.has_entropy or return_entropy else None, per_token, metrics)
 
 

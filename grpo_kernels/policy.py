@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from . import ops, reference
 from .aggregation import aggregation_weights
 from .backends import resolve
-from .config import METRICS, LossConfig
+from .config import BY_COVARIANCE, BY_SEQUENCE, METRICS, ROLLOUT_RATIO, LossConfig
 from .layout import Layout, PolicyInputs, layout_of, real_dtype
 from .logps import unsupported_group
 
@@ -24,7 +24,8 @@ class LossOutput(NamedTuple):
 
     `per_token_loss` is the term before aggregation (policy + KL - entropy), 0 at masked tokens. `entropy` is None
     unless the loss has an entropy term or `return_entropy` asked for it. `metrics` are 0-d tensors on the device, so
-    nothing waits for them until you read them; over N active tokens, with x = logp - old and r the ratio at its level:
+    nothing waits for them until you read them; over N active tokens, with x = logp - old, d = logp - rollout, r the
+    ratio at its level and w the weight of the policy term (token_weights times entropy_mask):
 
     ==================  =============================================================================
     policy_loss         the policy term's part of the loss; with the next two it adds up to the loss
@@ -36,10 +37,21 @@ class LossOutput(NamedTuple):
     approx_kl           mean of -x: how far the policy has moved since `old`
     approx_kl_k3        mean of e^x - 1 - x, the same with lower variance
     ratio_mean/min/max  of r (1 when there are no tokens)
-    clip_low            share of tokens with A < 0 and r below 1 - eps_low
-    clip_high           share with A > 0 and r above 1 + eps_high
+    clip_low            share of tokens with A < 0 and r below 1 - eps_low; cispo: r below cispo_low;
+                        dppo and trust regions: A <= 0 and outside the region
+    clip_high           share with A > 0 and r above 1 + eps_high; cispo: A > 0 and r above cispo_high;
+                        dppo and trust regions: A > 0 and outside the region
     clip_region         their sum
-    clip_cap            share with A < 0 where delta or dual_clip bounds the term
+    clip_cap            share with A < 0 where delta or dual_clip bounds the term; cispo: A <= 0 and r
+                        above cispo_high; dppo: r above ratio_cap; *_cov: picked tokens
+    clip_low_min        least clip_low of a sequence that has tokens
+    clip_high_max       largest clip_high of a sequence
+    gradient_weight     mean of g where the policy term's gradient is -g A: the ratio where it is not
+                        clipped, cispo's clamped ratio, vespo's phi, 1 for reinforce
+    rejected            share of tokens with w = 0
+    weight_mean/min/max of w (1 where nothing weighs); weight_ess: (sum w)^2 / (N sum w^2)
+    rollout_kl          mean of -d, rollout_kl_k3 of e^d - 1 - d, rollout_abs_diff of |d|: how far the policy
+                        is from the sampler; 0 without rollout_logps
     ==================  =============================================================================
     """
 
@@ -95,11 +107,15 @@ def policy_inputs(
 ) -> PolicyInputs:
     """Everything the loss reads per token, checked and brought to [B, T]."""
     _check_given(config, ref_logps, rollout_logps, layout)
+    if config.objective in ROLLOUT_RATIO:
+        old_logps = rollout_logps
     share = functools.partial(
         aggregation_weights, layout, config=config, dtype=dtype, sequence_weights=sequence_weights, scale=scale
     )
     mask = layout.tokens_or_sequences(entropy_mask, "entropy_mask", dtype)
-    policy_weights = layout.tokens_or_sequences(token_weights, "token_weights", dtype)
+    importance = layout.tokens_or_sequences(token_weights, "token_weights", dtype)
+    pooled = config.objective in BY_SEQUENCE
+    policy_weights = None if pooled else importance
     if mask is not None:
         policy_weights = mask if policy_weights is None else policy_weights * mask
     bonus_mask = mask if config.has_entropy and config.entropy_mask_bonus else None
@@ -119,6 +135,8 @@ def policy_inputs(
         policy_weights,
         entropy_weights,
         bonus_mask,
+        None,
+        importance if pooled else None,
         config.scalars,
         list(config.form),
     )
@@ -129,8 +147,11 @@ def _check_given(config: LossConfig, ref_logps: Tensor | None, rollout_logps: Te
         raise ValueError("kl_coef is not 0, so ref_logps must be given; got None")
     if config.has_kl and config.form.kl_gradient == "behaviour_weighted" and rollout_logps is None:
         raise ValueError("kl_gradient='behaviour_weighted' needs rollout_logps; got None")
-    if config.form.ratio_level != "token" and not layout.knows_sequences:
-        raise ValueError(f"ratio_level={config.form.ratio_level!r} over flat tokens needs cu_seqlens")
+    if config.objective in ROLLOUT_RATIO and rollout_logps is None:
+        raise ValueError(f"objective={config.objective!r} takes its ratio against rollout_logps; got None")
+    if config.form.needs_sequences and not layout.knows_sequences:
+        what = f"objective={config.objective!r}, ratio_level={config.ratio_level!r}"
+        raise ValueError(f"{what} over flat tokens needs cu_seqlens")
 
 
 def within_sequences(active: Tensor, layout: Layout) -> Tensor:
@@ -140,10 +161,40 @@ def within_sequences(active: Tensor, layout: Layout) -> Tensor:
     return active & (torch.arange(active.shape[1], device=active.device) < layout.cu_seqlens[-1])
 
 
+def covariance_selection(logps: Tensor, active: Tensor, inputs: PolicyInputs, config: LossConfig) -> Tensor:
+    """[B, T], 1 at the tokens that the ``*_cov`` objectives pick by ``(A - mean A) (logp - mean logp)``
+    (arXiv:2505.22617): the top ``cov_ratio`` of them, or as many at random among unclipped ones within the bounds."""
+    n = active.sum()
+
+    def centred(x: Tensor) -> Tensor:
+        x = torch.where(active, x, 0.0)
+        return x - x.sum() / n
+
+    lp, old = logps.detach(), inputs.old_logps
+    cov = centred(inputs.advantages) * centred(lp)
+    order, candidates = cov, active
+    if config.objective == "clip_cov":
+        bound = config.log_ratio_clamp or torch.inf
+        ratio = (lp - (lp if old is None else old)).clamp(-bound, bound).exp()
+        low, high = 1 - config.eps_low, 1 + (config.eps_low if config.eps_high is None else config.eps_high)
+        adv = inputs.advantages
+        clipped = ((ratio < low) & (adv < 0)) | ((ratio > high) & (adv > 0))
+        candidates = active & ~clipped & (cov > config.cov_low) & (cov < config.cov_high)
+        order = torch.rand(cov.shape, device=cov.device)  # float32: the same picks in every dtype
+    order = torch.where(candidates, order.to(cov.dtype), -torch.inf).flatten()
+    rank = torch.empty_like(order, dtype=torch.int64)
+    rank[order.argsort(descending=True, stable=True)] = torch.arange(order.numel(), device=order.device)
+    wanted = (n * config.cov_ratio).floor().clamp(min=1)  # a tensor: nothing waits for N
+    return ((rank.view_as(cov) < wanted) & candidates).to(cov.dtype)
+
+
 def token_loss(
-    logps: Tensor, entropy: Tensor | None, active: Tensor, layout: Layout, inputs: PolicyInputs, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    logps: Tensor, entropy: Tensor | None, active: Tensor, layout: Layout, inputs: PolicyInputs, config: LossConfig,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, per-token terms and metrics from [B, T] log-probs; differentiable in them and in the entropy."""
+    if config.objective in BY_COVARIANCE:
+        inputs = inputs._replace(selected=covariance_selection(logps, active, inputs, config))
     if backend == "reference":
         return reference.policy_loss(logps, entropy, active, layout, inputs)
     outputs: tuple[Tensor, Tensor, Tensor] = TokenPolicy.apply(
@@ -198,11 +249,13 @@ def policy_loss(
         mask: per token, any dtype, 0 masks: nothing of a masked token is read, NaN included.
         old_logps: per token, of the policy that the ratio is taken against; None: on-policy, ratio 1.
         ref_logps: per token; read only when ``config.kl_coef`` is not 0.
-        rollout_logps: per token, of the sampler; read by ``kl_gradient="behaviour_weighted"``.
+        rollout_logps: per token, of the sampler; what ``tv_mask`` and ``ipo`` take their ratio against (they ignore
+            old_logps), read by ``kl_gradient="behaviour_weighted"`` and by the rollout metrics.
         entropy: per token, from ``token_logps``; needed when ``config.entropy_coef`` is not 0.
-        token_weights: per token or sequence, multiplies the policy term only (importance correction, rejection).
+        token_weights: per token or sequence, multiplies the policy term only (importance correction, rejection);
+            ``gmpo`` takes their geometric mean over a sequence, ``vespo`` adds their logarithms to that of its ratio.
         entropy_mask: per token, multiplies the policy term (TRL's top-entropy quantile), and the entropy term with
-            ``config.entropy_mask_bonus``.
+            ``config.entropy_mask_bonus``; ``gmpo`` leaves the tokens out of its mean.
         sequence_weights: ``[R]``, multiplies every term of a sequence, beside the aggregation's own weight.
         cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences; needed where a sequence matters.
         denominator: replaces the aggregation's own (tokens, sequences, or sequences * max_length), for gradient
@@ -238,7 +291,7 @@ def policy_loss(
         rollout_logps=rollout_logps, token_weights=token_weights, entropy_mask=entropy_mask,
         sequence_weights=sequence_weights, denominator=denominator, scale=scale,
     )  # fmt: skip
-    loss, per_token, metrics = token_loss(grid_logps, grid_entropy, active, layout, inputs, backend)
+    loss, per_token, metrics = token_loss(grid_logps, grid_entropy, active, layout, inputs, config, backend)
     return output(layout, loss, grid_logps, grid_entropy, per_token, metrics)
 
 

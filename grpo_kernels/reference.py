@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import Form, Scalars
+from .config import BY_SEQUENCE, Form, Scalars
 from .layout import Layout, PolicyInputs, Rows, real_dtype
+from .reference_objectives import Flags, TokenValues, policy_objective, pooled_limit, pooled_term
 
 # ---- log-probs ----
 
@@ -38,15 +39,9 @@ def token_logps(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.where(rows.active, x, 0.0) for x in (chosen, entropy, p.square().sum(-1)))  # type: ignore[return-value]
 
 
-# ---- policy maths, in the order of csrc/math/policy.h ----
+# ---- policy maths, in the order of csrc/math/policy.h; the objectives are in reference_objectives.py ----
 
-
-def clip_objective(ratio: Tensor, adv: Tensor, s: Scalars) -> Tensor:
-    """-min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that)."""
-    value = -torch.minimum(ratio.clamp(max=s.delta) * adv, ratio.clamp(s.ratio_low, s.ratio_high) * adv)
-    if s.dual_clip == float("inf"):
-        return value
-    return torch.where((adv < 0) & (value > -s.dual_clip * adv), -s.dual_clip * adv, value)
+GMPO_WEIGHT_FLOOR = 1e-10  # added to a token weight before its logarithm
 
 
 def kl_estimate(estimator: str, u: Tensor) -> Tensor:
@@ -80,9 +75,9 @@ def kl_penalty(form: Form, logp: Tensor, ref: Tensor, rollout: Tensor | None, ra
     return k
 
 
-def log_ratios(logps: Tensor, old: Tensor | None, active: Tensor, layout: Layout, level: str, s: Scalars) -> Tensor:
-    """The log-ratio that the objective sees, [B, T]; `old=None` is on-policy: the current log-probs, detached."""
-    x = logps - (logps.detach() if old is None else old)
+def log_ratios(logps: Tensor, old: Tensor, active: Tensor, layout: Layout, level: str, s: Scalars) -> Tensor:
+    """The log-ratio at its level, [B, T], that the objective, the KL and the metrics see."""
+    x = logps - old
     x = torch.where(active, x.clamp(-s.log_ratio_clamp, s.log_ratio_clamp), 0.0)
     if level == "token":
         return x
@@ -116,56 +111,97 @@ def policy_loss(
 
     zero, one = torch.zeros_like(logps), torch.ones_like(logps)
     logps = torch.where(active, logps, zero)
-    old = None if inputs.old_logps is None else read(inputs.old_logps, zero)
-    adv, weights = read(inputs.advantages, zero), torch.where(active, inputs.weights, zero)
+    old = read(inputs.old_logps, logps.detach())
+    rollout = read(inputs.rollout_logps, logps.detach())
+    weights = torch.where(active, inputs.weights, zero)
     log_ratio = log_ratios(logps, old, active, layout, form.ratio_level, s)
-    ratio = log_ratio.exp()
-    policy = read(inputs.token_weights, one) * clip_objective(ratio, adv, s)
+    values = TokenValues(
+        logps, old, log_ratio, read(inputs.advantages, zero), read(inputs.token_weights, one),
+        read(inputs.selected, zero), zero, zero, one,
+    )  # fmt: skip
+    importance = read(inputs.pooled_weights, one)
+    if form.objective in BY_SEQUENCE:
+        values = with_pooled(values, importance, active, layout, form, s)
+    policy, gradient_weight, flags = policy_objective(form, values, s)
+    policy = policy if form.objective == "gmpo" else values.token_weight * policy
     kl = zero
     if form.kl_estimator != "none":
-        rollout = None if inputs.rollout_logps is None else read(inputs.rollout_logps, zero)
-        kl = kl_penalty(form, logps, read(inputs.ref_logps, zero), rollout, ratio, s)
+        kl = kl_penalty(form, logps, read(inputs.ref_logps, zero), rollout, log_ratio.exp(), s)
     h = zero if entropy is None else torch.where(active, entropy, zero)
     bonus = s.entropy_coef * read(inputs.entropy_mask, one) * h
     entropy_weights = weights if inputs.entropy_weights is None else torch.where(active, inputs.entropy_weights, zero)
 
     parts = [(weights * policy).sum(), (weights * s.kl_coef * kl).sum(), -(entropy_weights * bonus).sum()]
     per_token = torch.where(active, policy + s.kl_coef * kl - bonus, zero)
-    raw = zero if old is None else logps - old
-    metrics = policy_metrics(parts, active, h, kl, raw, ratio, adv, s)
+    metrics = policy_metrics(
+        parts, active, layout, h, kl, logps - old, logps - rollout, log_ratio.exp(), flags, gradient_weight,
+        values.token_weight * importance,
+    )  # fmt: skip
     return parts[0] + parts[1] + parts[2], per_token.detach(), metrics
+
+
+def with_pooled(
+    v: TokenValues, importance: Tensor, active: Tensor, layout: Layout, form: Form, s: Scalars
+) -> TokenValues:
+    """What the sequence-weighted objectives ask of a token's sequence, brought to each token."""
+    n = layout.sequence_sums(active.to(torch.int64)).clamp(min=1)
+    counts = torch.where(active, v.token_weight if form.objective == "gmpo" else torch.ones_like(v.adv), 0.0)
+    pooled = sequence_sums(
+        torch.where(active, pooled_term(form, v.log_ratio, v.adv, importance, s), 0.0) * counts, layout
+    )
+    if form.objective == "gmpo":
+        pooled = pooled / sequence_sums(counts, layout).clamp(min=1)
+    log_weight = sequence_sums(torch.where(active, (importance + GMPO_WEIGHT_FLOOR).log(), 0.0), layout) / n
+    adv = sequence_sums(torch.where(active, v.adv, 0.0), layout) / n
+    shared = (pooled_limit(form, pooled), adv, log_weight.exp())
+    log_ratio, adv, weight = (layout.of_sequences(x) for x in shared)
+    return v._replace(pooled_log_ratio=log_ratio, pooled_adv=adv, pooled_weight=weight)
 
 
 def policy_metrics(
     parts: list[Tensor],
     active: Tensor,
+    layout: Layout,
     entropy: Tensor,
     kl: Tensor,
-    raw: Tensor,
+    moved: Tensor,
+    drift: Tensor,
     ratio: Tensor,
-    adv: Tensor,
-    s: Scalars,
+    flags: Flags,
+    gradient_weight: Tensor,
+    w: Tensor,
 ) -> Tensor:
-    """In the order of config.METRICS; means over active tokens."""
+    """In the order of config.METRICS; means over active tokens, extremes over active tokens or their sequences."""
     n = active.sum()
+    none, one = n == 0, ratio.new_ones(())
 
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(active, x, 0.0).sum() / n.clamp(min=1)
+    def mean(x: Tensor, empty: float = 0.0) -> Tensor:
+        return torch.where(none, empty, torch.where(active, x.to(ratio.dtype), 0.0).sum() / n.clamp(min=1))
 
-    none = n == 0
-    cap = min(s.delta, s.dual_clip)
-    low, high = (
-        mean(((ratio < s.ratio_low) & (adv < 0)).to(ratio.dtype)),
-        mean(((ratio > s.ratio_high) & (adv > 0)).to(ratio.dtype)),
-    )
-    extremes = [torch.where(active, ratio, float("inf")).flatten(), torch.where(active, ratio, float("-inf")).flatten()]
-    one = ratio.new_ones(1)
+    def extreme(x: Tensor, among: Tensor, largest: bool, empty: float) -> Tensor:
+        worst = float("-inf") if largest else float("inf")
+        x = torch.cat([torch.where(among, x, worst).flatten(), x.new_full((1,), worst)])
+        return torch.where(none, empty, x.amax() if largest else x.amin())
+
+    lengths = layout.sequence_sums(active.to(torch.int64)) if layout.knows_sequences else n[None]
+
+    def share(flag: Tensor) -> Tensor:  # of each sequence
+        count = (active & flag).to(torch.int64)
+        return (layout.sequence_sums(count) if layout.knows_sequences else count.sum()[None]) / lengths.clamp(min=1)
+
+    squares = torch.where(active, w.square(), 0.0).sum()
+    total = torch.where(active, w, 0.0).sum()
+    ess = torch.where(squares == 0, 0.0, total.square() / (n * squares))
+    low, high = mean(flags.low), mean(flags.high)
     return torch.stack([
-        *parts, n.to(ratio.dtype), mean(entropy), mean(kl), mean(-raw), mean(torch.expm1(raw) - raw),
-        torch.where(none, one[0], mean(ratio)),
-        torch.where(none, one[0], torch.cat([extremes[0], one * float("inf")]).amin()),
-        torch.where(none, one[0], torch.cat([extremes[1], one * float("-inf")]).amax()),
-        low, high, low + high, mean(((ratio > cap) & (adv < 0)).to(ratio.dtype)),
+        *parts, n.to(ratio.dtype), mean(entropy), mean(kl), mean(-moved), mean(torch.expm1(moved) - moved),
+        mean(ratio, 1.0), extreme(ratio, active, False, 1.0), extreme(ratio, active, True, 1.0),
+        low, high, low + high, mean(flags.cap),
+        extreme(share(flags.low).to(ratio.dtype), lengths > 0, False, 0.0),
+        extreme(share(flags.high).to(ratio.dtype), lengths > 0, True, 0.0),
+        mean(gradient_weight, 1.0), mean(w == 0), mean(w, 1.0), extreme(w, active, False, 1.0),
+        extreme(w, active, True, 1.0), torch.where(none, one, ess), mean(-drift), mean(torch.expm1(drift) - drift),
+        mean(drift.abs()),
     ]).detach()  # fmt: skip
 
 

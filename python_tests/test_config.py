@@ -9,13 +9,38 @@ import pytest
 import torch
 
 import grpo_kernels as gk
-from grpo_kernels.config import KL_ESTIMATORS, KL_GRADIENTS, OBJECTIVES, PRESETS, RATIO_LEVELS, Form, Scalars
+from grpo_kernels.config import KL_ESTIMATORS, KL_GRADIENTS, OBJECTIVES, RATIO_LEVELS, Form, Scalars
+from grpo_kernels.presets import PRESETS
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"objective": "ppo"}, "objective must be one of 'clip'; got 'ppo'"),
+        ({"objective": "ppo"}, "objective must be one of 'clip', 'cispo', .*'kl_cov'; got 'ppo'"),
+        (
+            {"objective": "cispo", "eps_low": 0.1},
+            "eps_low=0.1 is not read by objective='cispo', which reads cispo_high, cispo_low",
+        ),
+        (
+            {"objective": "sapo", "delta": 2.0},
+            "delta=2.0 is not read by objective='sapo', which reads sapo_tau_neg, sapo_tau_pos",
+        ),
+        (
+            {"objective": "reinforce", "dual_clip": 3.0},
+            "dual_clip=3.0 is not read by objective='reinforce', which has no options",
+        ),
+        ({"objective": "reinforce", "log_ratio_clamp": 20.0}, "log_ratio_clamp is not read by objective='reinforce'"),
+        ({"cov_ratio": 0.1}, "cov_ratio=0.1 is not read by objective='clip'"),
+        (
+            {"objective": "vespo", "ratio_level": "sequence"},
+            "objective='vespo'.*ratio_level='token' only.*clip, cispo, sapo.*got 'sequence'",
+        ),
+        ({"objective": "dro"}, "objective='dro' needs dro_beta, above 0; got None"),
+        ({"objective": "dro", "dro_beta": 0.0}, "dro_beta must be above 0, or None; got 0.0"),
+        ({"objective": "sapo", "sapo_tau_pos": 0.0}, "sapo_tau_pos must be above 0; got 0.0"),
+        ({"objective": "kl_cov", "cov_ratio": 1.5}, "cov_ratio must be above 0 and at most 1; got 1.5"),
+        ({"objective": "clip_cov", "cov_high": 0.5}, r"cov_high must be above cov_low \(1.0\); got 0.5"),
+        ({"objective": "cispo", "cispo_low": 6.0}, r"cispo_high must be at least cispo_low \(6.0\); got 5.0"),
         ({"ratio_level": "seq"}, "'token', 'sequence', 'sequence_token', 'sequence_product'; got 'seq'"),
         ({"aggregation": "mean"}, "'token_mean'.*got 'mean'"),
         ({"entropy_aggregation": "mean"}, "entropy_aggregation"),
@@ -65,12 +90,14 @@ def test_codes_are_positions():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build_and_run(name):
-    config = gk.LossConfig.preset(name, eps_low=0.25)
-    assert config.eps_low == 0.25
+    needed = {"dro_beta": 0.1} if name == "verl_dro" else {}
+    config = gk.LossConfig.preset(name, entropy_coef=0.25, **needed)
+    assert config.entropy_coef == 0.25
     x = torch.randn(3, 4, requires_grad=True)
     gk.policy_loss(
-        x, torch.randn(3), old_logps=torch.zeros(3, 4), ref_logps=torch.zeros(3, 4), config=config
-    ).loss.backward()
+        x, torch.randn(3), old_logps=torch.zeros(3, 4), ref_logps=torch.zeros(3, 4), rollout_logps=-torch.ones(3, 4),
+        entropy=torch.ones(3, 4), config=config,
+    ).loss.backward()  # fmt: skip
     assert x.grad.abs().sum() > 0
 
 

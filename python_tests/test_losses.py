@@ -13,7 +13,36 @@ from grpo_kernels.testing.compare import assert_as_accurate, relative_l2
 from grpo_kernels.testing.inputs import make_batch
 
 FULL = {"delta": 1.6, "dual_clip": 1.4, "eps_high": 0.28, "kl_coef": 0.1, "entropy_coef": 0.05}
+OBJECTIVE_OPTIONS = {
+    "cispo": {"cispo_low": 0.9, "cispo_high": 1.1},
+    "sapo": {"sapo_tau_pos": 1.5, "sapo_tau_neg": 3.0},
+    "gmpo": {"eps_low": 0.1, "eps_high": 0.2},
+    "vespo": {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5},
+    "reinforce": {},
+    "dppo_tv": {"eps_low": 0.001, "eps_high": 0.002, "ratio_cap": 1.2},
+    "dppo_kl": {"eps_low": 0.0001, "eps_high": 0.0002, "ratio_cap": 1.2},
+    "tv_mask": {"tv_low": 0.001, "tv_high": 0.002, "ratio_sq_coef": 0.1},
+    "ipo": {"tv_high": 0.002, "ratio_sq_coef": 0.1},
+    "dro": {"dro_beta": 0.3},
+    "clip_cov": {"cov_ratio": 0.3, "cov_low": -1.0, "eps_high": 0.3, "delta": 1.5},
+    "kl_cov": {"cov_ratio": 0.3, "cov_kl": 0.4},
+}
+OF_OBJECTIVE = {name: {"objective": name, **options} for name, options in OBJECTIVE_OPTIONS.items()}
 CONFIGS = {
+    **{name: {**options, "kl_coef": 0.1, "entropy_coef": 0.05} for name, options in OF_OBJECTIVE.items()},
+    **{
+        f"{name}-{agg}": {**OF_OBJECTIVE[name], "aggregation": agg}
+        for name, agg in itertools.product(("gmpo", "vespo", "ipo"), AGGREGATIONS)
+    },
+    **{
+        f"{name}-{gradient}": {**options, "kl_coef": 0.1, "kl_gradient": gradient}
+        for (name, options), gradient in itertools.product(OF_OBJECTIVE.items(), KL_GRADIENTS)
+    },
+    **{
+        f"{name}-{level}": {**OF_OBJECTIVE[name], "ratio_level": level, "kl_coef": 0.1, "kl_gradient": "importance_weighted"}
+        for name, level in itertools.product(("cispo", "sapo"), RATIO_LEVELS)
+    },
+    **{f"{name}-clamped": {**options, "log_ratio_clamp": 0.2} for name, options in OF_OBJECTIVE.items() if name != "reinforce"},
     **{f"{level}-{agg}": {"ratio_level": level, "aggregation": agg} for level, agg in itertools.product(RATIO_LEVELS, AGGREGATIONS)},
     **{
         f"{level}-{kl}-{gradient}": {"ratio_level": level, "kl_coef": 0.1, "kl_estimator": kl, "kl_gradient": gradient}
@@ -36,6 +65,7 @@ def config_of(options):
 
 def run(batch, config, dtype, backend, logits_of=lambda x: x, **options):
     """Loss, per-token terms, metrics and the gradient in the logits."""
+    torch.manual_seed(0)  # clip_cov picks at random
     b = batch.to(dtype)
     x = b.logits.clone().requires_grad_()
     out = gk.grpo_loss(

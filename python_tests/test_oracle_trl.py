@@ -6,6 +6,8 @@ import inspect
 import itertools
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -35,11 +37,19 @@ import grpo_kernels as gk
 
 REASON = "the oracle is TRL itself: pip install trl==1.16.0"
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason=REASON)
+gmpo_trainer = pytest.importorskip("trl.experimental.gmpo.gmpo_trainer", reason=REASON)
 rloo_trainer = pytest.importorskip("trl.trainer.rloo_trainer", reason=REASON)
 trl_utils = pytest.importorskip("trl.trainer.utils", reason=REASON)
 
-LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"]
+CLIPPED = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"]
+LOSS_TYPES = [*CLIPPED, "cispo", "sapo", "vespo"]
 LEVELS = ["token", "sequence"]
+LOSSES = [
+    (loss, level) for loss, level in itertools.product(LOSS_TYPES, LEVELS) if (loss, level) != ("vespo", "sequence")
+]
+CISPO_CAP = 1.1  # TRL reads epsilon_high as the cap itself
+TAUS = {"sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05}
+VESPO = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
 MAX_LENGTH = 512
 ITEMS = 75  # num_items_in_batch: not the tokens of this batch
 BETA = 0.3
@@ -82,15 +92,17 @@ def trainer(loss_type: str, level: str, case: Case, outputs: tuple[Tensor, Tenso
     )  # fmt: skip
     me = SimpleNamespace(
         loss_type=loss_type, importance_sampling_level=level, beta=case.beta or 0.0, epsilon_low=EPS_LOW,
-        epsilon_high=EPS_HIGH, max_completion_length=MAX_LENGTH, top_entropy_quantile=case.quantile or 1.0,
+        epsilon_high=CISPO_CAP if loss_type == "cispo" else EPS_HIGH, max_completion_length=MAX_LENGTH, top_entropy_quantile=case.quantile or 1.0,
         off_policy_mask_threshold=None, use_vllm=case.vllm is not None, vllm_importance_sampling_correction=True,
         current_gradient_accumulation_steps=case.accumulation or 1, aux_loss_enabled=False, use_adaptive_entropy=False,
         _entropy_bonus_enabled=bool(case.bonus), entropy_coef=ENTROPY_COEF, accelerator=accelerator,
         model=SimpleNamespace(training=not case.evaluating), _metrics=defaultdict(lambda: defaultdict(list)),
         args=SimpleNamespace(
             delta=case.delta, use_bias_correction_kl=bool(case.corrected),
-            steps_per_generation=case.generation_steps or 1,
+            steps_per_generation=case.generation_steps or 1, sapo_temperature_pos=TAUS["sapo_tau_pos"],
+            sapo_temperature_neg=TAUS["sapo_tau_neg"], **VESPO,
         ),
+        get_gamma_weights=grpo_trainer.GRPOTrainer.get_gamma_weights,
         _get_per_token_logps_and_entropies=lambda *_, **__: (*outputs, None),
     )  # fmt: skip
     me.get_high_entropy_mask = MethodType(grpo_trainer.GRPOTrainer.get_high_entropy_mask, me)
@@ -107,9 +119,19 @@ def trl_inputs(batch: Batch, case: Case) -> dict[str, Tensor]:
         "old_per_token_logps": batch.old, "ref_per_token_logps": batch.ref,
     }  # fmt: skip
     if case.vllm:
-        inputs["importance_sampling_ratio"] = batch.token_weights if case.vllm == "token" else batch.row_weights
+        ratio = batch.token_weights if case.vllm == "token" else batch.row_weights
+        inputs["importance_sampling_ratio"] = torch.where(batch.mask > 0, ratio, 1.0) if case.vllm == "token" else ratio
     unused = {"old_per_token_logps": case.on_policy, "ref_per_token_logps": not case.beta, "tool_mask": not case.holes}
     return {name: value for name, value in inputs.items() if not unused.get(name)}
+
+
+@contextmanager
+def float64_numbers() -> Iterator[None]:
+    """torch.where(..., 1.0, 1.05) and divisions of integers in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 def theirs(loss_type: str, level: str, case: Case, batch: Batch) -> Result:
@@ -119,7 +141,8 @@ def theirs(loss_type: str, level: str, case: Case, batch: Batch) -> Result:
         seen.append(trainer(loss_type, level, case, (logps, entropy)))
         return grpo_trainer.GRPOTrainer._compute_loss(seen[0], None, inputs)
 
-    result = differentiated(loss, batch.logps, batch.entropy)
+    with float64_numbers():
+        result = differentiated(loss, batch.logps, batch.entropy)
     metrics = seen[0]._metrics["eval" if case.evaluating else "train"]
     return result._replace(metrics={name: values[0] for name, values in metrics.items()})
 
@@ -131,14 +154,22 @@ def entropy_mask(batch: Batch, case: Case) -> Tensor:
 
 def our_call(loss_type: str, level: str, case: Case, batch: Batch) -> dict[str, Any]:
     """The same step as arguments of ours: a preset, and the trainer's normaliser as scale and denominator."""
-    changes: dict[str, Any] = {"eps_low": EPS_LOW, "eps_high": EPS_HIGH, "delta": case.delta, "ratio_level": level}
+    changes: dict[str, Any] = {"ratio_level": level}
+    if loss_type in CLIPPED:
+        changes |= {"eps_low": EPS_LOW, "eps_high": EPS_HIGH, "delta": case.delta}
+    elif loss_type == "cispo":
+        changes["cispo_high"] = CISPO_CAP
     if case.beta:
         changes |= {"kl_coef": case.beta, "kl_gradient": "importance_weighted" if case.corrected else "pathwise"}
     if case.bonus:
         changes["entropy_coef"] = ENTROPY_COEF
     accumulation = 1 if case.evaluating else case.accumulation or 1
     call: dict[str, Any] = {"scale": 1 / accumulation}
-    if loss_type == "dapo":  # items of the generation batch, brought to one window; `scale` holds the accumulation
+    if loss_type in (
+        "dapo",
+        "cispo",
+        "vespo",
+    ):  # items of the generation batch, brought to one window; `scale` holds the accumulation
         call["denominator"] = torch.tensor(ITEMS / (case.processes or 1) / (case.generation_steps or 1))
     if case.vllm:
         call["token_weights"] = batch.token_weights if case.vllm == "token" else batch.row_weights
@@ -152,12 +183,19 @@ def our_call(loss_type: str, level: str, case: Case, batch: Batch) -> dict[str, 
     }  # fmt: skip
 
 
-def metrics_of(trl: dict[str, float], level: str, case: Case) -> dict[str, float]:
+METRICS = {
+    "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_region": "clip_ratio/region_mean",
+    "clip_low_min": "clip_ratio/low_min", "clip_high_max": "clip_ratio/high_max",
+}  # fmt: skip
+
+
+def metrics_of(loss_type: str, trl: dict[str, float], level: str, case: Case) -> dict[str, float]:
     """TRL's token-level metrics under our names; of one ratio a sequence it logs means over sequences instead."""
     if level == "sequence":
         return {}
-    names = {"low": "clip_ratio/low_mean", "high": "clip_ratio/high_mean", "region": "clip_ratio/region_mean"}
-    found = {f"clip_{ours}": trl[name] for ours, name in names.items()}
+    found = {ours: trl[name] for ours, name in METRICS.items()} if loss_type in CLIPPED else {}
+    if loss_type == "cispo":
+        found["clip_high"] = trl["cispo_clip_ratio"]
     if case.bonus:
         found["entropy"] = trl["entropy"]
     return found | ({"kl": trl["kl"]} if case.beta else {})
@@ -165,21 +203,60 @@ def metrics_of(trl: dict[str, float], level: str, case: Case) -> dict[str, float
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("kl", KLS)
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("loss_type", "level"), LOSSES)
 def test_loss(loss_type: str, level: str, kl: str, option: str) -> None:
     case = Case(**KLS[kl], **OPTIONS[option])
+    if loss_type == "vespo" and case.vllm == "row":
+        pytest.skip("TRL refuses sequence ratios with vespo")
+    if case.delta and loss_type not in CLIPPED:
+        case.pop("delta")
     batch = make_batch(level, holes=bool(case.holes))
     exact = theirs(loss_type, level, case, batch)
     if not case.bonus:
         exact = exact._replace(entropy_gradient=None)
-    assert_matches(exact, **our_call(loss_type, level, case, batch), metrics=metrics_of(exact.metrics, level, case))
+    metrics = metrics_of(loss_type, exact.metrics, level, case)
+    assert_matches(exact, **our_call(loss_type, level, case, batch), metrics=metrics)
+
+
+@pytest.mark.parametrize("x", [19.0, 21.0, -19.0, -21.0])
+def test_vespo_clamps(x: float) -> None:
+    """A token's log-ratio, an importance weight's logarithm and their sum beyond each bound."""
+    batch = make_batch(large=(x, 0.3, -0.2))
+    weights = batch.token_weights.clone()
+    weights[0, :2], weights[1, 2] = torch.tensor([1e-9, 0.0]), 1e12
+    batch = batch._replace(token_weights=weights)
+    case = Case(vllm="token")
+    exact = theirs("vespo", "token", case, batch)._replace(entropy_gradient=None)
+    assert_matches(exact, **our_call("vespo", "token", case, batch))
+
+
+@pytest.mark.parametrize("option", ["plain", "on_policy", "tool_mask", "top_entropy", "accumulation"])
+@pytest.mark.parametrize("kl", ["no_kl", "kl"])
+def test_gmpo(kl: str, option: str) -> None:
+    case = Case(**KLS[kl], **{**OPTIONS[option], "bonus": False})
+    batch = make_batch(holes=bool(case.holes))
+    batch = batch._replace(advantages=batch.advantages * (batch.mask.sum(-1) > 0))  # without tokens: a constant in TRL
+
+    def loss(logps: Tensor, entropy: Tensor) -> Tensor:
+        me = trainer("grpo", "token", case, (logps, entropy))
+        return gmpo_trainer.GMPOTrainer._compute_loss(me, None, trl_inputs(batch, case))
+
+    exact = differentiated(loss, batch.logps, batch.entropy)._replace(entropy_gradient=None)
+    call = our_call("gmpo", "token", case, batch)
+    call["config"] = replace(call["config"], eps_low=EPS_LOW, eps_high=EPS_HIGH)
+    assert_matches(exact, **call)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_preset_is_the_trainers_default(loss_type: str) -> None:
     default = {field.name: field.default for field in fields(grpo_trainer.GRPOConfig)}
     preset = gk.LossConfig.preset(f"trl_{loss_type}")
+    assert {name: getattr(preset, name) for name in (*TAUS, *VESPO)} == {
+        **{f"sapo_tau_{sign}": default[f"sapo_temperature_{sign}"] for sign in ("pos", "neg")},
+        **{name: default[name] for name in VESPO},
+    }
+    if loss_type == "cispo":
+        assert preset.cispo_low is None and preset.cispo_high == (default["epsilon_high"] or default["epsilon"])
     assert (preset.eps_low, preset.eps_high, preset.delta) == tuple(
         default[k] for k in ("epsilon", "epsilon_high", "delta")
     )
@@ -254,8 +331,7 @@ def test_logps_and_entropy(variant: Variant, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("variant", PADDED, ids=str)
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("loss_type", "level"), LOSSES)
 def test_loss_from_logits(loss_type: str, level: str, variant: Variant) -> None:
     """The whole way from logits, KL and entropy bonus included: the gradient of the logits is TRL's."""
     g = torch.Generator().manual_seed(6)
@@ -268,7 +344,8 @@ def test_loss_from_logits(loss_type: str, level: str, variant: Variant) -> None:
     leaves = [logits.clone().requires_grad_(), logits.to(variant.dtype).requires_grad_()]
     outputs = trl_utils.selective_log_softmax(leaves[0], targets), trl_utils.entropy_from_logits(leaves[0])
     me = trainer(loss_type, level, case, outputs)
-    exact = grpo_trainer.GRPOTrainer._compute_loss(me, None, trl_inputs(batch, case))
+    with float64_numbers():
+        exact = grpo_trainer.GRPOTrainer._compute_loss(me, None, trl_inputs(batch, case))
     call = our_call(loss_type, level, case, batch)
     given = {k: v.to(variant.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.items()}
     del given["logps"], given["entropy"]
@@ -295,12 +372,8 @@ def trl_advantages(rewards: Tensor, group_size: int, scale: str) -> Tensor:
         multi_objective_aggregation="sum_then_normalize", reward_weights=torch.ones(1), scale_rewards=scale
     )
     names = {"self": me, "rewards_per_func": rewards[:, None], "num_generations": group_size, "device": "cpu"}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # for nanstd's n / (n - 1), a division of integers
-    try:
+    with float64_numbers():  # for nanstd's n / (n - 1)
         exec(block, vars(grpo_trainer) | names, names)
-    finally:
-        torch.set_default_dtype(before)
     return names["advantages"]
 
 

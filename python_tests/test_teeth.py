@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import grpo_kernels as gk
-from grpo_kernels import reference
+from grpo_kernels import reference, reference_objectives
 from grpo_kernels.testing.inputs import make_batch
 
 FULL = {"eps_high": 0.4, "delta": 1.6, "kl_coef": 0.1, "entropy_coef": 0.05, "kl_output_clamp": 0.05}
@@ -26,8 +26,12 @@ def swapped(name, replacement):
     return lambda monkeypatch: monkeypatch.setattr(reference, name, replacement)
 
 
+def other_objective(replacement):
+    return lambda monkeypatch: monkeypatch.setitem(reference_objectives.OBJECTIVES, "clip", replacement)
+
+
 clip, kl, log_ratios, estimate = (
-    reference.clip_objective,
+    reference_objectives.clip_objective,
     reference.kl_penalty,
     reference.log_ratios,
     reference.kl_estimate,
@@ -37,8 +41,8 @@ CHANGES = {
     "drop delta": with_scalars(delta=lambda s: float("inf")),
     "drop the dual clip": with_scalars(dual_clip=lambda s: float("inf")),
     "drop the output clamp": with_scalars(kl_output_clamp=lambda s: float("inf")),
-    "negate the advantage": swapped("clip_objective", lambda r, a, s: clip(r, -a, s)),
-    "detach the ratio": swapped("clip_objective", lambda r, a, s: clip(r.detach(), a, s)),
+    "negate the advantage": other_objective(lambda v, s: clip(v._replace(adv=-v.adv), s)),
+    "detach the ratio": other_objective(lambda v, s: clip(v._replace(log_ratio=v.log_ratio.detach()), s)),
     "detach the KL": swapped("kl_penalty", lambda *args: kl(*args).detach()),
     "k1 for k3": swapped("kl_estimate", lambda name, u: estimate("k1", u)),
     "forget the mask in the ratio": swapped("log_ratios", lambda lp, old, active, *rest: log_ratios(lp, old, torch.ones_like(active), *rest)),

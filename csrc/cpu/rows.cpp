@@ -172,7 +172,7 @@ void row_policy(const Rows& p, const RowStats& stats, const PolicyInputs& in, co
     const double logp = load_real(stats.logps, r, is_double);
     const TokenInputs t = read_token(in, r, p.tokens, is_double, logp);
     const double raw = logp - t.old, log_ratio = clamp_log_ratio(raw, s);
-    const TokenLoss<double> loss = token_loss(in.form, {logp, log_ratio, t.adv, t.token_weight, t.ref, t.rollout}, s);
+    const TokenLoss<double> loss = token_loss(in.form, token_values(t, logp, log_ratio, {}), s);
     // Rounded as the token kernel stores them: one pass and two give the same bits.
     return Pull{as_real(t.weight * (loss.d_logp + (inside(raw, log_ratio) ? loss.d_log_ratio : 0)), is_double),
                 as_real(-s.entropy_coef * t.entropy_mask * t.entropy_weight, is_double)};

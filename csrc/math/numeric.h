@@ -21,6 +21,8 @@ GK_HD double expm1_(double x) { return ::expm1(x); }
 GK_HD float log_(float x) { return logf(x); }
 GK_HD double log_(double x) { return ::log(x); }
 
+template <typename T> GK_HD bool is_finite_(T x) { return x - x == 0; }
+
 template <typename T> GK_HD T min_(T a, T b) { return b < a ? b : a; }
 template <typename T> GK_HD T max_(T a, T b) { return a < b ? b : a; }
 template <typename T> GK_HD T clamp_(T x, T low, T high) { return min_(max_(x, low), high); }

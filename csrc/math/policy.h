@@ -5,52 +5,249 @@
 
 namespace gk {
 
+constexpr double kVespoLogMin = -18.420680743952367, kVespoLogMax = 20;  // log 1e-8: bounds on each log and their sum
+constexpr double kGmpoWeightFloor = 1e-10;                               // added to a token weight before its logarithm
+
 // Choices that change the code of a kernel; the enumerators follow the tuples of names in grpo_kernels/config.py.
-enum class Objective : int { clip };
+enum class Objective : int {
+  clip,
+  cispo,
+  sapo,
+  gmpo,
+  vespo,
+  reinforce,
+  dppo_tv,
+  dppo_kl,
+  tv_mask,
+  ipo,
+  dro,
+  clip_cov,
+  kl_cov
+};
 enum class RatioLevel : int { token, sequence, sequence_token, sequence_product };
 enum class KlEstimator : int { none, k1, abs, k2, k3 };
 enum class KlGradient : int { pathwise, straight_through, importance_weighted, score_function, behaviour_weighted };
+enum class Pooling : int { none, mean, sum };  // of the log-ratios of a sequence
 
 struct Form {
   Objective objective;
   RatioLevel ratio_level;
   KlEstimator kl_estimator;
   KlGradient kl_gradient;
+
+  GK_HD Pooling pooling() const {
+    if (objective == Objective::gmpo) return Pooling::mean;
+    if (objective == Objective::vespo || ratio_level == RatioLevel::sequence_product) return Pooling::sum;
+    return ratio_level == RatioLevel::token ? Pooling::none : Pooling::mean;
+  }
 };
 
 // Numbers that may change from step to step, in the order of SCALARS in grpo_kernels/config.py. Infinity: no bound.
 template <typename T> struct Scalars {
-  T ratio_low, ratio_high, delta, dual_clip, log_ratio_clamp, sequence_log_ratio_max;
-  T kl_coef, kl_input_clamp, kl_output_clamp, entropy_coef;
+  T eps_low, eps_high, ratio_low, ratio_high, delta, dual_clip, cispo_low, cispo_high, sapo_tau_pos, sapo_tau_neg;
+  T vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, ratio_cap, tv_low, tv_high, ratio_sq_coef, dro_beta;
+  T cov_kl, log_ratio_clamp, sequence_log_ratio_max, kl_coef, kl_input_clamp, kl_output_clamp, entropy_coef;
+};
+constexpr int kScalars = 26;
+
+// What a sequence knows once its log-ratios are pooled.
+template <typename T> struct Pooled {
+  T log_ratio, adv, weight;  // weight: the geometric mean of the token weights
 };
 
-// A term of the loss, its derivative in the log-ratio (of the token, or of the sequence) and directly in logp.
-template <typename T> struct Term {
-  T value, d_log_ratio, d_logp;
+template <typename T> struct TokenValues {
+  T logp, old, log_ratio;  // the ratio at its level, clamped
+  T adv, token_weight;
+  T selected;  // not 0: picked for its covariance
+  T ref, rollout;
+  Pooled<T> pooled;  // of the sequence, for the objectives that ask it
 };
 
 enum ClipFlags : int { kClippedLow = 1, kClippedHigh = 2, kCapped = 4 };
 
-// -min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that).
-template <typename T> GK_HD Term<T> clip_objective(T log_ratio, T adv, const Scalars<T>& s, int& flags) {
-  const T ratio = exp_(log_ratio), capped = min_(ratio, s.delta), clipped = clamp_(ratio, s.ratio_low, s.ratio_high);
-  const bool unclipped = !(capped * adv > clipped * adv);  // the negations let a NaN through
-  T value = -(unclipped ? capped : clipped) * adv;
-  T slope = unclipped && !(ratio > s.delta) ? -ratio * adv : T(0);
-  const bool dual = adv < 0 && -s.dual_clip * adv < value;
-  if (dual) value = -s.dual_clip * adv, slope = 0;
-  flags = (ratio < s.ratio_low && adv < 0 ? kClippedLow : 0) | (ratio > s.ratio_high && adv > 0 ? kClippedHigh : 0) |
-          (dual || (adv < 0 && ratio > s.delta) ? kCapped : 0);
-  return {value, slope, T(0)};
+// A term of the loss, and its derivatives in the log-ratio, in the pooled one of the sequence, and directly in logp.
+// Their sum is -A weight for the policy term: what is left of the gradient.
+template <typename T> struct Term {
+  T value = 0, d_log_ratio = 0, d_pooled = 0, d_logp = 0, weight = 0;
+  int flags = 0;
+};
+
+GK_HD int clip_flags(bool low, bool high, bool capped) {
+  return (low ? kClippedLow : 0) | (high ? kClippedHigh : 0) | (capped ? kCapped : 0);
 }
 
+// -min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that).
+template <typename T> GK_HD Term<T> clip_objective(T log_ratio, T adv, const Scalars<T>& s) {
+  const T ratio = exp_(log_ratio), capped = min_(ratio, s.delta), clipped = clamp_(ratio, s.ratio_low, s.ratio_high);
+  const bool unclipped = !(capped * adv > clipped * adv);  // the negations let a NaN through
+  Term<T> t;
+  t.value = -(unclipped ? capped : clipped) * adv;
+  const bool dual = adv < 0 && -s.dual_clip * adv < t.value;
+  if (dual) t.value = -s.dual_clip * adv;
+  t.weight = unclipped && !(ratio > s.delta) && !dual ? ratio : T(0);
+  t.d_log_ratio = -t.weight * adv;
+  t.flags =
+      clip_flags(ratio < s.ratio_low && adv<0, ratio> s.ratio_high && adv > 0, dual || (adv < 0 && ratio > s.delta));
+  return t;
+}
+
+// -weight A logp, the weight without gradient.
+template <typename T> GK_HD Term<T> score_objective(T weight, T adv, T logp, int flags) {
+  return {-weight * adv * logp, T(0), T(0), -weight * adv, weight, flags};
+}
+
+template <typename T> GK_HD Term<T> cispo_objective(const TokenValues<T>& t, const Scalars<T>& s) {
+  const T ratio = exp_(t.log_ratio);
+  const bool above = ratio > s.cispo_high;
+  return score_objective(clamp_(ratio, s.cispo_low, s.cispo_high), t.adv, t.logp,
+                         clip_flags(ratio < s.cispo_low, above && t.adv > 0, above && !(t.adv > 0)));
+}
+
+// -(4 / tau) sigmoid(tau (r - 1)) A.
+template <typename T> GK_HD Term<T> sapo_objective(T log_ratio, T adv, const Scalars<T>& s) {
+  const T ratio = exp_(log_ratio), tau = adv > 0 ? s.sapo_tau_pos : s.sapo_tau_neg, x = tau * (ratio - 1);
+  const T small = exp_(x < 0 ? x : -x), open = (x < 0 ? small : T(1)) / (1 + small),
+          shut = (x < 0 ? T(1) : small) / (1 + small);
+  const T weight = shut == 0 ? T(0) : 4 * open * shut * ratio;  // an infinite ratio is shut
+  return {-4 / tau * open * adv, -weight * adv, T(0), T(0), weight, 0};
+}
+
+// A sequence's -exp(mean of its clipped log-ratios) * mean A * geometric mean of its token weights.
+template <typename T> GK_HD Term<T> gmpo_objective(const TokenValues<T>& t, const Scalars<T>& s) {
+  const T weight = exp_(t.pooled.log_ratio) * t.pooled.weight, value = -weight * t.pooled.adv;
+  return {value,  T(0),
+          value,  T(0),
+          weight, clip_flags(t.adv < 0 && t.log_ratio < -s.eps_low, t.adv > 0 && t.log_ratio > s.eps_high, false)};
+}
+
+// log phi = lambda + k log w - lambda w; w is the sequence's ratio.
+template <typename T> GK_HD Term<T> vespo_objective(const TokenValues<T>& t, const Scalars<T>& s) {
+  const bool pos = t.adv >= 0;
+  const T k = pos ? s.vespo_k_pos : s.vespo_k_neg, lambda = pos ? s.vespo_lambda_pos : s.vespo_lambda_neg;
+  const T log_w = t.pooled.log_ratio, phi = exp_(lambda + k * log_w - lambda * exp_(log_w));
+  return score_objective(is_finite_(phi) ? phi : T(0), t.adv, t.logp, 0);
+}
+
+// KL between the two coins "this token" and "any other", of the old policy and the new.
+template <typename T> GK_HD T binary_kl(T old, T logp) {
+  const T p_old = exp_(old), tiny = T(1e-8);
+  return p_old * (old - logp) + (1 - p_old) * log_((1 - p_old + tiny) / (1 - exp_(logp) + tiny));
+}
+
+// The truncated ratio, where the divergence from the old policy stays within its bound or shrinks.
+template <typename T> GK_HD Term<T> dppo_objective(bool kl, const TokenValues<T>& t, const Scalars<T>& s) {
+  const T moved = exp_(t.logp) - exp_(t.old);
+  const bool up = t.adv > 0;
+  bool keep;
+  if (kl) {
+    const T divergence = binary_kl(t.old, t.logp);
+    keep = up ? divergence <= s.eps_high || moved <= 0 : divergence <= s.eps_low || moved >= 0;
+  } else {
+    keep = up ? moved <= s.eps_high : moved >= -s.eps_low;
+  }
+  const T ratio = exp_(t.log_ratio);
+  return score_objective(keep ? min_(ratio, s.ratio_cap) : T(0), t.adv, t.logp,
+                         clip_flags(!keep && !up, !keep && up, keep && ratio > s.ratio_cap));
+}
+
+// -A r where the probability stays within its bounds of the sampler's, plus a squared log-ratio everywhere.
 template <typename T>
-GK_HD Term<T> policy_objective(const Form& form, T log_ratio, T adv, const Scalars<T>& s, int& flags) {
+GK_HD Term<T> trust_region_objective(bool two_sided, const TokenValues<T>& t, const Scalars<T>& s) {
+  const T moved = exp_(t.logp) - exp_(t.old);
+  const bool up = t.adv > 0, inside = moved <= s.tv_high && moved >= -s.tv_high;
+  const bool keep = two_sided ? inside : up ? moved <= s.tv_high : moved >= -s.tv_low;
+  const T weight = keep ? exp_(t.log_ratio) : T(0);
+  return {-weight * t.adv + s.ratio_sq_coef * t.log_ratio * t.log_ratio,
+          -weight * t.adv + 2 * s.ratio_sq_coef * t.log_ratio,
+          T(0),
+          T(0),
+          weight,
+          clip_flags(!keep && !up, !keep && up, false)};
+}
+
+// -(A logp - beta x^2 / 2).
+template <typename T> GK_HD Term<T> dro_objective(const TokenValues<T>& t, const Scalars<T>& s) {
+  const T pull = s.dro_beta * t.log_ratio;
+  return {-t.adv * t.logp + pull * t.log_ratio / 2, pull, T(0), -t.adv, T(1), 0};
+}
+
+// clip, without the tokens picked for their covariance.
+template <typename T> GK_HD Term<T> clip_cov_objective(const TokenValues<T>& t, const Scalars<T>& s) {
+  Term<T> term = clip_objective(t.log_ratio, t.adv, s);
+  if (t.selected != 0) term = {T(0), T(0), T(0), T(0), T(0), (term.flags & ~kCapped) | kCapped};
+  return term;
+}
+
+// -A r, and on the picked tokens cov_kl |x|.
+template <typename T> GK_HD Term<T> kl_cov_objective(const TokenValues<T>& t, const Scalars<T>& s) {
+  const T ratio = exp_(t.log_ratio), x = t.log_ratio, sign = x > 0 ? T(1) : x < 0 ? T(-1) : T(0);
+  const T coef = t.selected != 0 ? s.cov_kl : T(0);
+  return {-ratio * t.adv + coef * sign * x,         -ratio * t.adv + coef * sign, T(0), T(0), ratio,
+          clip_flags(false, false, t.selected != 0)};
+}
+
+template <typename T> GK_HD Term<T> policy_objective(const Form& form, const TokenValues<T>& t, const Scalars<T>& s) {
   switch (form.objective) {
     case Objective::clip:
-      return clip_objective(log_ratio, adv, s, flags);
+      return clip_objective(t.log_ratio, t.adv, s);
+    case Objective::cispo:
+      return cispo_objective(t, s);
+    case Objective::sapo:
+      return sapo_objective(t.log_ratio, t.adv, s);
+    case Objective::gmpo:
+      return gmpo_objective(t, s);
+    case Objective::vespo:
+      return vespo_objective(t, s);
+    case Objective::reinforce:
+      return score_objective(T(1), t.adv, t.logp, 0);
+    case Objective::dppo_tv:
+      return dppo_objective(false, t, s);
+    case Objective::dppo_kl:
+      return dppo_objective(true, t, s);
+    case Objective::tv_mask:
+      return trust_region_objective(false, t, s);
+    case Objective::ipo:
+      return trust_region_objective(true, t, s);
+    case Objective::dro:
+      return dro_objective(t, s);
+    case Objective::clip_cov:
+      return clip_cov_objective(t, s);
+    case Objective::kl_cov:
+      return kl_cov_objective(t, s);
   }
   return {};
+}
+
+// What a token adds to its sequence's pooled log-ratio, and whether that passes the gradient. `weight`: the token's
+// importance weight, which only vespo pools here.
+template <typename T> struct PooledTerm {
+  T value;
+  bool open;
+};
+
+// Whether a clamp passes the gradient: at its bounds it does, and a NaN is not held back.
+template <typename T> GK_HD bool inside(T raw, T clamped) { return !(raw < clamped || raw > clamped); }
+
+template <typename T>
+GK_HD PooledTerm<T> pooled_term(const Form& form, T raw_log_ratio, T adv, T weight, const Scalars<T>& s) {
+  const T x = clamp_(raw_log_ratio, -s.log_ratio_clamp, s.log_ratio_clamp);
+  const bool open = inside(raw_log_ratio, x);
+  if (form.objective == Objective::vespo) {
+    const T of_weight = clamp_(log_(weight), T(kVespoLogMin), T(kVespoLogMax));
+    return {clamp_(x, -T(kVespoLogMax), T(kVespoLogMax)) + of_weight, false};
+  }
+  if (form.objective == Objective::gmpo) {  // one-sided: a ratio that moves against A stays
+    if (adv == 0) return {T(0), false};
+    const T kept = adv > 0 ? min_(x, s.eps_high) : max_(x, -s.eps_low);
+    return {kept, open && inside(x, kept)};
+  }
+  return {x, open};
+}
+
+// The bound on a pooled log-ratio; outside no gradient passes.
+template <typename T> GK_HD T pooled_limit(const Form& form, T log_ratio, const Scalars<T>& s) {
+  if (form.objective == Objective::vespo) return clamp_(log_ratio, T(kVespoLogMin), T(kVespoLogMax));
+  return form.objective == Objective::gmpo ? log_ratio : min_(log_ratio, s.sequence_log_ratio_max);
 }
 
 // KL(policy || reference) from one sample, u = ref - logp: the estimator, its derivative in logp, and the two added up
@@ -76,21 +273,21 @@ template <typename T> GK_HD KlEstimate<T> kl_estimate(KlEstimator estimator, T u
   }
 }
 
-// The estimator under one of its gradient forms; log_ratio is the one the policy term uses, before delta and clip.
+// The estimator under one of its gradient forms; log_ratio is the one at the ratio's level, before delta and clip.
 template <typename T>
 GK_HD Term<T> kl_penalty(const Form& form, T logp, T ref, T rollout, T log_ratio, const Scalars<T>& s) {
   const T u = ref - logp, inside = clamp_(u, -s.kl_input_clamp, s.kl_input_clamp);
   const KlEstimate<T> estimate = kl_estimate(form.kl_estimator, inside);
-  Term<T> k{estimate.value, T(0), estimate.d_logp};
+  Term<T> k{estimate.value, T(0), T(0), estimate.d_logp};
   switch (form.kl_gradient) {
     case KlGradient::importance_weighted: {
       const T ratio = exp_(log_ratio);
-      k = {ratio * estimate.value, ratio * estimate.value, ratio * estimate.d_logp};
+      k = {ratio * estimate.value, ratio * estimate.value, T(0), ratio * estimate.d_logp};
       break;
     }
     case KlGradient::behaviour_weighted: {
       const T ratio = exp_(logp - rollout);
-      k = {ratio * estimate.value, T(0), ratio * estimate.score};
+      k = {ratio * estimate.value, T(0), T(0), ratio * estimate.score};
       break;
     }
     case KlGradient::score_function:
@@ -102,26 +299,23 @@ GK_HD Term<T> kl_penalty(const Form& form, T logp, T ref, T rollout, T log_ratio
   const T value = clamp_(k.value, -s.kl_output_clamp, s.kl_output_clamp);
   if (u < inside || u > inside || value < k.value || value > k.value) k.d_log_ratio = k.d_logp = 0;
   if (form.kl_gradient == KlGradient::straight_through) k.d_logp = -u;
-  return {value, k.d_log_ratio, k.d_logp};
+  return {value, k.d_log_ratio, T(0), k.d_logp};
 }
 
 // What one token adds to the loss before aggregation, entropy apart: token_weight * policy + kl_coef * kl.
 template <typename T> struct TokenLoss {
-  T policy, kl, d_log_ratio, d_logp;  // kl without its coefficient; the derivatives of the whole
+  T policy, kl, d_log_ratio, d_pooled, d_logp;  // kl without its coefficient; the derivatives of the whole
+  T gradient_weight;
   int flags;
   GK_HD T value(const Scalars<T>& s) const { return policy + s.kl_coef * kl; }
 };
 
-template <typename T> struct TokenValues {
-  T logp, log_ratio, adv, token_weight, ref, rollout;
-};
-
 template <typename T> GK_HD TokenLoss<T> token_loss(const Form& form, const TokenValues<T>& t, const Scalars<T>& s) {
-  TokenLoss<T> loss{};
-  const Term<T> policy = policy_objective(form, t.log_ratio, t.adv, s, loss.flags);
-  loss.policy = t.token_weight * policy.value;
-  loss.d_log_ratio = t.token_weight * policy.d_log_ratio;
-  loss.d_logp = t.token_weight * policy.d_logp;
+  const Term<T> policy = policy_objective(form, t, s);
+  // gmpo's token weights say which tokens its means are of.
+  const T w = form.objective == Objective::gmpo ? T(1) : t.token_weight;
+  TokenLoss<T> loss{w * policy.value, T(0),        w * policy.d_log_ratio, w * policy.d_pooled, w * policy.d_logp,
+                    policy.weight,    policy.flags};
   if (form.kl_estimator != KlEstimator::none) {
     const Term<T> kl = kl_penalty(form, t.logp, t.ref, t.rollout, t.log_ratio, s);
     loss.kl = kl.value;

@@ -80,17 +80,8 @@ def _addresses(stats: RowStats, sum_p2: Tensor | None = None) -> list[int]:
 
 
 def _policy(p: PolicyInputs) -> tuple[list[View | None], list[int], list[float]]:
-    views = (
-        p.advantages,
-        p.weights,
-        p.old_logps,
-        p.ref_logps,
-        p.rollout_logps,
-        p.token_weights,
-        p.entropy_weights,
-        p.entropy_mask,
-    )
-    return [_view(x) for x in views], Form(*p.form).codes, p.scalars.tolist()
+    *views, scalars, form = p
+    return [_view(x) for x in views], Form(*form).codes, scalars.tolist()
 
 
 def row_forward(rows: Rows, sum_p2: bool) -> tuple[RowStats, Tensor]:
