@@ -33,6 +33,7 @@ REASON = "the oracle is verl itself: pip install verl==0.9.1"
 core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason=REASON)
 verl_torch = pytest.importorskip("verl.utils.torch_functional", reason=REASON)
 verl_config = pytest.importorskip("verl.workers.config", reason=REASON)
+verl_algorithm = pytest.importorskip("verl.trainer.config.algorithm", reason=REASON)
 verl_losses = pytest.importorskip("verl.workers.utils.losses", reason=REASON)
 
 AGGREGATIONS = {
@@ -43,6 +44,29 @@ AGGREGATIONS = {
     "seq-mean-token-mean": "sequence_mean",
 }
 LEVELS = {"vanilla": "token", "gspo": "sequence"}
+DIVERGENCE = {"clip_ratio_low": 0.03, "clip_ratio_high": 0.05}  # of dppo: probabilities in the batch move by as much
+DRO_BETA, COV_RATIO = 0.3, 0.2
+# Its own configuration in verl, the same in ours, and the aggregation that it forces.
+LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
+    "vanilla": ({}, {"eps_low": EPS_LOW, "eps_high": EPS_HIGH}, None),
+    "gspo": ({}, {"eps_low": EPS_LOW, "eps_high": EPS_HIGH}, None),
+    "cispo": ({}, {"cispo_low": 1 - EPS_LOW, "cispo_high": 1 + EPS_HIGH}, None),
+    "sapo": ({}, {}, "seq-mean-token-mean"),
+    "geo_mean": ({}, {"eps_low": EPS_LOW, "eps_high": EPS_HIGH}, "seq-mean-token-mean"),
+    "gpg": ({}, {}, None),
+    "dppo_tv": (DIVERGENCE, {"eps_low": 0.03, "eps_high": 0.05}, None),
+    "dppo_kl": (DIVERGENCE, {"eps_low": 0.03, "eps_high": 0.05}, None),
+    "dro": ({"policy_loss": {"dro_beta": DRO_BETA}}, {"dro_beta": DRO_BETA}, None),
+    # More tokens are wanted than there are candidates: nothing is left to chance.
+    "clip_cov": (
+        {"policy_loss": {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": 0.4}},
+        {"eps_low": EPS_LOW, "eps_high": EPS_HIGH, "cov_ratio": 1.0, "cov_low": 0.05, "cov_high": 0.4}, None,
+    ),
+    "kl_cov": (
+        {"policy_loss": {"kl_cov_ratio": COV_RATIO, "ppo_kl_coef": 0.4}}, {"cov_ratio": COV_RATIO, "cov_kl": 0.4}, None,
+    ),
+}  # fmt: skip
+CLIP_METRICS = {"cispo": ("clip_low", "clip_high", "clip_cap"), "clip_cov": ("clip_cap",), "geo_mean": ()}
 HORIZON = 128  # loss_scale_factor
 GLOBAL = {"dp_size": 2, "batch_num_tokens": 211, "global_batch_size": 24, "loss_scale_factor": HORIZON}
 WIDE = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None, "loss_scale_factor": None}
@@ -50,6 +74,8 @@ NO_TOKEN_EPS = 2e-8  # seq-mean-token-mean divides by n + 1e-8
 
 
 def actor(global_batch_info: dict[str, Any] | None = None, **changes: Any) -> Any:
+    if isinstance(changes.get("policy_loss"), dict):
+        changes["policy_loss"] = verl_config.PolicyLossConfig(**changes["policy_loss"])
     bounds = {"clip_ratio_low": EPS_LOW, "clip_ratio_high": EPS_HIGH, "clip_ratio_c": DUAL_CLIP}
     return verl_config.ActorConfig(
         strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=1,
@@ -66,9 +92,7 @@ def our_call(loss: str, mode: str, batch: Batch, info: dict[str, Any] | None = N
     denominator = denominators.get(aggregation, info.get("global_batch_size"))
     if denominator and aggregation == "fixed_length":
         denominator *= changes["max_length"]
-    config = gk.LossConfig.preset(
-        f"verl_{loss}", eps_low=EPS_LOW, eps_high=EPS_HIGH, aggregation=aggregation, **changes
-    )
+    config = gk.LossConfig.preset(f"verl_{loss}", aggregation=aggregation, **{**LOSSES[loss][1], **changes})
     return {
         "config": config, "logps": batch.logps, "advantages": batch.token_advantages, "mask": batch.mask,
         "old_logps": batch.old, "denominator": denominator, "scale": float(info.get("dp_size", 1)),
@@ -87,10 +111,22 @@ def theirs(loss: str, mode: str, batch: Batch, config: Any, weights: Tensor | No
         return value
 
     result = differentiated(run, batch.logps)
-    metrics = {"clip_region": seen["actor/pg_clipfrac"], "approx_kl": seen["actor/ppo_kl"]}
-    if loss == "vanilla":
-        metrics["clip_cap"] = seen["actor/pg_clipfrac_lower"]
-    return result._replace(metrics=metrics)
+    return result._replace(metrics=seen)
+
+
+def assert_metrics(loss: str, verl: dict[str, float], call: dict[str, Any], batch: Batch) -> None:
+    """verl's metrics under our names: sums of ours where verl knows one number for several of our cases."""
+    got = ours(Variant("cpu", torch.float64), **call).metrics
+    expected = {}
+    if loss != "kl_cov" and loss != "gpg":
+        expected["actor/ppo_kl"] = got["approx_kl"]
+    if "actor/pg_clipfrac" in verl and loss != "geo_mean":
+        names = CLIP_METRICS.get(loss, ("clip_low", "clip_high"))
+        expected["actor/pg_clipfrac"] = sum(got[name] for name in names)
+    if loss in ("vanilla", "dppo_tv", "dppo_kl"):
+        expected["actor/pg_clipfrac_lower"] = got["clip_cap"]
+    for name, mine in expected.items():
+        assert abs(mine - verl[name]) <= 2e-5 * max(abs(verl[name]), 1e-3), f"{name}: {mine}, not {verl[name]}"
 
 
 def tolerance_of(mode: str) -> float:
@@ -100,13 +136,69 @@ def tolerance_of(mode: str) -> float:
 @pytest.mark.parametrize("weighted", [False, True], ids=["no_weights", "rollout_is_weights"])
 @pytest.mark.parametrize("info", [None, WIDE, GLOBAL], ids=["own_batch", "no_globals", "global_batch"])
 @pytest.mark.parametrize("mode", AGGREGATIONS)
-@pytest.mark.parametrize("loss", LEVELS)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_policy_loss(loss: str, mode: str, info: dict[str, Any] | None, weighted: bool) -> None:
-    batch = make_batch(LEVELS[loss], holes=weighted)
+    changes, _, forced = LOSSES[loss]
+    if forced and mode != forced:
+        pytest.skip(f"verl's {loss} is always {forced}")
+    batch = make_batch(LEVELS.get(loss, "token"), holes=weighted)
     weights = batch.token_weights if weighted else None
-    exact = theirs(loss, mode, batch, actor(info), weights)
-    call = our_call(loss, mode, batch, info)
-    assert_matches(exact, **call, token_weights=weights, metrics=exact.metrics, tolerance=tolerance_of(mode))
+    exact = theirs(loss, mode, batch, actor(info, **changes), weights)
+    call = our_call(loss, mode, batch, None if loss == "geo_mean" else info)  # it ignores the global batch
+    assert_matches(exact, **call, token_weights=weights, tolerance=tolerance_of(mode))
+    assert_metrics(loss, exact.metrics, call, batch)
+
+
+@pytest.mark.parametrize("loss", ["cispo", "sapo", "dppo_tv", "dppo_kl"])
+def test_policy_loss_beyond_the_clamp(loss: str) -> None:
+    changes, _, forced = LOSSES[loss]
+    batch, mode = make_batch(holes=True, large=(25.0, -25.0, 20.5, -20.5, 19.5, -19.5)), forced or "token-mean"
+    exact = theirs(loss, mode, batch, actor(**changes))
+    assert_matches(exact, **our_call(loss, mode, batch), tolerance=tolerance_of(mode))
+
+
+def test_geo_mean_with_token_advantages_of_zero() -> None:
+    """A token without advantage adds no log-ratio to the mean, and still counts in it."""
+    batch = make_batch()
+    zero = torch.arange(batch.mask.shape[1]) % 3 == 0
+    batch = batch._replace(token_advantages=torch.where(zero, 0.0, batch.token_advantages))
+    exact = theirs("geo_mean", "seq-mean-token-mean", batch, actor())
+    assert_matches(exact, **our_call("geo_mean", "seq-mean-token-mean", batch), tolerance=NO_TOKEN_EPS)
+
+
+def test_clip_cov_picks_its_share_at_random() -> None:
+    """As many tokens as verl, from the same candidates, each as likely; another generator state, other tokens."""
+    batch = make_batch()
+    batch = batch._replace(token_advantages=batch.token_advantages + 0.01)  # a term of 0 is a picked one
+    candidates = actor(policy_loss={"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": 0.4})
+    total = theirs("clip_cov", "token-mean", batch, candidates).metrics["actor/pg_clipfrac"] * batch.mask.sum()
+    few = actor(policy_loss={"clip_cov_ratio": 0.05, "clip_cov_lb": 0.05, "clip_cov_ub": 0.4})
+    share = theirs("clip_cov", "token-mean", batch, few).metrics["actor/pg_clipfrac"]
+    call = our_call("clip_cov", "token-mean", batch, cov_ratio=0.05)
+    picked = torch.zeros_like(batch.logps)
+    rounds, wanted = 400, share * batch.mask.sum()
+    torch.manual_seed(0)
+    for _ in range(rounds):
+        terms = gk.policy_loss(**call)
+        assert abs(float(terms.metrics["clip_cap"]) - share) < 1e-6
+        picked += (terms.per_token_loss == 0) & (batch.mask > 0)
+    assert (picked > 0).sum() == round(float(total))
+    expected = rounds * wanted / total
+    assert ((picked[picked > 0] - expected).abs() < 5 * expected**0.5).all()
+
+
+@pytest.mark.parametrize("loss_type", ["ppo_clip", "reinforce"])
+def test_bypass_mode(loss_type: str) -> None:
+    """old is the sampler; the weights, if any, are of the current policy against it."""
+    batch = make_batch(holes=True)
+    correction = {"loss_type": loss_type, "rollout_is": "token", "rollout_is_threshold": 1.3}
+    config = actor(policy_loss={"rollout_correction": verl_algorithm.RolloutCorrectionConfig(**correction)})
+    exact = theirs("bypass_mode", "token-mean", batch, config)
+    if loss_type == "ppo_clip":
+        return assert_matches(exact, **our_call("vanilla", "token-mean", batch))
+    weights = (batch.logps - batch.old).exp().clamp(max=1.3)
+    call = our_call("gpg", "token-mean", batch) | {"config": gk.LossConfig.preset("verl_bypass_reinforce")}
+    assert_matches(exact, **call, token_weights=weights)
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "token-sum"])
@@ -149,6 +241,26 @@ def test_preset_is_the_trainers_default(loss: str) -> None:
     assert preset.aggregation == AGGREGATIONS[plain.loss_agg_mode]
     assert loss == "gspo" or preset.dual_clip == plain.clip_ratio_c
     assert preset.entropy_coef == plain.entropy_coeff and not preset.kl_coef and not plain.use_kl_loss
+
+
+def test_presets_are_the_trainers_defaults() -> None:
+    plain = verl_config.ActorConfig(strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=1)
+    own, low, high = plain.policy_loss, 1 - plain.clip_ratio_low, 1 + plain.clip_ratio_high
+    expected = {
+        "cispo": {"cispo_low": low, "cispo_high": high},
+        "sapo": {"sapo_tau_pos": plain.tau_pos, "sapo_tau_neg": plain.tau_neg},
+        "geo_mean": {"eps_low": plain.clip_ratio_low},
+        "dppo_tv": {"eps_low": plain.clip_ratio_low, "ratio_cap": plain.clip_ratio_c},
+        "dppo_kl": {"eps_low": plain.clip_ratio_low, "ratio_cap": plain.clip_ratio_c},
+        "clip_cov": {"cov_ratio": own.clip_cov_ratio, "cov_low": own.clip_cov_lb, "cov_high": own.clip_cov_ub},
+        "kl_cov": {"cov_ratio": own.kl_cov_ratio, "cov_kl": own.ppo_kl_coef},
+        "gpg": {},
+    }
+    for loss, options in expected.items():
+        preset = gk.LossConfig.preset(f"verl_{loss}")
+        assert {name: getattr(preset, name) for name in options} == options, loss
+    registered = set(core_algos.POLICY_LOSS_REGISTRY) - {"bypass_mode"}
+    assert registered == {*LEVELS, *expected, "dro"}
 
 
 @pytest.mark.parametrize("info", [WIDE, GLOBAL], ids=["own_batch", "global_batch"])
