@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from forms import FORMS, with_everything
 
 import grpo_kernels as gk
-from grpo_kernels.config import RATIO_LEVELS
 from grpo_kernels.testing.inputs import make_batch
 
 FULL = {"delta": 1.6, "dual_clip": 1.4, "kl_coef": 0.1, "entropy_coef": 0.05}
@@ -20,10 +20,10 @@ def both_paths(batch, config, **options):
     yield lambda x, **kw: gk.linear_grpo_loss(x, eye, batch.targets, config=config, chunk_rows=4, **{**options, **kw})
 
 
-@pytest.mark.parametrize("level", RATIO_LEVELS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("single_pass", [True, False])
-def test_masked_tokens_are_not_read(backend, level, single_pass):
-    b, config = make_batch(), gk.LossConfig(ratio_level=level, **FULL)
+def test_masked_tokens_are_not_read(backend, form, single_pass):
+    b, config = make_batch(), gk.LossConfig(**with_everything(form))
     targets = b.targets.masked_fill(~b.mask, -7)  # illegal, but masked
     poisoned = {k: torch.where(b.mask, v, POISON[i % 3]) for i, (k, v) in enumerate(b.keywords().items())}
     logits = torch.where(b.mask[..., None], b.logits, math.nan)
@@ -60,15 +60,16 @@ def test_ignore_index_is_masked():
     )
 
 
-@pytest.mark.parametrize("level", RATIO_LEVELS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("shape", [(3, 5), (0, 5), (3, 0), (0, 0)])
-def test_nothing_active_is_exactly_zero(backend, level, shape):
-    config = gk.LossConfig(ratio_level=level, aggregation="sequence_mean", **FULL)
+def test_nothing_active_is_exactly_zero(backend, form, shape):
+    config = gk.LossConfig(**with_everything(form), aggregation="sequence_mean")
     targets = torch.zeros(shape, dtype=torch.int64)
     keywords = {
         "mask": torch.zeros(shape),
         "old_logps": torch.zeros(shape),
         "ref_logps": torch.zeros(shape),
+        "rollout_logps": torch.zeros(shape),
         "backend": backend,
     }
     b = make_batch()._replace(targets=targets)
@@ -242,6 +243,8 @@ WRONG = {
     ),
     "no entropy": (lambda: gk.policy_loss(L[..., 0], torch.ones(3), config=gk.LossConfig(entropy_coef=0.1)), ValueError, "entropy.*None"),
     "no max_length": (lambda: gk.grpo_loss(L, T, torch.ones(3), config=gk.LossConfig(aggregation="fixed_length")), ValueError, "max_length"),
+    "flat gmpo": (lambda: gk.grpo_loss(L[0], T[0], torch.ones(5), config=gk.LossConfig(objective="gmpo")), ValueError, "gmpo.*cu_seqlens"),
+    "ipo without rollout": (lambda: gk.grpo_loss(L, T, torch.ones(3), config=gk.LossConfig(objective="ipo")), ValueError, "rollout_logps; got None"),
     "flat sequences": (lambda: gk.grpo_loss(L[0], T[0], torch.ones(5), config=gk.LossConfig(ratio_level="sequence")), ValueError, "cu_seqlens"),
     "flat aggregation": (lambda: gk.grpo_loss(L[0], T[0], torch.ones(5), config=gk.LossConfig(aggregation="sequence_mean")), ValueError, "cu_seqlens"),
     "flat advantages": (lambda: gk.grpo_loss(L[0], T[0], torch.ones(2)), ValueError, "need cu_seqlens"),

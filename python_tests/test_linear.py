@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from conftest import dtype_name
+from forms import FORMS
 
 import grpo_kernels as gk
-from grpo_kernels.config import RATIO_LEVELS
 from grpo_kernels.testing.compare import assert_as_accurate, relative_l2
 from grpo_kernels.testing.inputs import make_batch
 
@@ -40,10 +40,10 @@ def in_full(hidden, weight, bias, batch, config, **options):
 
 
 @pytest.mark.parametrize("single_pass", [True, False])
-@pytest.mark.parametrize("level", RATIO_LEVELS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
-def test_accuracy(backend, dtype, level, single_pass):
-    batch, config = make_batch(), gk.LossConfig(ratio_level=level, kl_coef=0.1, entropy_coef=0.05)
+def test_accuracy(backend, dtype, form, single_pass):
+    batch, config = make_batch(), gk.LossConfig(**form, kl_coef=0.1, entropy_coef=0.05)
     b, values = batch.to(torch.float32 if dtype.itemsize == 2 else dtype), tensors(dtype)
 
     def mine(h, w, c):

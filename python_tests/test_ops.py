@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forms import FORMS
 from torch._dynamo.testing import CompileCounter
 
 import grpo_kernels as gk
@@ -50,14 +51,15 @@ def test_opcheck(dtype):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_compiled_is_eager(level, inplace):
-    b, config = make_batch(), gk.LossConfig(ratio_level=level, **FULL)
+@pytest.mark.parametrize("form", ["token", "sequence", "gmpo", "vespo", "dppo_kl", "ipo", "clip_cov", "kl_cov"])
+def test_compiled_is_eager(form, inplace):
+    b, config = make_batch(), gk.LossConfig(**FORMS[form], **FULL)
 
     def step(x, scale):
         out = gk.grpo_loss(x * 1.0, b.targets, b.advantages, b.mask, config=config, inplace=inplace, **b.keywords())
         return out.loss * scale, out.metrics["kl"]
 
+    torch._dynamo.reset()
     results = []
     for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         x = b.logits.clone().requires_grad_()

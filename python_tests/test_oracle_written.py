@@ -51,7 +51,15 @@ def k(estimator: str, u: Tensor) -> Tensor:
 
 
 def config(preset: str, **changes: Any) -> gk.LossConfig:
-    return gk.LossConfig.preset(preset, eps_low=EPS_LOW, eps_high=EPS_HIGH, **changes)
+    return gk.LossConfig.preset(preset, **{"eps_low": EPS_LOW, "eps_high": EPS_HIGH, **changes})
+
+
+CISPO = {"cispo_low": 1 - EPS_LOW, "cispo_high": 1 + EPS_HIGH}  # where a trainer writes 1 -+ eps
+
+
+def cispo(logps: Tensor, old: Tensor, adv: Tensor) -> Tensor:
+    """The objective, to be maximised, of slime and NeMo-RL."""
+    return (logps - old).exp().clamp(1 - EPS_LOW, 1 + EPS_HIGH).detach() * adv * logps
 
 
 def at_the_clamp(batch: Batch) -> Batch:
@@ -107,6 +115,26 @@ def test_openrlhf_kl_and_entropy(estimator: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["no_weights", "sequence_tis"])
+def test_openrlhf_gspo(weighted: bool) -> None:
+    """policy_loss_type gspo: the mean over non-empty samples of their token means, the entropy a token mean."""
+    batch = make_batch("sequence", holes=True)
+    n = batch.mask.sum(-1)
+    weights = batch.row_weights if weighted else torch.ones_like(batch.row_weights)
+
+    def loss(logps: Tensor, entropy: Tensor) -> Tensor:
+        mean = ((logps - batch.old) * batch.mask).sum(-1) / n.clamp(min=1)
+        terms = -clipped(mean.exp()[:, None] * batch.mask, batch.token_advantages) * weights
+        samples = ((terms * batch.mask).sum(-1) / (n + 1e-8))[n > 0].mean()
+        return samples - 0.05 * (entropy * batch.mask).sum() / n.sum()
+
+    assert_matches(
+        differentiated(loss, batch.logps, batch.entropy), config("openrlhf_gspo", entropy_coef=0.05), batch.logps,
+        batch.token_advantages, batch.mask, batch.entropy, old_logps=batch.old, tolerance=5e-8,
+        token_weights=weights.expand_as(batch.logps) if weighted else None,
+    )  # fmt: skip
+
+
 # ---- slime: compute_policy_loss, compute_gspo_kl, compute_approx_kl, sum_of_sample_mean ----
 
 
@@ -154,6 +182,23 @@ def test_slime(level: str, kl_type: str | None) -> None:
         old_logps=batch.old, ref_logps=batch.ref if kl_type else None, sequence_weights=own / siblings,
         denominator=float(groups),
     )  # fmt: skip
+
+
+def test_slime_presets() -> None:
+    """gspo and cispo by --advantage-estimator, over samples that have no siblings."""
+    for level, preset in (("sequence", "slime_gspo"), ("token", "slime_cispo")):
+        batch = make_batch(level, holes=True)
+        n = batch.mask.sum(-1).clamp(min=1)
+
+        def loss(logps: Tensor, batch: Batch = batch, n: Tensor = n, preset: str = preset) -> Tensor:
+            adv = batch.advantages[:, None]
+            mean = (((logps - batch.old) * batch.mask).sum(-1) / n)[:, None].expand_as(logps)
+            terms = clipped(mean.exp(), adv) if preset == "slime_gspo" else cispo(logps, batch.old, adv)
+            return -((terms * batch.mask).sum(-1) / n).mean()
+
+        ours = gk.LossConfig.preset("slime_cispo", **CISPO) if preset == "slime_cispo" else config(preset)
+        exact = differentiated(loss, batch.logps)
+        assert_matches(exact, ours, batch.logps, batch.advantages, batch.mask, old_logps=batch.old)
 
 
 # ---- NeMo-RL: ClippedPGLoss, calculate_kl ----
@@ -223,7 +268,75 @@ def test_nemo_sequence_level() -> None:
     )  # fmt: skip
 
 
+def test_nemo_cispo() -> None:
+    """use_cispo, with the default KL."""
+    batch = make_batch(holes=True)
+    valid = torch.tensor(TOKENS_TIMES_STEPS)
+
+    def loss(logps: Tensor) -> Tensor:
+        kl = nemo_kl("k3", logps, batch.ref, (logps - logps.detach()).exp(), (20.0, 10.0))
+        policy = -cispo(logps, batch.old, batch.token_advantages)
+        return masked_mean(policy, batch.mask, valid) + 0.01 * masked_mean(kl, batch.mask, valid)
+
+    assert_matches(
+        differentiated(loss, batch.logps), gk.LossConfig.preset("nemo_cispo", **CISPO), batch.logps,
+        batch.token_advantages, batch.mask, old_logps=batch.old, ref_logps=batch.ref, denominator=valid,
+    )  # fmt: skip
+
+
+def test_nemo_gspo_preset() -> None:
+    assert replace(gk.LossConfig.preset("nemo_gspo"), count_empty_sequences=True) == gk.LossConfig.preset(
+        "nemo_grpo", ratio_level="sequence", aggregation="sequence_mean"
+    )
+
+
+# ---- prime-rl: default_loss_fn, ipo_loss_fn ----
+
+
+@pytest.mark.parametrize("adv_tau", [1.0, 0.7])
+@pytest.mark.parametrize("loss_type", ["default", "ipo"])
+def test_prime(loss_type: str, adv_tau: float) -> None:
+    """Sums over the batch, over a token count of all ranks; the probabilities move further than the bounds allow."""
+    batch = make_batch(holes=True)
+
+    def loss(logps: Tensor) -> Tensor:
+        x, moved = logps - batch.roll, (logps.exp() - batch.roll.exp()).detach()
+        low, high = moved < -0.05, moved > 0.08
+        masked = torch.where(batch.token_advantages > 0, high, low) if loss_type == "default" else moved.abs() > 0.08
+        keep = (batch.mask * ~masked).double()
+        policy = keep * adv_tau * batch.token_advantages * x.exp()
+        return (-policy + 1e-3 * x.square() * batch.mask).sum() / TOKENS_TIMES_STEPS
+
+    bounds = {"tv_low": 0.05, "tv_high": 0.08} if loss_type == "default" else {"tv_high": 0.08}
+    exact = differentiated(loss, batch.logps)
+    assert_matches(
+        exact, gk.LossConfig.preset(f"prime_{loss_type}", **bounds), batch.logps, adv_tau * batch.token_advantages,
+        batch.mask, old_logps=batch.old, rollout_logps=batch.roll, denominator=TOKENS_TIMES_STEPS,
+    )  # fmt: skip
+    default = gk.LossConfig.preset(f"prime_{loss_type}")
+    assert default.ratio_sq_coef == 1e-3 and default.tv_high == (0.2 if loss_type == "default" else 0.1)
+
+
 # ---- papers ----
+
+
+def test_deepseek_v32() -> None:
+    """arXiv:2512.02556: k3 weighted by the ratio to the old policy, and off-policy sequences left out."""
+    batch = make_batch(holes=True)
+    n = batch.mask.sum(-1, keepdim=True).clamp(min=1)
+    drift = ((batch.old - batch.logps) * batch.mask).sum(-1, keepdim=True) / n
+    keep = ((batch.advantages[:, None] >= 0) | (drift <= 0.02)).double()
+    assert keep.min() == 0 and keep[batch.advantages < 0].max() == 1
+
+    def loss(logps: Tensor) -> Tensor:
+        ratio = (logps - batch.old).exp()
+        terms = -keep * clipped(ratio, batch.advantages[:, None]) + 0.2 * ratio * k("k3", batch.ref - logps)
+        return ((terms * batch.mask).sum(-1) / n[:, 0]).mean()
+
+    assert_matches(
+        differentiated(loss, batch.logps), config("deepseek_v32", kl_coef=0.2), batch.logps, batch.advantages,
+        batch.mask, old_logps=batch.old, ref_logps=batch.ref, token_weights=keep,
+    )  # fmt: skip
 
 
 def deepseekmath(batch: Batch, beta: float) -> Callable[[Tensor], Tensor]:

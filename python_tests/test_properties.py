@@ -1,16 +1,18 @@
 """Properties that hold for every input, searched by hypothesis."""
 
 import torch
+from forms import FORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels as gk
-from grpo_kernels.config import RATIO_LEVELS
 from grpo_kernels.testing.inputs import make_batch
 
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 200))
 seeds = st.integers(0, 2**31)
-levels = st.sampled_from(RATIO_LEVELS)
+forms = st.sampled_from(list(FORMS.values()))
+# Without a term beside the advantage's.
+proportional = st.sampled_from([f for name, f in FORMS.items() if name not in ("tv_mask", "ipo", "dro", "kl_cov")])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 quick = settings(max_examples=40, deadline=None)
 
@@ -46,9 +48,9 @@ def test_log_probs_are_never_positive_and_entropy_in_range(shape, seed, dtype):
 
 
 @quick
-@given(shapes, seeds, levels)
-def test_permuting_sequences_permutes_the_gradient(shape, seed, level):
-    b, config = batch_of(shape, seed), gk.LossConfig(ratio_level=level, aggregation="sequence_mean", kl_coef=0.1)
+@given(shapes, seeds, forms)
+def test_permuting_sequences_permutes_the_gradient(shape, seed, form):
+    b, config = batch_of(shape, seed), gk.LossConfig(**form, aggregation="sequence_mean", kl_coef=0.1)
     p = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
     loss, g = loss_and_gradient(b, config)
     again, permuted = loss_and_gradient(type(b)(*(x[p] for x in b)), config)
@@ -57,10 +59,10 @@ def test_permuting_sequences_permutes_the_gradient(shape, seed, level):
 
 
 @quick
-@given(shapes, seeds, levels)
-def test_a_masked_token_is_a_removed_token(shape, seed, level):
+@given(shapes, seeds, forms)
+def test_a_masked_token_is_a_removed_token(shape, seed, form):
     """Packed without its masked tokens, the batch has the same loss."""
-    b, config = batch_of(shape, seed), gk.LossConfig(ratio_level=level, aggregation="sequence_mean", kl_coef=0.1)
+    b, config = batch_of(shape, seed), gk.LossConfig(**form, aggregation="sequence_mean", kl_coef=0.1)
     cu = torch.nn.functional.pad(b.mask.sum(-1).cumsum(0), (1, 0))
     kept = {k: v[b.mask] for k, v in b.keywords().items()}
     whole, g = loss_and_gradient(b, config)
@@ -72,10 +74,10 @@ def test_a_masked_token_is_a_removed_token(shape, seed, level):
 
 
 @quick
-@given(shapes, seeds, levels)
-def test_zero_advantage_has_zero_gradient(shape, seed, level):
+@given(shapes, seeds, proportional)
+def test_zero_advantage_has_zero_gradient(shape, seed, form):
     b = batch_of(shape, seed)
-    loss, g = loss_and_gradient(b._replace(advantages=torch.zeros_like(b.advantages)), gk.LossConfig(ratio_level=level))
+    loss, g = loss_and_gradient(b._replace(advantages=torch.zeros_like(b.advantages)), gk.LossConfig(**form))
     assert loss == 0 and (g == 0).all()
 
 
@@ -91,10 +93,10 @@ def test_on_policy_gradient_is_minus_weight_times_advantage(shape, seed):
 
 
 @quick
-@given(shapes, seeds, levels)
-def test_gradients_of_a_row_sum_to_zero(shape, seed, level):
+@given(shapes, seeds, forms)
+def test_gradients_of_a_row_sum_to_zero(shape, seed, form):
     """Softmax does not see a constant, so no gradient points along it."""
-    _, g = loss_and_gradient(batch_of(shape, seed), gk.LossConfig(ratio_level=level, kl_coef=0.1, entropy_coef=0.05))
+    _, g = loss_and_gradient(batch_of(shape, seed), gk.LossConfig(**form, kl_coef=0.1, entropy_coef=0.05))
     torch.testing.assert_close(g.sum(-1), torch.zeros(g.shape[:-1], dtype=g.dtype), rtol=0, atol=1e-13)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forms import OBJECTIVES
 
 import grpo_kernels as gk
 from grpo_kernels import reference, reference_objectives
@@ -73,3 +74,48 @@ def test_a_changed_specification_is_noticed(monkeypatch, name):
     CHANGES[name](monkeypatch)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-4, atol=1e-6)
+
+
+FORGOTTEN = {  # an objective, and what its specification forgets
+    "cispo": lambda v: v._replace(log_ratio=v.log_ratio * 0.5),
+    "sapo": lambda v: v._replace(adv=v.adv.abs()),
+    "gmpo": lambda v: v._replace(pooled_adv=v.adv * 0.9),
+    "vespo": lambda v: v._replace(pooled_log_ratio=v.log_ratio),
+    "reinforce": lambda v: v._replace(adv=-v.adv),
+    "dppo_tv": lambda v: v._replace(old=v.logp.detach()),
+    "dppo_kl": lambda v: v._replace(old=v.logp.detach()),
+    "tv_mask": lambda v: v._replace(old=v.logp.detach()),
+    "ipo": lambda v: v._replace(old=v.logp.detach()),
+    "dro": lambda v: v._replace(log_ratio=v.log_ratio.detach()),
+    "clip_cov": lambda v: v._replace(selected=torch.zeros_like(v.selected)),
+    "kl_cov": lambda v: v._replace(selected=torch.zeros_like(v.selected)),
+}
+
+
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_a_changed_objective_is_noticed(monkeypatch, name):
+    b, config = make_batch(sequences=8, tokens=12), gk.LossConfig(**OBJECTIVES[name])
+
+    def run(backend):
+        x = b.logits.clone().requires_grad_()
+        out = gk.grpo_loss(x, b.targets, b.advantages, b.mask, config=config, backend=backend, **b.keywords())
+        return torch.cat([out.loss.detach()[None], torch.autograd.grad(out.loss, x)[0].flatten()])
+
+    torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-10, atol=1e-12)
+    original = reference_objectives.OBJECTIVES[name]
+    monkeypatch.setitem(reference_objectives.OBJECTIVES, name, lambda v, s: original(FORGOTTEN[name](v), s))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-4, atol=1e-6)
+
+
+def test_the_forms_reach_their_bounds():
+    """Each objective that clips does so on both signs of the advantage, and never everywhere."""
+    b = make_batch(sequences=12, tokens=24)
+    for name, options in OBJECTIVES.items():
+        m = gk.grpo_loss(
+            b.logits, b.targets, b.advantages, b.mask, config=gk.LossConfig(**options), **b.keywords()
+        ).metrics
+        if name not in ("sapo", "vespo", "reinforce", "dro", "kl_cov"):
+            assert m["clip_low"] > 0 and m["clip_high"] > 0 and m["clip_region"] < 1, name
+        if name in ("cispo", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov"):
+            assert 0 < m["clip_cap"] < 1, name
