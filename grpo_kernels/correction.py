@@ -127,7 +127,9 @@ def rollout_correction(
         ValueError: for shapes that do not fit, tensors that OPSM lacks, and configs that make no sense.
         TypeError: for unknown ``changes``.
     """
-    config = dataclasses.replace(config or CorrectionConfig(), **changes)
+    config = config or CorrectionConfig()
+    if changes:
+        config = dataclasses.replace(config, **changes)
     layout = layout_of(old_logps.shape, cu_seqlens)
     if not layout.knows_sequences:
         raise ValueError(f"flat tokens need cu_seqlens, their sequences' boundaries; got shape {tuple(layout.shape)}")

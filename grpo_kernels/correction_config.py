@@ -25,7 +25,7 @@ def _require(legal: bool, what: str, *got: object) -> None:
 
 
 def _number(name: str, value: object, legal: bool = True, what: str = "a finite number") -> None:
-    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     _require(finite and legal, f"{name} must be {what}", value)
 
 
@@ -266,8 +266,8 @@ CORRECTION_PRESETS: dict[str, dict[str, Any]] = {
         "weight": "ratio", "filters": (RejectionFilter("ratio", "mean", **_OPENRLHF),), "log_clamp": None,
     },
     # slime use_tis, its IcePop function and use_opsm; then its mismatch helper (mis_mode at mis_level "token").
-    "slime_tis": _TOKEN_TIS,
-    "slime_icepop": {"weight": "mask", "high": 2.0},
+    "slime_tis": {**_TOKEN_TIS, "log_clamp": None},
+    "slime_icepop": {"weight": "mask", "high": 2.0, "log_clamp": None},
     "slime_opsm": {"opsm_delta": 1e-4, "opsm_behaviour": "old"},
     "slime_mis_truncate": {**_MIS, **_TOKEN_TIS},
     "slime_mis_clip": {**_MIS, "weight": "clip", "low": 0.5, "high": 2.0},
