@@ -114,7 +114,7 @@ def rollout_correction(
         rollout_logps: per token, the sampler's.
         mask: per token, any dtype, 0 masks: nothing of a masked token is read, NaN included.
         logps: per token, of the current policy; read by OPSM.
-        advantages: per token or sequence; read by OPSM.
+        advantages: per token or sequence (where N = R, per token); read by OPSM.
         cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences; needed with ``[N]``.
         config: ``CorrectionConfig()`` when None: weights of 1, metrics only.
         dp_group: process group over which ``batch_normalise`` takes its mean; metrics stay this rank's.

@@ -43,7 +43,8 @@ class RejectionFilter:
             ``"0.5_2"`` is ``RejectionFilter("k1", "mean", low=math.log(0.5), high=math.log(2))``.
 
     Raises:
-        ValueError: for unknown names, no bound at all, and bounds out of order or that the statistic cannot reach.
+        ValueError: for unknown names, the sum of mult_prob_error, no bound at all, and bounds out of order or that the
+            statistic cannot reach.
     """
 
     statistic: str
@@ -54,6 +55,11 @@ class RejectionFilter:
     def __post_init__(self) -> None:
         _choose("statistic", self.statistic, STATISTICS)
         _choose("reduction", self.reduction, REDUCTIONS)
+        counts_tokens = (self.statistic, self.reduction) == (
+            "mult_prob_error",
+            "sum",
+        )  # each is 1 where nothing differs
+        _require(not counts_tokens, "mult_prob_error has no 'sum', it grows with the row; take 'mean'", self.reduction)
         _check_bounds(self.low, self.high, signed=self.statistic == "k1")
         _require(self.low is not None or self.high is not None, "a filter needs low or high", self.low, self.high)
 
