@@ -3,6 +3,10 @@
 from .advantages import GroupAdvantages, group_advantages
 from .backends import available_backends
 from .config import LossConfig
+from .controllers import AdaptiveEntropyController, AdaptiveKLController
+from .correction import RolloutCorrection, rollout_correction
+from .correction_config import CorrectionConfig, RejectionFilter
+from .kl import kl_divergence
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
 from .logps import TokenLogps, token_logps
 from .losses import GRPOLoss, grpo_loss
@@ -23,5 +27,12 @@ __all__ = [
     "LinearGRPOLoss",
     "group_advantages",
     "GroupAdvantages",
+    "rollout_correction",
+    "RolloutCorrection",
+    "CorrectionConfig",
+    "RejectionFilter",
+    "kl_divergence",
+    "AdaptiveKLController",
+    "AdaptiveEntropyController",
     "available_backends",
 ]
