@@ -45,6 +45,7 @@ OBJECTIVE_OPTIONS = {
     "clip_cov": _BOUNDS | _CAPS | {"cov_ratio", "cov_low", "cov_high"},
     "kl_cov": frozenset({"cov_ratio", "cov_kl"}),
 }
+_OWN_OPTIONS: tuple[str, ...] = tuple(sorted(set().union(*OBJECTIVE_OPTIONS.values())))
 ANY_RATIO_LEVEL = ("clip", "cispo", "sapo")  # the others define their own ratio
 ROLLOUT_RATIO = ("tv_mask", "ipo")  # their ratio is taken against the sampler
 BY_COVARIANCE = ("clip_cov", "kl_cov")
@@ -216,7 +217,7 @@ class LossConfig:
         _check_unread(self)
         # A tensor, so that torch.compile sees an input and not constants: an annealed coefficient keeps its graph.
         object.__setattr__(self, "form", self._form())
-        object.__setattr__(self, "scalars", torch.tensor(self._scalars(), dtype=torch.float64, device="cpu"))
+        object.__setattr__(self, "scalars", torch.tensor(self.scalar_values(), dtype=torch.float64, device="cpu"))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LossConfig:
@@ -248,7 +249,7 @@ class LossConfig:
             self.kl_gradient if kl else "pathwise",
         )
 
-    def _scalars(self) -> Scalars:
+    def scalar_values(self) -> Scalars:
         eps_high = self.eps_low if self.eps_high is None else self.eps_high
         low = -math.inf if self.cispo_low is None else self.cispo_low
         own = {
@@ -303,9 +304,8 @@ def _check_numbers(c: LossConfig) -> None:
 def _check_unread(c: LossConfig) -> None:
     """An option that the chosen form never reads is a mistake of the caller's, not a detail to drop."""
     reads = OBJECTIVE_OPTIONS[c.objective]
-    defaults = {field.name: field.default for field in dataclasses.fields(c)}
-    for name in sorted(frozenset().union(*OBJECTIVE_OPTIONS.values()) - reads):
-        if getattr(c, name) != defaults[name]:
+    for name in _OWN_OPTIONS:
+        if name not in reads and getattr(c, name) != getattr(LossConfig, name):  # a class attribute is its default
             allowed = f"reads {', '.join(sorted(reads))}" if reads else "has no options of its own"
             raise ValueError(f"{name}={getattr(c, name)!r} is not read by objective={c.objective!r}, which {allowed}")
     if c.objective == "dro" and c.dro_beta is None:
