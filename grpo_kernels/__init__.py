@@ -3,6 +3,7 @@
 from .advantages import GroupAdvantages, group_advantages
 from .backends import available_backends
 from .config import LossConfig
+from .diversity import GroupDiversity, group_diversity
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
 from .logps import TokenLogps, token_logps
 from .losses import GRPOLoss, grpo_loss
@@ -23,5 +24,7 @@ __all__ = [
     "LinearGRPOLoss",
     "group_advantages",
     "GroupAdvantages",
+    "group_diversity",
+    "GroupDiversity",
     "available_backends",
 ]
