@@ -105,6 +105,16 @@ PYBIND11_MODULE(GK_MODULE, m) {
             nullptr);
       },
       Release());
+  m.def(
+      "group_diversity",
+      [](const ViewArg& token_ids, const ViewArg& active, std::array<Address, 2> in, bool narrow,
+         std::array<int64_t, 4> sizes, double threshold, std::array<Address, 3> out, int threads) {
+        gk::group_diversity({view(token_ids), view(active), pointer<int64_t>(in[0]), pointer<int64_t>(in[1]), narrow,
+                             sizes[0], sizes[1], sizes[2], sizes[3], threshold, pointer<uint8_t>(out[0]),
+                             pointer<float>(out[1]), pointer<float>(out[2]), threads},
+                            nullptr);
+      },
+      Release());
 
   m.def("prefer_huge_pages", [](Address data, int64_t bytes) { gk::prefer_huge_pages(pointer(data), bytes); });
   m.def("isa_supported", [](int isa) { return gk::isa_supported(gk::Isa(isa)); });

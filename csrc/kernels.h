@@ -106,6 +106,19 @@ struct AdvantageParams {
   uint8_t* informative;             // [samples]
 };
 
+struct DiversityParams {
+  View token_ids;             // int64, or int32 if narrow: [samples, tokens], or [1, all] with cu_seqlens
+  View active;                // bool; null: all
+  const int64_t* cu_seqlens;  // [samples + 1] or null
+  const int64_t* group_ids;   // [samples] or null: consecutive runs of group_size
+  bool narrow;
+  int64_t samples, tokens, group_size, ngram;
+  double threshold;
+  uint8_t* keep;                // [samples]
+  float *similarity, *weights;  // [samples]
+  int threads;
+};
+
 void row_forward(const Rows&, const RowStats&, Stream);
 // Writes d loss / d logits, given d loss / d logps and d loss / d entropy (null: zero). In place if the views agree.
 void row_backward(const Rows&, const RowStats& saved, const void* g_logps, const void* g_entropy, const View& gradient,
@@ -114,5 +127,7 @@ void row_backward(const Rows&, const RowStats& saved, const void* g_logps, const
 void row_policy(const Rows&, const RowStats&, const PolicyInputs&, const View& gradient, Stream);
 void token_policy(const TokenParams&, Stream);
 void group_advantages(const AdvantageParams&, Stream);
+// Greedy near-duplicate removal by the Jaccard similarity of n-gram sets; n-grams are compared by a 64-bit hash.
+void group_diversity(const DiversityParams&, Stream);
 
 }  // namespace gk

@@ -6,6 +6,7 @@ from .config import LossConfig
 from .controllers import AdaptiveEntropyController, AdaptiveKLController
 from .correction import RolloutCorrection, rollout_correction
 from .correction_config import CorrectionConfig, RejectionFilter
+from .diversity import GroupDiversity, group_diversity
 from .kl import kl_divergence
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
 from .logps import TokenLogps, token_logps
@@ -34,5 +35,7 @@ __all__ = [
     "kl_divergence",
     "AdaptiveKLController",
     "AdaptiveEntropyController",
+    "group_diversity",
+    "GroupDiversity",
     "available_backends",
 ]

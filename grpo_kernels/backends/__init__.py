@@ -36,6 +36,10 @@ class Backend(Protocol):
         self, rewards: Tensor, valid: Tensor | None, group_ids: Tensor | None, group_size: int, baseline: str,
         scale: str, ddof: int, eps: float, clip: float, single_raw: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+    def group_diversity(
+        self, token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor | None, group_ids: Tensor | None,
+        group_size: int, ngram: int, threshold: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 
 
 class BackendUnavailable(RuntimeError):

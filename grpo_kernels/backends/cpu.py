@@ -136,3 +136,20 @@ def group_advantages(
     )  # fmt: skip
     advantages, mean, std = (x.to(real_dtype(rewards.dtype)) for x in outputs)
     return advantages, mean, std, informative
+
+
+def group_diversity(
+    token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor | None, group_ids: Tensor | None, group_size: int,
+    ngram: int, threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    group_ids = None if group_ids is None else group_ids.contiguous()
+    samples = token_ids.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    keep = torch.empty(samples, dtype=torch.bool)
+    similarity, weights = (torch.empty(samples, dtype=torch.float32) for _ in range(2))
+    _cpu.group_diversity(
+        _view(token_ids), _view(active), [_address(cu_seqlens), _address(group_ids)], token_ids.dtype == torch.int32,
+        [samples, token_ids.shape[1], group_size, ngram], threshold, [*map(_address, (keep, similarity, weights))],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return keep, similarity, weights

@@ -1,0 +1,103 @@
+"""Near-duplicate completions inside a group."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import resolve
+from .layout import Layout, layout_of
+
+
+class GroupDiversity(NamedTuple):
+    """Per sample, [S]: whether it is kept, its highest similarity to an earlier kept sample of its group, and one over
+    the size of its cluster."""
+
+    keep: Tensor
+    similarity: Tensor
+    weights: Tensor
+
+
+def group_diversity(
+    token_ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    threshold: float = 0.9,
+    ngram: int = 1,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> GroupDiversity:
+    """Which completions of a group repeat an earlier one: ``J(A, B) = |A & B| / |A | B|`` of n-gram sets (Jaccard).
+
+    In the order of position, a sample is dropped if its similarity to an earlier kept sample of its group reaches
+    `threshold`, and joins the cluster of the most similar one (the first of equals). Every pair is compared exactly, on
+    any number of threads; the CPU kernels tell n-grams of two or more tokens apart by 64-bit hashes, where a collision
+    among 16 million has a chance of 1e-5. Time grows with S^2 in a group and memory as the token ids'.
+
+    A loss without the repetitions reads ``mask & keep[:, None]``, and ``group_advantages(valid=keep)`` leaves their
+    rewards out. Or every cluster counts as one sample: pass ``sequence_weights=weights``, and ``weights.sum()``, the
+    number of clusters, as the denominator of a mean over sequences.
+
+    Args:
+        token_ids: ``[S, T]`` integers, or flat ``[N]`` with cu_seqlens.
+        mask: of the same shape and any dtype; a token whose mask is 0 is not read, and n-grams run on over it.
+        group_size: consecutive samples form a group; must divide S. Or
+        group_ids: ``[S]`` integers, any values in any order; groups may differ in size.
+        threshold: from 0 to 1; at 1 only equal sets are dropped.
+        ngram: tokens of an n-gram, at least 1. A shorter completion is one n-gram, itself; an empty one equals other
+            empty ones (similarity 1) and shares nothing with the rest.
+        cu_seqlens: ``[S + 1]``, the boundaries of flat samples.
+
+    Returns:
+        GroupDiversity(keep, similarity, weights), each ``[S]``: bool; float32, 0 for the first of a group (the decision
+        is made in float64); float32, one over the number of samples in the cluster.
+
+    Raises:
+        ValueError: unless exactly one of group_size and group_ids is given and fits; for shapes that do not agree, a
+            threshold outside [0, 1] or an ngram below 1.
+        TypeError: if token_ids or group_ids are not integers.
+    """
+    _check_integers("token_ids", token_ids)
+    layout = layout_of(token_ids.shape, cu_seqlens)
+    if not layout.knows_sequences:
+        raise ValueError(f"flat token_ids need cu_seqlens; got shape {tuple(token_ids.shape)} and none")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be from 0 to 1; got {threshold!r}")
+    if not isinstance(ngram, int) or ngram < 1:
+        raise ValueError(f"ngram must be a whole number of at least 1; got {ngram!r}")
+    _check_groups(layout, group_size, group_ids)
+    for name, x in (("mask", mask), ("group_ids", group_ids), ("cu_seqlens", cu_seqlens)):
+        if x is not None and x.device != token_ids.device:
+            raise ValueError(f"{name} must be where token_ids are, on {token_ids.device}; got {x.device}")
+    if mask is not None:
+        mask = layout.tokens(mask != 0, "mask", torch.bool)
+    ids = None if group_ids is None else group_ids.to(torch.int64)
+    if token_ids.dtype not in (torch.int32, torch.int64):
+        token_ids = token_ids.to(torch.int64)
+    outputs = ops.group_diversity(
+        token_ids.reshape(layout.grid), mask, layout.cu_seqlens, ids, group_size or 1, ngram, float(threshold),
+        resolve(backend, token_ids.device),
+    )  # fmt: skip
+    return GroupDiversity(*outputs)
+
+
+def _check_integers(name: str, x: Tensor) -> None:
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers; got {x.dtype}")
+
+
+def _check_groups(layout: Layout, group_size: int | None, group_ids: Tensor | None) -> None:
+    samples = layout.sequences
+    if (group_size is None) == (group_ids is None):
+        raise ValueError(f"give exactly one of group_size and group_ids; got {group_size!r} and {group_ids!r}")
+    if group_size is not None and (group_size < 1 or samples % group_size):
+        raise ValueError(f"group_size must be at least 1 and divide the {samples} samples; got {group_size!r}")
+    if group_ids is not None:
+        _check_integers("group_ids", group_ids)
+        if group_ids.shape != (samples,):
+            raise ValueError(f"group_ids must be one a sample, ({samples},); got {tuple(group_ids.shape)}")
