@@ -3,10 +3,14 @@
 from .advantages import GroupAdvantages, group_advantages
 from .backends import available_backends
 from .config import LossConfig
+from .critic import ValueLoss, value_loss, whiten
+from .estimators import gdpo_advantages, gpg_advantages, pass_at_k_advantages, process_advantages
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
 from .logps import TokenLogps, token_logps
 from .losses import GRPOLoss, grpo_loss
 from .policy import LossOutput, policy_loss
+from .returns import TokenAdvantages, gae, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
+from .token_baselines import optimal_token_baseline
 
 __version__ = "0.1.0"
 
@@ -23,5 +27,18 @@ __all__ = [
     "LinearGRPOLoss",
     "group_advantages",
     "GroupAdvantages",
+    "pass_at_k_advantages",
+    "gdpo_advantages",
+    "gpg_advantages",
+    "process_advantages",
+    "gae",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "optimal_token_baseline",
+    "TokenAdvantages",
+    "value_loss",
+    "ValueLoss",
+    "whiten",
     "available_backends",
 ]

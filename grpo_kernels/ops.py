@@ -127,11 +127,6 @@ def _token_policy(
     return implementation(backend).token_policy(logps, entropy, active, cu_seqlens, inputs)
 
 
-def _group_advantages(rewards: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *options, backend = rest
-    return implementation(backend).group_advantages(rewards, *options)
-
-
 def _linear_forward(*args: Any) -> tuple[Tensor, ...]:
     rows, (weight, bias, chunk_rows, sum_p2, validate, backend) = _split(args)
     check_targets(rows, weight.shape[0], validate)
@@ -183,10 +178,6 @@ def _fake_token_policy(logps: Tensor, entropy: Tensor | None, *_: Any) -> tuple[
     )
 
 
-def _fake_advantages(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (*(_real(rewards, rewards.shape) for _ in range(3)), rewards.new_empty(rewards.shape, dtype=torch.bool))
-
-
 _HEAD = _ROWS.format("")
 _HEAD_INPLACE = _ROWS.format("(a!)")
 _HIDDEN = _HEAD.replace("logits,", "hidden,", 1)
@@ -225,12 +216,6 @@ token_policy = _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _token_policy,
     _fake_token_policy,
-)
-group_advantages = _define(
-    "group_advantages(Tensor rewards, Tensor? valid, Tensor? group_ids, int group_size, str baseline, str scale, "
-    "int ddof, float eps, float clip, bool single_raw, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _group_advantages,
-    _fake_advantages,
 )
 linear_forward = _define(
     f"linear_forward({_HIDDEN}, Tensor weight, Tensor? bias, int chunk_rows, bool sum_p2, bool validate, str backend) "

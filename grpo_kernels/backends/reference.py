@@ -1,6 +1,8 @@
-"""Plain torch, for any device and as the kernels' specification: the losses differentiate ../reference.py by autograd.
+"""Plain torch, for any device and as the kernels' specification: the losses differentiate ../reference.py and
+../reference_advantages.py by autograd.
 
-Group advantages carry no gradient and are taken from there as they are.
+Advantages and returns carry no gradient and are taken from there as they are.
 """
 
-from ..reference import group_advantages as group_advantages
+from ..reference_advantages import gae as gae
+from ..reference_advantages import group_advantages as group_advantages
