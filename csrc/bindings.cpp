@@ -114,6 +114,17 @@ PYBIND11_MODULE(GK_MODULE, m) {
       },
       Release());
 
+  const auto whitening = [](auto kernel) {
+    return [kernel](const std::array<ViewArg, 2>& in, std::array<int64_t, 2> shape, bool is_double,
+                    std::array<Address, 3> data, int threads) {
+      kernel({view(in[0]), view(in[1]), shape[0], shape[1], is_double, pointer<double>(data[0]),
+              pointer<double>(data[1]), pointer(data[2]), threads},
+             nullptr);
+    };
+  };
+  m.def("masked_moments", whitening(gk::masked_moments), Release());
+  m.def("whiten", whitening(gk::whiten), Release());
+
   m.def("prefer_huge_pages", [](Address data, int64_t bytes) { gk::prefer_huge_pages(pointer(data), bytes); });
   m.def("isa_supported", [](int isa) { return gk::isa_supported(gk::Isa(isa)); });
   m.def("isa_in_use", [] { return int(gk::isa_in_use()); });

@@ -127,6 +127,16 @@ struct ValueParams {
   int threads;
 };
 
+struct WhitenParams {
+  View values, active;  // real, bool
+  int64_t batch, tokens;
+  bool is_double;
+  double* moments;             // [5]: count, mean, squares about it, lowest, highest
+  const double* coefficients;  // [3]: shift, factor, offset
+  void* whitened;              // real [batch * tokens]; 0 where not active
+  int threads;
+};
+
 void row_forward(const Rows&, const RowStats&, Stream);
 // Writes d loss / d logits, given d loss / d logps and d loss / d entropy (null: zero). In place if the views agree.
 void row_backward(const Rows&, const RowStats& saved, const void* g_logps, const void* g_entropy, const View& gradient,
@@ -137,5 +147,7 @@ void token_policy(const TokenParams&, Stream);
 void group_advantages(const AdvantageParams&, Stream);
 void gae(const GaeParams&, Stream);
 void value_loss(const ValueParams&, Stream);
+void masked_moments(const WhitenParams&, Stream);  // writes moments
+void whiten(const WhitenParams&, Stream);          // writes whitened: (x - shift) * factor + offset
 
 }  // namespace gk

@@ -69,3 +69,25 @@ value_loss = _define(
         for shape in ((), values.shape, values.shape, (len(VALUE_METRICS),))
     ),
 )
+
+
+def _masked_moments(values: Tensor, active: Tensor, backend: str) -> Tensor:
+    return implementation(backend).masked_moments(values, active)
+
+
+masked_moments = _define(
+    "masked_moments(Tensor values, Tensor active, str backend) -> Tensor",
+    _masked_moments,
+    lambda values, *_: values.new_empty(5, dtype=torch.float64),
+)
+
+
+def _whiten(values: Tensor, active: Tensor, coefficients: Tensor, backend: str) -> Tensor:
+    return implementation(backend).whiten(values, active, coefficients)
+
+
+whiten = _define(
+    "whiten(Tensor values, Tensor active, Tensor coefficients, str backend) -> Tensor",
+    _whiten,
+    lambda values, *_: values.new_empty(values.shape, dtype=real_dtype(values.dtype)),
+)

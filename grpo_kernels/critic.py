@@ -20,7 +20,6 @@ from .layout import Layout, layout_of, real_dtype
 from .policy import within_sequences
 
 EPS_MODES = ("variance", "floor", "std")
-SUMMED = 4096  # elements; torch's sum of some more than that depends on the number of threads
 
 
 class ValueLoss(NamedTuple):
@@ -122,35 +121,17 @@ def value_loss(
     return ValueLoss(loss, per_token.view(layout.shape), dict(zip(VALUE_METRICS, metrics.unbind(), strict=True)))
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum in an order that does not depend on the number of threads."""
-    x = x.flatten()
-    while x.numel() > SUMMED:
-        x = torch.nn.functional.pad(x, (0, -x.numel() % SUMMED)).view(-1, SUMMED).sum(1)
-    return x.sum()
-
-
-def standardised(
-    values: Tensor, weights: Tensor, *, shift_mean: bool, divide: bool, ddof: int, eps: float, eps_mode: str, group: Any
-) -> Tensor:
-    """`whiten` in float64, each value counting `weights` times, 0 where that is 0."""
-    active = weights != 0
-    x, w = torch.where(active, values.to(torch.float64), 0.0), weights.to(torch.float64)
-    infinity = x.new_full((1,), math.inf)
-    bounds = [torch.cat([torch.where(active, s * x, -math.inf).flatten(), -infinity]).amax() for s in (-1, 1)]
-    low, high = reduced(torch.stack(bounds), group, "max").unbind()
-    n, first = reduced(torch.stack([total(w), total(x * w)]), group).unbind()
-    # Between the bounds: the mean of equal values is that value exactly, so they give exactly 0.
-    mean = torch.where(n > 0, (first / n).clamp(-low, high), 0.0)
-    centred = torch.where(active, x - mean, 0.0)
-    squares = reduced(total(centred.square() * w), group)
-    variance = torch.where(n > ddof, squares / (n - ddof), 0.0)
-    if eps_mode == "std":
-        std = variance.sqrt() + eps
-    else:
-        std = (variance + eps if eps_mode == "variance" else variance.clamp(min=eps)).sqrt()
-    whitened = centred / torch.where(variance > 0, std, 1.0) if divide else centred
-    return whitened if shift_mean else torch.where(active, whitened + mean, 0.0)
+def over_ranks(moments: Tensor, group: Any) -> Tensor:
+    """The moments of all ranks' values together."""
+    if group is None:
+        return moments
+    n, mean, squares, low, high = moments.unbind()
+    bounds = reduced(torch.stack([-low, high]), group, "max")
+    total, first = reduced(torch.stack([n, n * mean]), group).unbind()
+    low, high = -bounds[0], bounds[1]
+    overall = torch.where(total > 0, (first / total).clamp(low, high), 0.0)
+    squares = reduced(squares + n * (mean - overall).square(), group)
+    return torch.stack([total, overall, squares, low, high])
 
 
 def check_whitening(ddof: int, eps: float, eps_mode: str) -> None:
@@ -168,6 +149,7 @@ def whiten(
     eps: float = 1e-8,
     eps_mode: str = "variance",
     dp_group: Any = None,
+    backend: str = "auto",
 ) -> Tensor:
     """``(x - mean) / std`` over the tokens of the mask; 0 at masked ones. Equal values give exactly 0.
 
@@ -183,6 +165,7 @@ def whiten(
         eps: with ``eps_mode`` "variance": ``std = sqrt(var + eps)``; "floor": ``sqrt(max(var, eps))``; "std":
             ``sqrt(var) + eps``. A variance of exactly 0 does not divide.
         dp_group: the statistics are those of all its ranks.
+        backend: ``"auto"`` or a name from ``available_backends()``.
 
     Returns:
         The shape of values; float32, float64 for float64 values. Detached.
@@ -198,9 +181,21 @@ def whiten(
             check_unread(name, value, default, "with divide=False, which does not read it")
     if mask is not None and mask.shape != values.shape:
         raise ValueError(f"mask must have the shape of values, {tuple(values.shape)}; got {tuple(mask.shape)}")
-    active = torch.ones_like(values, dtype=torch.bool) if mask is None else mask != 0
-    whitened = standardised(
-        values.detach(), active, shift_mean=shift_mean, divide=divide, ddof=ddof, eps=eps, eps_mode=eps_mode,
-        group=dp_group,
+    x = values.detach().to(real_dtype(values.dtype))
+    active = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    if x.dim() != 2:
+        x, active = x.reshape(1, -1), active.reshape(1, -1)
+    whitened = whitened_grid(
+        x, active, resolve(backend, x.device), dp_group, shift_mean=shift_mean, divide=divide, ddof=ddof, eps=eps,
+        eps_mode=eps_mode,
     )  # fmt: skip
-    return whitened.to(real_dtype(values.dtype))
+    return whitened.view(values.shape)
+
+
+def whitened_grid(
+    values: Tensor, active: Tensor, backend: str, group: Any, *, ddof: int, eps: float, eps_mode: str,
+    shift_mean: bool = True, divide: bool = True,
+) -> Tensor:  # fmt: skip
+    """`whiten` of [B, T], checked."""
+    moments = over_ranks(ops.masked_moments(values, active, backend), group)
+    return ops.whiten(values, active, reference.whitening(moments, shift_mean, divide, ddof, eps, eps_mode), backend)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import advantage_ops as ops
+from . import reference_advantages as reference
 from .advantages import EPS, GroupAdvantages, group_advantages
 from .backends import resolve
-from .critic import check_whitening, standardised
+from .critic import check_whitening, over_ranks
 from .data_parallel import Ranks, reduced
 from .grouping import check_choice, check_groups, groups_of, per_sample
 
@@ -162,11 +163,11 @@ def gdpo_advantages(
     advantages, mean, std, informative = (torch.stack(x, 1) for x in zip(*each, strict=True))
     counts = ~rewards.isnan().all(1) if valid is None else ~rewards.isnan().all(1) & (valid != 0)
     times = per_sample(lengths, "lengths", len(rewards), torch.float64)
-    whitened = standardised(
-        (advantages.to(torch.float64) * weights.detach()).sum(1),
-        counts.to(torch.float64) if times is None else torch.where(counts, times, 0.0),
-        shift_mean=True, divide=True, ddof=ddof, eps=batch_eps, eps_mode=batch_eps_mode, group=dp_group,
-    )  # fmt: skip
+    total = (advantages.to(torch.float64) * weights.detach()).sum(1)
+    times = counts.to(torch.float64) if times is None else torch.where(counts, times, 0.0)
+    moments = over_ranks(reference.masked_moments(total, times), dp_group)
+    coefficients = reference.whitening(moments, True, True, ddof, batch_eps, batch_eps_mode)
+    whitened = reference.whiten(total, times != 0, coefficients)
     return GroupAdvantages(whitened.to(mean.dtype), mean, std, informative.any(1))
 
 

@@ -132,6 +132,41 @@ def gae(
     return advantages.to(dtype), returns.to(dtype)
 
 
+# ---- whitening ----
+
+
+def masked_moments(values: Tensor, weights: Tensor) -> Tensor:
+    """float64 [5] of the values, each counting `weights` times: count, mean, squares about it, lowest, highest."""
+    active = weights != 0
+    x, w = torch.where(active, values.to(torch.float64), 0.0), weights.to(torch.float64)
+    infinity = x.new_full((1,), float("inf"))
+    low = torch.cat([torch.where(active, x, float("inf")).flatten(), infinity]).amin()
+    high = torch.cat([torch.where(active, x, -float("inf")).flatten(), -infinity]).amax()
+    n = w.sum()
+    mean = torch.where(n > 0, ((x * w).sum() / n).clamp(low, high), 0.0)  # of equal values exactly that value
+    return torch.stack([n, mean, ((x - mean).square() * w).sum(), low, high])
+
+
+def whitening(moments: Tensor, shift_mean: bool, divide: bool, ddof: int, eps: float, eps_mode: str) -> Tensor:
+    """[3]: shift, factor and offset of `whiten`. A variance of exactly 0 does not divide."""
+    n, mean, squares, *_ = moments.unbind()
+    variance = torch.where(n > ddof, squares / (n - ddof), 0.0)
+    if eps_mode == "std":
+        std = variance.sqrt() + eps
+    else:
+        std = (variance + eps if eps_mode == "variance" else variance.clamp(min=eps)).sqrt()
+    one = torch.ones_like(mean)
+    factor = torch.where(variance > 0, 1 / std, one) if divide else one
+    return torch.stack([mean, factor, torch.zeros_like(mean) if shift_mean else mean])
+
+
+def whiten(values: Tensor, active: Tensor, coefficients: Tensor) -> Tensor:
+    """(x - shift) * factor + offset; 0 where not active."""
+    shift, factor, offset = coefficients.unbind()
+    whitened = (values.to(torch.float64) - shift) * factor + offset
+    return torch.where(active, whitened, 0.0).to(real_dtype(values.dtype))
+
+
 # ---- the value function ----
 
 

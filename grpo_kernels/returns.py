@@ -10,7 +10,7 @@ from torch import Tensor
 from . import advantage_ops as ops
 from .advantages import group_advantages
 from .backends import resolve
-from .critic import active_tokens, check_whitening, standardised
+from .critic import active_tokens, check_whitening, whitened_grid
 from .layout import Layout, layout_of, real_dtype
 
 
@@ -114,9 +114,9 @@ def _minus_kl(tokens: Tokens, rewards: Tensor, kl: Tensor | None, kl_coef: float
     return rewards if kl is None else rewards - kl_coef * tokens.per_token(kl, "kl")
 
 
-def _whitened(tokens: Tokens, values: Tensor, **options: Any) -> TokenAdvantages:
-    check_whitening(options["ddof"], options["eps"], options["eps_mode"])
-    return tokens.output(standardised(values, tokens.active, shift_mean=True, divide=True, **options), values)
+def _whitened(tokens: Tokens, values: Tensor, group: Any, **options: Any) -> TokenAdvantages:
+    check_whitening(**options)
+    return tokens.output(whitened_grid(values, tokens.active, tokens.backend, group, **options), values)
 
 
 def reinforce_plus_plus(
@@ -154,9 +154,7 @@ def reinforce_plus_plus(
     _check_unit("gamma", gamma)
     tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend)
     shaped = _minus_kl(tokens, tokens.rewards(rewards), kl, kl_coef)
-    return _whitened(
-        tokens, tokens.returns(shaped, float(gamma)), ddof=ddof, eps=eps, eps_mode=eps_mode, group=dp_group
-    )
+    return _whitened(tokens, tokens.returns(shaped, float(gamma)), dp_group, ddof=ddof, eps=eps, eps_mode=eps_mode)
 
 
 def reinforce_plus_plus_baseline(
@@ -200,7 +198,7 @@ def reinforce_plus_plus_baseline(
         raise ValueError(f"rewards must be one a sequence, {(tokens.layout.sequences,)}; got {tuple(rewards.shape)}")
     shaped = _minus_kl(tokens, tokens.layout.of_sequences(centred), kl, kl_coef)
     shaped = torch.where(tokens.active, shaped, 0.0)
-    return _whitened(tokens, shaped, ddof=ddof, eps=eps, eps_mode=eps_mode, group=dp_group)
+    return _whitened(tokens, shaped, dp_group, ddof=ddof, eps=eps, eps_mode=eps_mode)
 
 
 def remax(

@@ -7,7 +7,7 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kSamplesWorthAThread = 2048;
+constexpr int64_t kSamplesAPiece = 2048, kSamplesWorthAThread = 32768;  // half a millisecond
 
 class AdvantageKernel {
  public:
@@ -46,7 +46,7 @@ class AdvantageKernel {
   const AdvantageParams& p;
   const AdvantageForm& form;
   const Groups& groups;
-  std::vector<double> rewards, others;                 // others: the deviation of all but each of the rewards
+  std::vector<double> rewards, others;              // others: the deviation of all but each of the rewards
   std::vector<std::pair<double, double>> weighted;  // rewards with their lengths
   Moments group;
   double shift = 0;
@@ -109,9 +109,10 @@ class AdvantageKernel {
 void group_advantages(const AdvantageParams& p, Stream) {
   const Groups groups(p.group_ids, p.samples, p.form.group_size);
   const int64_t count = groups.count();
-  const int64_t pieces = std::min(count, p.samples / kSamplesWorthAThread + 1);
+  const int64_t pieces = std::min(count, p.samples / kSamplesAPiece + 1);
+  const int threads = int(std::min<int64_t>(p.threads, 1 + p.samples / kSamplesWorthAThread));
   const auto for_each = [&](const auto& fn) {  // a piece of the groups at a time, with one kernel's memory
-    parallel_for(pieces, p.threads, [&](int64_t piece) {
+    parallel_for(pieces, threads, [&](int64_t piece) {
       AdvantageKernel kernel(p, groups);
       for (int64_t g = count * piece / pieces; g < count * (piece + 1) / pieces; ++g) fn(kernel, g);
     });

@@ -2,32 +2,25 @@
 // lam = 1 and no values it gives discounted returns.
 #include <cstring>
 
-#include "parallel.h"
-#include "policy_inputs.h"
+#include "spans.h"
 
 namespace gk {
 namespace {
 
-constexpr int64_t kTokensWorthAThread = 4096;
-
 // One sequence lies in one batch row; its first token is `first`.
 template <typename T> void scan(const GaeParams& p, int64_t first, int64_t length) {
-  const auto at = [&](const View& v) {
-    return v.data ? static_cast<const T*>(v.data) + v.offset(first, p.tokens) : nullptr;
-  };
-  const T *rewards = at(p.rewards), *values = at(p.values);
-  const uint8_t* active =
-      p.active.data ? static_cast<const uint8_t*>(p.active.data) + p.active.offset(first, p.tokens) : nullptr;
+  const auto rewards = lane<T>(p.rewards, first, p.tokens), values = lane<T>(p.values, first, p.tokens);
+  const auto active = lane<uint8_t>(p.active, first, p.tokens);
   T* advantages = static_cast<T*>(p.advantages) + first;
   T* returns = p.returns ? static_cast<T*>(p.returns) + first : nullptr;
   const double gamma = p.gamma, decay = p.gamma * p.lam;
   double next_value = 0, running = 0;  // both pass through masked tokens unchanged
   for (int64_t t = length; t-- > 0;) {
-    const bool counts = !active || active[t * p.active.stride_t];
+    const bool counts = !active || active(t);
     double value = 0;
     if (counts) {
-      value = values ? double(values[t * p.values.stride_t]) : 0;
-      running = double(rewards[t * p.rewards.stride_t]) + gamma * next_value - value + decay * running;
+      value = values ? double(values(t)) : 0;
+      running = double(rewards(t)) + gamma * next_value - value + decay * running;
       next_value = value;
     }
     advantages[t] = T(counts ? running : 0);
@@ -42,8 +35,7 @@ void gae(const GaeParams& p, Stream) {
   const int64_t covered = p.cu_seqlens ? p.cu_seqlens[p.sequences] : rows;  // the rest belongs to no sequence
   for (void* out : {p.advantages, p.returns})
     if (out) std::memset(static_cast<char*>(out) + covered * size, 0, (rows - covered) * size);
-  const int threads = int(std::min<int64_t>(p.threads, 1 + rows / kTokensWorthAThread));
-  parallel_for(p.sequences, threads, [&](int64_t i) {
+  parallel_for(p.sequences, threads_for(rows, p.threads), [&](int64_t i) {
     const int64_t first = p.cu_seqlens ? p.cu_seqlens[i] : i * p.tokens;
     const int64_t length = p.cu_seqlens ? p.cu_seqlens[i + 1] - first : p.tokens;
     if (length == 0) return;

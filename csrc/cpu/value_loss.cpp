@@ -1,49 +1,42 @@
 // The clipped value loss with its derivative and metrics, in one launch.
-#include <cmath>
-#include <vector>
-
 #include "../math/value.h"
-#include "parallel.h"
-#include "policy_inputs.h"
+#include "spans.h"
 
 namespace gk {
 namespace {
-
-constexpr int64_t kTokensWorthAThread = 4096;
 
 struct Sums {
   double loss = 0, tokens = 0, clipped = 0, value = 0, target = 0;
 };
 
-Sums run(const ValueParams& p, int64_t begin, int64_t end) {
-  Sums sums;
-  for (int64_t r = begin; r < end; ++r) {
-    const auto get = [&](const View& v) { return read(v, r, p.tokens, p.is_double, 0); };
-    ValueTerm<double> term{};
-    double weight = 0;
-    if (is_active(p.active, r, p.tokens)) {
-      const double value = get(p.values), target = get(p.returns);
-      term = value_term(value, p.old_values.data ? get(p.old_values) : value, target, p.clip);
-      weight = get(p.weights);
-      sums.loss += weight * term.value;
-      ++sums.tokens, sums.clipped += term.clipped, sums.value += value, sums.target += target;
+template <typename T> void run(const ValueParams& p, int64_t first, int64_t count, Sums& sums) {
+  const auto values = lane<T>(p.values, first, p.tokens), old_values = lane<T>(p.old_values, first, p.tokens),
+             returns = lane<T>(p.returns, first, p.tokens), weights = lane<T>(p.weights, first, p.tokens);
+  const auto active = lane<uint8_t>(p.active, first, p.tokens);
+  T *per_token = static_cast<T*>(p.per_token) + first, *g_values = static_cast<T*>(p.g_values) + first;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!active(i)) {
+      per_token[i] = g_values[i] = 0;
+      continue;
     }
-    store_real(p.per_token, r, p.is_double, term.value);
-    store_real(p.g_values, r, p.is_double, weight * term.d_value);
+    const double value = values(i), target = returns(i), weight = weights(i);
+    const ValueTerm<double> term = value_term(value, old_values ? double(old_values(i)) : value, target, p.clip);
+    per_token[i] = T(term.value), g_values[i] = T(weight * term.d_value);
+    sums.loss += weight * term.value;
+    ++sums.tokens, sums.clipped += term.clipped, sums.value += value, sums.target += target;
   }
-  return sums;
 }
 
 }  // namespace
 
 void value_loss(const ValueParams& p, Stream) {
-  const int64_t rows = p.batch * p.tokens, pieces = (rows + kTokensWorthAThread - 1) / kTokensWorthAThread;
-  std::vector<Sums> sums(pieces);  // added up in their order: the result does not depend on the threads
-  parallel_for(pieces, p.threads, [&](int64_t i) {
-    sums[i] = run(p, i * kTokensWorthAThread, std::min(rows, (i + 1) * kTokensWorthAThread));
+  const auto pieces = for_each_piece<Sums>(p.batch * p.tokens, p.threads, [&](int64_t piece, Sums& sums) {
+    for_each_span(piece, p.batch, p.tokens, [&](int64_t first, int64_t count) {
+      p.is_double ? run<double>(p, first, count, sums) : run<float>(p, first, count, sums);
+    });
   });
   Sums t;
-  for (const Sums& s : sums)
+  for (const Sums& s : pieces)
     t.loss += s.loss, t.tokens += s.tokens, t.clipped += s.clipped, t.value += s.value, t.target += s.target;
   const double n = max_(t.tokens, 1.0);
   double metrics[kValueMetricCount];

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -168,3 +168,20 @@ def value_loss(
         values.dtype == torch.float64, [*map(_address, (loss, per_token, g_values, metrics))], torch.get_num_threads(),
     )  # fmt: skip
     return loss, per_token, g_values, metrics
+
+
+def masked_moments(values: Tensor, active: Tensor) -> Tensor:
+    moments = torch.empty(5, dtype=torch.float64)
+    _whitening(_cpu.masked_moments, values, active, [_address(moments), 0, 0])
+    return moments
+
+
+def whiten(values: Tensor, active: Tensor, coefficients: Tensor) -> Tensor:
+    whitened, coefficients = new_matrix(values, values.shape, real_dtype(values.dtype)), coefficients.contiguous()
+    _whitening(_cpu.whiten, values, active, [0, _address(coefficients), _address(whitened)])
+    return whitened
+
+
+def _whitening(kernel: Callable, values: Tensor, active: Tensor, data: list[int]) -> None:
+    views = [_view(values), _view(active)]
+    kernel(views, tuple(values.shape), values.dtype == torch.float64, data, torch.get_num_threads())
