@@ -53,7 +53,7 @@ def deviations(r: Tensor, batch_std: Tensor, form: AdvantageForm) -> Tensor:
     """Of the scale, for each valid reward of a group."""
     if form.scale == "batch":
         return batch_std.expand_as(r)
-    if form.scale == "leave_one_out":
+    if form.scale == "leave_one_out" and len(r):
         keep = ~torch.eye(len(r), dtype=torch.bool, device=r.device)
         return torch.stack([moments(r[others], form.ddof)[1] for others in keep])
     return moments(r, form.ddof)[1].expand_as(r)
