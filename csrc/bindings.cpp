@@ -96,13 +96,15 @@ PYBIND11_MODULE(GK_MODULE, m) {
       Release());
   m.def(
       "group_advantages",
-      [](std::array<Address, 3> in, int64_t samples, int64_t group_size, int baseline, int scale, int ddof, double eps,
-         double clip, bool single_raw, std::array<Address, 4> out) {
-        gk::group_advantages(
-            {pointer<double>(in[0]), pointer<uint8_t>(in[1]), pointer<int64_t>(in[2]), samples, group_size,
-             gk::Baseline(baseline), gk::Scale(scale), ddof, eps, clip, single_raw, pointer<double>(out[0]),
-             pointer<double>(out[1]), pointer<double>(out[2]), pointer<uint8_t>(out[3])},
-            nullptr);
+      [](std::array<Address, 6> in, std::array<int64_t, 2> shape, int64_t group_size, int baseline, int scale, int ddof,
+         std::array<double, 4> numbers, bool single_raw, bool is_double, std::array<Address, 4> out, int threads) {
+        const gk::AdvantageForm form{
+            group_size, gk::Baseline(baseline), gk::Scale(scale), ddof, numbers[0], numbers[1], numbers[2], numbers[3],
+            single_raw};
+        gk::group_advantages({pointer(in[0]), pointer<double>(in[1]), pointer<uint8_t>(in[2]), pointer<int64_t>(in[3]),
+                              pointer<double>(in[4]), pointer<double>(in[5]), shape[0], shape[1], form, is_double,
+                              pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer<uint8_t>(out[3]), threads},
+                             nullptr);
       },
       Release());
   m.def(
@@ -115,6 +117,35 @@ PYBIND11_MODULE(GK_MODULE, m) {
                             nullptr);
       },
       Release());
+  m.def(
+      "gae",
+      [](const std::array<ViewArg, 3>& in, std::array<int64_t, 2> shape, Address cu_seqlens, int64_t sequences,
+         double gamma, double lam, bool is_double, std::array<Address, 2> out, int threads) {
+        gk::gae({view(in[0]), view(in[1]), view(in[2]), shape[0], shape[1], pointer<int64_t>(cu_seqlens), sequences,
+                 gamma, lam, is_double, pointer(out[0]), pointer(out[1]), threads},
+                nullptr);
+      },
+      Release());
+  m.def(
+      "value_loss",
+      [](const std::array<ViewArg, 5>& in, std::array<int64_t, 2> shape, double clip, bool is_double,
+         std::array<Address, 4> out, int threads) {
+        gk::value_loss({view(in[0]), view(in[1]), view(in[2]), view(in[3]), view(in[4]), shape[0], shape[1], clip,
+                        is_double, pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer(out[3]), threads},
+                       nullptr);
+      },
+      Release());
+
+  const auto whitening = [](auto kernel) {
+    return [kernel](const std::array<ViewArg, 2>& in, std::array<int64_t, 2> shape, bool is_double,
+                    std::array<Address, 3> data, int threads) {
+      kernel({view(in[0]), view(in[1]), shape[0], shape[1], is_double, pointer<double>(data[0]),
+              pointer<double>(data[1]), pointer(data[2]), threads},
+             nullptr);
+    };
+  };
+  m.def("masked_moments", whitening(gk::masked_moments), Release());
+  m.def("whiten", whitening(gk::whiten), Release());
 
   m.def("prefer_huge_pages", [](Address data, int64_t bytes) { gk::prefer_huge_pages(pointer(data), bytes); });
   m.def("isa_supported", [](int isa) { return gk::isa_supported(gk::Isa(isa)); });

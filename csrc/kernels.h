@@ -89,21 +89,65 @@ struct TokenParams {
   int threads;
 };
 
-enum class Baseline : int { mean, leave_one_out, none };
-enum class Scale : int { group, batch, none };
+// The enumerators follow the tuples of names in grpo_kernels/grouping.py.
+enum class Baseline : int { mean, leave_one_out, length_weighted, none };
+enum class Scale : int { group, batch, leave_one_out, mean, none };
 
-struct AdvantageParams {
-  const double* rewards;     // [samples]; NaN: left out
-  const uint8_t* valid;      // [samples] or null
-  const int64_t* group_ids;  // [samples] or null: consecutive runs of group_size
-  int64_t samples, group_size;
+struct AdvantageForm {
+  int64_t group_size;  // where there are no ids
   Baseline baseline;
   Scale scale;
   int ddof;
-  double eps, clip;                 // clip: +-; infinity for none
-  bool single_raw;                  // a group of one valid sample keeps its reward instead of 0
-  double *advantages, *mean, *std;  // [samples]
-  uint8_t* informative;             // [samples]
+  double eps, critic_weight, clip_low, clip_high;  // infinities for no clip
+  bool single_raw;                                 // a group of one valid sample keeps its reward instead of 0
+};
+
+struct AdvantageParams {
+  const void* rewards;           // real [samples, components]; NaN: left out
+  const double* reward_weights;  // [components]; null: 1
+  const uint8_t* valid;          // [samples] or null
+  const int64_t* group_ids;      // [samples]; null: consecutive runs of group_size
+  const double* lengths;         // [samples]; read by Baseline::length_weighted
+  const double* critic_values;   // [samples] or null; NaN: none for this sample
+  int64_t samples, components;
+  AdvantageForm form;
+  bool is_double;
+  void *advantages, *mean, *std;  // real [samples]
+  uint8_t* informative;           // [samples]
+  int threads;
+};
+
+struct GaeParams {
+  View rewards, values, active;  // real, real (null: 0), bool (null: all)
+  int64_t batch, tokens;
+  const int64_t* cu_seqlens;  // as in TokenParams
+  int64_t sequences;
+  double gamma, lam;
+  bool is_double;
+  void *advantages, *returns;  // real [batch * tokens]; returns may be null
+  int threads;
+};
+
+enum ValueMetric : int { kValueTokens, kValueClipped, kValueMean, kReturnMean, kValueMetricCount };  // VALUE_METRICS
+
+struct ValueParams {
+  View values, old_values, returns, weights,
+      active;  // real (old_values null: no clip), bool; loss = sum(weights * terms)
+  int64_t batch, tokens;
+  double clip;
+  bool is_double;
+  void *loss, *per_token, *g_values, *metrics;  // real [1], [rows], [rows], [kValueMetricCount]
+  int threads;
+};
+
+struct WhitenParams {
+  View values, active;  // real, bool
+  int64_t batch, tokens;
+  bool is_double;
+  double* moments;             // [5]: count, mean, squares about it, lowest, highest
+  const double* coefficients;  // [3]: shift, factor, offset
+  void* whitened;              // real [batch * tokens]; 0 where not active
+  int threads;
 };
 
 struct DiversityParams {
@@ -129,5 +173,9 @@ void token_policy(const TokenParams&, Stream);
 void group_advantages(const AdvantageParams&, Stream);
 // Greedy near-duplicate removal by the Jaccard similarity of n-gram sets; n-grams are compared by a 64-bit hash.
 void group_diversity(const DiversityParams&, Stream);
+void gae(const GaeParams&, Stream);
+void value_loss(const ValueParams&, Stream);
+void masked_moments(const WhitenParams&, Stream);  // writes moments
+void whiten(const WhitenParams&, Stream);          // writes whitened: (x - shift) * factor + offset
 
 }  // namespace gk

@@ -6,12 +6,16 @@ from .config import LossConfig
 from .controllers import AdaptiveEntropyController, AdaptiveKLController
 from .correction import RolloutCorrection, rollout_correction
 from .correction_config import CorrectionConfig, RejectionFilter
+from .critic import ValueLoss, value_loss, whiten
 from .diversity import GroupDiversity, group_diversity
+from .estimators import gdpo_advantages, gpg_advantages, pass_at_k_advantages, process_advantages
 from .kl import kl_divergence
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
 from .logps import TokenLogps, token_logps
 from .losses import GRPOLoss, grpo_loss
 from .policy import LossOutput, policy_loss
+from .returns import TokenAdvantages, gae, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
+from .token_baselines import optimal_token_baseline
 
 __version__ = "0.1.0"
 
@@ -37,5 +41,18 @@ __all__ = [
     "AdaptiveEntropyController",
     "group_diversity",
     "GroupDiversity",
+    "pass_at_k_advantages",
+    "gdpo_advantages",
+    "gpg_advantages",
+    "process_advantages",
+    "gae",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "optimal_token_baseline",
+    "TokenAdvantages",
+    "value_loss",
+    "ValueLoss",
+    "whiten",
     "available_backends",
 ]

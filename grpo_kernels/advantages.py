@@ -1,24 +1,37 @@
-"""Advantages from rewards."""
+"""Advantages from one reward a sample, or several, group by group."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import advantage_ops as ops
 from .backends import resolve
+from .data_parallel import Ranks
+from .grouping import (
+    BASELINES,
+    SCALES,
+    SINGLES,
+    AdvantageForm,
+    Samples,
+    check_choice,
+    check_ddof_eps,
+    check_groups,
+    check_unread,
+    per_sample,
+    real_rewards,
+)
 
-BASELINES = ("mean", "leave_one_out", "none")
-SCALES = ("group", "batch", "none")
-SINGLES = ("zero", "raw")
+EPS = 1e-4
 
 
 class GroupAdvantages(NamedTuple):
     """Per sample, [S]: the advantage, its group's mean reward, the standard deviation of the scale, and whether its
-    group carries a signal (two valid rewards that differ)."""
+    group carries a signal (two valid rewards that differ, or a reward that differs from its critic's value)."""
 
     advantages: Tensor
     mean: Tensor
@@ -34,68 +47,130 @@ def group_advantages(
     baseline: str = "mean",
     scale: str = "group",
     ddof: int = 1,
-    eps: float = 1e-4,
+    eps: float = EPS,
     single: str = "zero",
     valid: Tensor | None = None,
-    clip: float | None = None,
+    lengths: Tensor | None = None,
+    clip: float | tuple[float | None, float | None] | None = None,
+    reward_weights: Tensor | Sequence[float] | None = None,
+    critic_values: Tensor | None = None,
+    critic_weight: float = 0.0,
+    dp_group: Any = None,
     backend: str = "auto",
 ) -> GroupAdvantages:
     """Group-normalised advantages, ``A = (R - baseline) / (scale + eps)`` (GRPO, arXiv:2402.03300), in one launch.
 
-    Equal rewards give exactly 0. The result does not depend on the order of the samples. Computed in float64.
+    Equal rewards give exactly 0. A scale of exactly 0 does not divide. The result does not depend on the order of the
+    samples. Computed in float64.
 
     Args:
-        rewards: ``[S]``; a NaN is left out of its group's statistics and gets advantage 0.
+        rewards: ``[S]``; a NaN is left out of its group's statistics and gets advantage 0. ``[S, K]``: the sum of K
+            rewards by ``reward_weights``; a NaN among them is skipped, unless all are (TRL's sum_then_normalize).
         group_size: consecutive samples form a group; must divide S. Or
         group_ids: ``[S]`` integers, any values in any order; groups may differ in size.
-        baseline: ``"mean"`` of the group, ``"leave_one_out"`` (RLOO: mean of the others), ``"none"``.
-        scale: standard deviation of the ``"group"`` (GRPO) or of the whole ``"batch"`` of valid rewards; ``"none"``
-            (Dr.GRPO) does not divide.
+        baseline: ``"mean"`` of the group, ``"leave_one_out"`` (RLOO: mean of the others), ``"length_weighted"`` (OPO,
+            arXiv:2505.23585: ``sum(l R) / sum(l)`` with ``lengths``), ``"none"``.
+        scale: standard deviation of the ``"group"`` (GRPO), of the whole ``"batch"`` of valid rewards, or of the other
+            samples of the group (``"leave_one_out"``, NeMo-RL); ``"mean"`` (MaxRL) divides by the group's mean, where
+            that is above 0, and gives 0 elsewhere; ``"none"`` (Dr.GRPO) does not divide.
         ddof: 1 for the sample deviation (TRL, verl), 0 for the population's.
-        eps: added to the scale; 1e-4 as TRL, 1e-6 as verl.
-        single: a group with one valid sample gets ``"zero"``, or its reward as it is (``"raw"``, verl's RLOO).
+        eps: added to the standard deviation; 1e-4 as TRL, 1e-6 as verl and NeMo-RL. Not read by "mean" and "none".
+        single: a group with one valid sample gets ``"zero"``, or its reward as it is (``"raw"``, verl's GRPO and RLOO).
         valid: ``[S]``, 0 leaves a sample out as a NaN does.
-        clip: advantages are clipped to +- this.
+        lengths: ``[S]``, tokens of each sample, for ``baseline="length_weighted"``; all 0 means the plain mean.
+        clip: advantages are clipped to +- this, or to a pair (low, high) around 0, None for no bound (NeMo-RL).
+        reward_weights: ``[K]`` with rewards ``[S, K]``; 1 each when None.
+        critic_values: ``[S]``, with ``critic_weight`` w in (0, 1]: the baseline is ``(1 - w) group + w V``. NaN: no
+            value for this sample, whose baseline is the group's. A constant group is left with ``w (R - V)``.
+        dp_group: ranks hold different samples of one batch, as many as they like; groups may straddle them, the samples
+            counting in the order of the ranks. Waits for the counts.
+        backend: ``"auto"`` or a name from ``available_backends()``.
 
     Returns:
         GroupAdvantages(advantages, mean, std, informative), each ``[S]``; float32, float64 for float64 rewards.
 
     Raises:
-        ValueError: unless exactly one of group_size and group_ids is given and fits; for unknown names.
+        ValueError: unless exactly one of group_size and group_ids is given and fits; for shapes that do not fit,
+            unknown names, and options that the chosen form never reads.
     """
-    if rewards.dim() != 1:
-        raise ValueError(f"rewards must be [S], one a sample; got shape {tuple(rewards.shape)}")
-    for name, value, allowed in (
-        ("baseline", baseline, BASELINES),
-        ("scale", scale, SCALES),
-        ("single", single, SINGLES),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-    if ddof not in (0, 1) or not eps >= 0 or (clip is not None and not clip > 0):
-        raise ValueError(f"ddof must be 0 or 1, eps at least 0, clip above 0 or None; got {ddof!r}, {eps!r}, {clip!r}")
-    _check_groups(rewards, group_size, group_ids)
-    if valid is not None:
-        if valid.shape != rewards.shape:
-            raise ValueError(f"valid must have the shape of rewards, {tuple(rewards.shape)}; got {tuple(valid.shape)}")
-        valid = valid != 0
-    if not rewards.is_floating_point():
-        rewards = rewards.to(torch.float32)
-    ids = None if group_ids is None else group_ids.to(torch.int64)
-    outputs = ops.group_advantages(
-        rewards.detach(), valid, ids, group_size or 1, baseline, scale, ddof, float(eps),
-        math.inf if clip is None else float(clip), single == "raw", resolve(backend, rewards.device),
-    )  # fmt: skip
-    return GroupAdvantages(*outputs)
+    samples = _samples(rewards, reward_weights, valid, group_ids, lengths, critic_values)
+    form = _form(group_size, baseline, scale, ddof, eps, single, clip, critic_weight)
+    _check_read(samples, form)
+    ranks = Ranks(dp_group, len(rewards), rewards.device)
+    if dp_group is not None:
+        shared = samples.reward_weights  # by all samples, so not gathered
+        samples = Samples(*map(ranks.gather, samples))._replace(reward_weights=shared)  # type: ignore[arg-type]
+    check_groups(ranks.samples, group_size, samples.group_ids)
+    outputs = ops.group_advantages(*samples, *form, resolve(backend, rewards.device))
+    return GroupAdvantages(*map(ranks.own, outputs))
 
 
-def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
-    if (group_size is None) == (group_ids is None):
-        raise ValueError(f"give exactly one of group_size and group_ids; got {group_size!r} and {group_ids!r}")
-    if group_size is not None and (group_size < 1 or rewards.numel() % group_size):
-        raise ValueError(f"group_size must be at least 1 and divide the {rewards.numel()} rewards; got {group_size!r}")
-    if group_ids is not None and (group_ids.shape != rewards.shape or group_ids.is_floating_point()):
+def _samples(
+    rewards: Tensor,
+    reward_weights: Tensor | Sequence[float] | None,
+    valid: Tensor | None,
+    group_ids: Tensor | None,
+    lengths: Tensor | None,
+    critic_values: Tensor | None,
+) -> Samples:
+    if rewards.dim() not in (1, 2):
+        raise ValueError(f"rewards must be [S] or [S, K], one or K a sample; got shape {tuple(rewards.shape)}")
+    n = rewards.shape[0]
+    if group_ids is not None:
+        check_groups(n, None, group_ids)
+    weights = None
+    if reward_weights is not None:
+        weights = torch.as_tensor(reward_weights, dtype=torch.float64, device=rewards.device).detach()
+        if rewards.dim() != 2 or weights.shape != rewards.shape[1:]:
+            raise ValueError(
+                f"reward_weights must be [K] for rewards [S, K]; got {tuple(weights.shape)} for {tuple(rewards.shape)}"
+            )
+    return Samples(
+        real_rewards(rewards if rewards.dim() == 2 else rewards[:, None]),
+        weights,
+        per_sample(valid, "valid", n, torch.bool),
+        per_sample(group_ids, "group_ids", n, torch.int64),
+        per_sample(lengths, "lengths", n, torch.float64),
+        per_sample(critic_values, "critic_values", n, torch.float64),
+    )
+
+
+def _form(
+    group_size: int | None,
+    baseline: str,
+    scale: str,
+    ddof: int,
+    eps: float,
+    single: str,
+    clip: float | tuple[float | None, float | None] | None,
+    critic_weight: float,
+) -> AdvantageForm:
+    check_choice("baseline", baseline, BASELINES)
+    check_choice("scale", scale, SCALES)
+    check_choice("single", single, SINGLES)
+    check_ddof_eps(ddof, eps)
+    if not 0 <= critic_weight <= 1:
+        raise ValueError(f"critic_weight must be in [0, 1]; got {critic_weight!r}")
+    low, high = clip if isinstance(clip, (tuple, list)) else (clip if clip is None else -clip, clip)
+    low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    if not (low <= 0 <= high and low < high):
         raise ValueError(
-            f"group_ids must be integers of shape {tuple(rewards.shape)}; "
-            f"got {group_ids.dtype} {tuple(group_ids.shape)}"
+            f"clip must be a number above 0, a pair (low, high) with 0 between them, or None; got {clip!r}"
+        )
+    return AdvantageForm(
+        group_size or 1, baseline, scale, ddof, float(eps), float(critic_weight), low, high, single == "raw"
+    )
+
+
+def _check_read(samples: Samples, form: AdvantageForm) -> None:
+    if form.scale in ("mean", "none"):
+        check_unread("eps", form.eps, EPS, f"with scale={form.scale!r}, which does not read it")
+    if form.baseline == "length_weighted" and samples.lengths is None:
+        raise ValueError("baseline='length_weighted' needs lengths; got None")
+    if form.baseline != "length_weighted":
+        check_unread("lengths", samples.lengths, None, f"with baseline={form.baseline!r}, which does not read them")
+    if (samples.critic_values is None) != (form.critic_weight == 0):
+        raise ValueError(
+            "critic_values and a critic_weight above 0 go together; "
+            f"got {'None' if samples.critic_values is None else 'values'} and {form.critic_weight!r}"
         )

@@ -128,11 +128,6 @@ def _token_policy(
     return implementation(backend).token_policy(logps, entropy, active, cu_seqlens, inputs)
 
 
-def _group_advantages(rewards: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *options, backend = rest
-    return implementation(backend).group_advantages(rewards, *options)
-
-
 def _group_diversity(
     token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -193,10 +188,6 @@ def _fake_token_policy(logps: Tensor, entropy: Tensor | None, *_: Any) -> tuple[
     )
 
 
-def _fake_advantages(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (*(_real(rewards, rewards.shape) for _ in range(3)), rewards.new_empty(rewards.shape, dtype=torch.bool))
-
-
 def _fake_diversity(token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
     samples = token_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return tuple(token_ids.new_empty((samples,), dtype=t) for t in (torch.bool, torch.float32, torch.float32))
@@ -240,12 +231,6 @@ token_policy = _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _token_policy,
     _fake_token_policy,
-)
-group_advantages = _define(
-    "group_advantages(Tensor rewards, Tensor? valid, Tensor? group_ids, int group_size, str baseline, str scale, "
-    "int ddof, float eps, float clip, bool single_raw, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _group_advantages,
-    _fake_advantages,
 )
 group_diversity = _define(
     "group_diversity(Tensor token_ids, Tensor? active, Tensor? cu_seqlens, Tensor? group_ids, int group_size, "

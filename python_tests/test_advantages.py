@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import grpo_kernels as gk
+from grpo_kernels.grouping import BASELINES, SCALES, SINGLES
 
 R = torch.tensor([1.0, 0.0, 0.5, 0.25, 3.0, -1.0, 2.0, 2.5])
 
@@ -57,32 +58,118 @@ def test_small_spread_on_a_large_offset(backend):
     )
 
 
-def test_order_changes_no_bit():
-    torch.manual_seed(0)
-    r, ids = torch.randn(500) * 10 ** torch.randint(-3, 4, (500,)).float(), torch.randint(0, 37, (500,)) * 1_000_003 - 5
-    out = gk.group_advantages(r, group_ids=ids, scale="batch")
-    for _ in range(5):
-        p = torch.randperm(500)
-        again = gk.group_advantages(r[p], group_ids=ids[p], scale="batch")
+FORMS = [
+    {"baseline": baseline, "scale": scale, "single": single, "ddof": ddof, "clip": clip, **extra}
+    for baseline, scale, single, (ddof, clip) in itertools.product(
+        BASELINES, SCALES, SINGLES, [(1, None), (0, (-1.1, 0.9))]
+    )
+    for extra in ({}, {"critic": True})
+]
+
+
+def ragged(form, count=200, seed=1):
+    """A form's call on ragged groups, with rewards missing; what belongs to a sample is a tensor."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, count // 5, (count,), generator=g) * 1_000_003 - 5
+    rewards = torch.randn(count, generator=g) * 10 ** torch.randint(-3, 4, (count,), generator=g)
+    rewards[ids % 3 == 0] = 0.1  # constant groups
+    rewards[::11] = math.nan
+    values = torch.randn(count, generator=g)
+    values[::7] = math.nan
+    form = dict(form)
+    call = {"rewards": rewards, "group_ids": ids, "valid": torch.rand(count, generator=g) > 0.2}
+    if form.pop("critic", False):
+        call |= {"critic_values": values, "critic_weight": 0.3}
+    if form["baseline"] == "length_weighted":
+        call["lengths"] = torch.randint(0, 50, (count,), generator=g)
+    return call | form
+
+
+def run(call, **changes):
+    call = call | changes
+    return gk.group_advantages(call.pop("rewards"), **call)
+
+
+@pytest.mark.parametrize("form", FORMS[::3])
+def test_neither_order_nor_threads_change_a_bit(form):
+    call = ragged(form, 500)
+    out = run(call)
+    for seed in range(3):
+        p = torch.randperm(500, generator=torch.Generator().manual_seed(seed))
+        again = run({k: v[p] if isinstance(v, torch.Tensor) else v for k, v in call.items()})
         assert all(torch.equal(a[p], b) for a, b in zip(out, again, strict=True))
 
 
-def test_ragged_groups_agree_with_the_reference():
-    torch.manual_seed(1)
-    r, ids = torch.randn(200), torch.randint(0, 40, (200,))
-    r[::11] = math.nan
-    valid = torch.rand(200) > 0.2
-    for baseline, scale, single in itertools.product(
-        ["mean", "leave_one_out", "none"], ["group", "batch", "none"], ["zero", "raw"]
-    ):
-        mine, theirs = (
-            gk.group_advantages(
-                r, group_ids=ids, baseline=baseline, scale=scale, single=single, valid=valid, clip=1.2, backend=b
-            )
-            for b in ("cpu", "reference")
-        )
+@pytest.mark.parametrize("scale", SCALES)
+def test_order_of_consecutive_groups_changes_no_bit(scale):
+    """As many samples as make the kernel use threads; the whole groups shuffled, and the samples in them."""
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.randn(8192, 16, generator=g) * 10 ** torch.randint(-3, 4, (8192, 1), generator=g)
+    out = gk.group_advantages(rewards.flatten(), group_size=16, scale=scale).advantages.view_as(rewards)
+    p, q = torch.randperm(8192, generator=g), torch.randperm(16, generator=g)
+    again = gk.group_advantages(rewards[p][:, q].flatten(), group_size=16, scale=scale).advantages
+    assert torch.equal(again.view_as(rewards), out[p][:, q])
+    torch.set_num_threads(1)
+    alone = gk.group_advantages(rewards.flatten(), group_size=16, scale=scale).advantages
+    torch.set_num_threads(2)
+    assert torch.equal(alone.view_as(rewards), out)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ragged_groups_agree_with_the_reference(form):
+    call = ragged(form)
+    for dtype, rtol, floor in ((torch.float32, 1e-6, 1e-6), (torch.float64, 1e-9, 1e-12)):
+        call["rewards"] = call["rewards"].to(dtype)
+        mine, theirs = (run(call, backend=b) for b in ("cpu", "reference"))
         for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            atol = floor * max(1.0, float(b.double().abs().max()))
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if f["baseline"] != "none" and "critic" not in f])
+def test_constant_groups_are_exactly_zero_in_every_form(backend, form):
+    call = ragged(form)
+    eps = {} if form["scale"] in ("mean", "none") else {"eps": 0.0}
+    call |= {"rewards": torch.full((200,), 0.1), "single": "zero", **eps}
+    out = run(call, backend=backend)
+    assert not out.advantages.any() and not out.informative.any()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_of_zero_does_not_divide(backend, scale):
+    r = torch.tensor([2.0, 2.0, 3.0, 3.0])
+    out = gk.group_advantages(r, group_size=2, baseline="none", scale=scale, backend=backend).advantages
+    std = r.std() + 1e-4 if scale == "batch" else 1.0
+    torch.testing.assert_close(out, r / std if scale != "mean" else torch.ones(4))
+    critic = gk.group_advantages(
+        r,
+        group_size=2,
+        scale="group",
+        critic_values=torch.tensor([1.0, 2.0, math.nan, 3.5]),
+        critic_weight=0.5,
+        backend=backend,
+    )
+    assert torch.equal(critic.advantages, torch.tensor([0.5, 0.0, 0.0, -0.25]))
+    assert critic.informative.all()
+
+
+def test_equal_others_have_a_deviation_of_exactly_zero(backend):
+    """1e6 beside equal rewards: their squares do not cancel."""
+    r = torch.tensor([0.1, 1e6, 0.1, 0.1, 0.1], dtype=torch.float64)
+    out = gk.group_advantages(
+        r, group_size=5, baseline="leave_one_out", scale="leave_one_out", eps=1e-6, backend=backend
+    )
+    assert out.std[1] == 0
+    torch.testing.assert_close(out.advantages[1], r[1] - 0.1)
+
+
+def test_dense_far_and_extreme_group_ids():
+    r = torch.randn(64)
+    expected = gk.group_advantages(r, group_size=8).advantages
+    base = torch.arange(64) // 8
+    extremes = torch.tensor([-(2**63), -(2**63) + 1, -1, 0, 1, 2**40, 2**63 - 2, 2**63 - 1])
+    for ids in (base, base.flip(0), base * 10**15, extremes[base], (base * 3).to(torch.int32), base.to(torch.uint8)):
+        assert torch.equal(gk.group_advantages(r, group_ids=ids).advantages, expected)
 
 
 def test_missing_rewards(backend):
@@ -117,6 +204,16 @@ def test_clip(backend):
     assert torch.equal(out, gk.group_advantages(R, group_size=4, scale="none").advantages.clamp(-0.5, 0.5))
 
 
+def test_several_rewards(backend):
+    """The weighted sum of what is there; a row without anything is left out."""
+    r = torch.tensor([[1.0, 2.0], [math.nan, 1.0], [3.0, math.nan], [math.nan, math.nan]])
+    out = gk.group_advantages(r, group_size=4, scale="none", reward_weights=[1.0, -2.0], backend=backend)
+    torch.testing.assert_close(out.advantages, torch.tensor([-3.0 + 2 / 3, -2.0 + 2 / 3, 3.0 + 2 / 3, 0.0]))
+    plain = gk.group_advantages(r, group_size=4, scale="none", backend=backend)
+    one = gk.group_advantages(torch.tensor([3.0, 1.0, 3.0, math.nan]), group_size=4, scale="none", backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(plain, one, strict=True))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -127,13 +224,35 @@ def test_clip(backend):
         ({"group_ids": torch.zeros(8)}, "integers.*float32"),
         ({"group_size": 4, "baseline": "median"}, "baseline.*'mean'.*'median'"),
         ({"group_size": 4, "scale": "max"}, "scale.*'max'"),
-        ({"group_size": 4, "ddof": 2}, "ddof"),
+        ({"group_size": 4, "single": "one"}, "single.*'zero', 'raw'.*'one'"),
+        ({"group_size": 4, "ddof": 2}, "ddof.*2"),
+        ({"group_size": 4, "eps": -1.0}, r"eps.*-1\.0"),
+        ({"group_size": 4, "eps": math.nan}, "eps.*nan"),
         ({"group_size": 4, "valid": torch.ones(3)}, "valid"),
+        ({"group_size": 4, "clip": -1.0}, r"clip.*-1\.0"),
+        ({"group_size": 4, "clip": (0.5, 1.0)}, r"clip.*\(0\.5, 1\.0\)"),
+        ({"group_size": 4, "baseline": "length_weighted"}, "needs lengths"),
+        ({"group_size": 4, "baseline": "length_weighted", "lengths": torch.ones(3)}, r"lengths.*\(8,\).*\(3,\)"),
+        ({"group_size": 4, "baseline": "length_weighted", "lengths": -torch.ones(8)}, r"lengths.*at least 0.*-1\.0"),
+        ({"group_size": 4, "lengths": torch.ones(8)}, "lengths must be None with baseline='mean'"),
+        ({"group_size": 4, "scale": "none", "eps": 1e-6}, "eps must be 0.0001 with scale='none'.*1e-06"),
+        ({"group_size": 4, "scale": "mean", "eps": 1e-6}, "eps must be 0.0001 with scale='mean'"),
+        ({"group_size": 4, "critic_values": torch.ones(8)}, r"go together; got values and 0\.0"),
+        ({"group_size": 4, "critic_weight": 0.5}, "go together; got None"),
+        ({"group_size": 4, "critic_weight": 1.5}, r"critic_weight must be in \[0, 1\]; got 1\.5"),
+        ({"group_size": 4, "reward_weights": [1.0]}, r"reward_weights must be \[K\]"),
+        ({"group_size": 4, "backend": "best"}, "backend.*'best'"),
     ],
     ids=str,
 )
 def test_user_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         gk.group_advantages(R, **arguments)
-    with pytest.raises(ValueError, match=r"\[S\]"):
-        gk.group_advantages(R.view(2, 4), group_size=4)
+
+
+def test_wrong_rewards():
+    for bad in (R.view(2, 2, 2), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"\[S\] or \[S, K\]"):
+            gk.group_advantages(bad, group_size=4)
+    with pytest.raises(ValueError, match=r"\[K\].*\(3,\) for \(4, 2\)"):
+        gk.group_advantages(R.view(4, 2), group_size=4, reward_weights=[1.0, 2.0, 3.0])

@@ -41,7 +41,6 @@ def test_opcheck(dtype):
         ops.row_policy: (*rows, *inputs, False, "cpu"),
         ops.row_policy_: (rows.logits.clone(), *rows[1:], *inputs, False, "cpu"),
         ops.token_policy: (stats[0], stats[1], rows.active, None, *inputs, "cpu"),
-        ops.group_advantages: (torch.randn(8), None, None, 4, "mean", "group", 1, 1e-4, 9.0, False, "cpu"),
         ops.linear_forward: (*rows_50, *head, True, False, "cpu"),
         ops.linear_backward: (*rows_50, *head, [True, False, True], *stats, g, g, "cpu"),
         ops.linear_policy: (*rows_50, *head, [True, True, True], *inputs, False, "cpu"),

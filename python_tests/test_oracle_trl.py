@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -354,42 +352,6 @@ def test_loss_from_logits(loss_type: str, level: str, variant: Variant) -> None:
     got.loss.backward()
     assert_near(got.loss.detach(), exact.detach(), variant.tolerance, "loss")
     assert_near(leaves[1].grad, leaves[0].grad, variant.tolerance, "gradient")
-
-
-# ---- advantages: the lines of _generate_and_score_completions, taken from its source and run ----
-
-REWARDS = torch.tensor([
-    [1.0, 0.0, 0.5, 0.25], [2.0, 2.0, 2.0, 2.0], [0.1, 0.1, 0.1, 0.1], [float("nan"), 1.0, -3.0, 0.0],
-    [float("nan"), float("nan"), 1.0, float("nan")], [float("nan")] * 4, [1e3 + 1, 1e3, 1e3, 1e3 - 1],
-]).double().flatten()  # fmt: skip
-
-
-def trl_advantages(rewards: Tensor, group_size: int, scale: str) -> Tensor:
-    source = inspect.getsource(grpo_trainer.GRPOTrainer._generate_and_score_completions)
-    begin, end = source.index("        unscorable_mask = torch.isnan("), "torch.nan_to_num(advantages, nan=0.0)"
-    block = textwrap.dedent(source[begin : source.index(end) + len(end)])
-    me = SimpleNamespace(
-        multi_objective_aggregation="sum_then_normalize", reward_weights=torch.ones(1), scale_rewards=scale
-    )
-    names = {"self": me, "rewards_per_func": rewards[:, None], "num_generations": group_size, "device": "cpu"}
-    with float64_numbers():  # for nanstd's n / (n - 1)
-        exec(block, vars(grpo_trainer) | names, names)
-    return names["advantages"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("group_size", [4, 2, 14])
-def test_advantages(group_size: int, scale: str, backend: str, dtype: torch.dtype) -> None:
-    exact = trl_advantages(REWARDS, group_size, scale)
-    exact[exact.abs() < 1e-11] = 0  # a constant group's rounding error over 1e-4; ours is exactly 0
-    got = gk.group_advantages(REWARDS.to(dtype), group_size=group_size, scale=scale, backend=backend).advantages
-    assert_near(got, exact, 1e-6 if dtype == torch.float32 else 1e-9, "advantages")
-    order = torch.randperm(len(REWARDS), generator=torch.Generator().manual_seed(1))
-    ids = 7 - 3 * (order // group_size)
-    got = gk.group_advantages(REWARDS[order].to(dtype), group_ids=ids, scale=scale, backend=backend).advantages
-    assert_near(got, exact[order], 1e-6 if dtype == torch.float32 else 1e-9, "advantages by group ids")
 
 
 # ---- teeth ----

@@ -1,100 +1,129 @@
-// Group-normalised advantages. A group's rewards are summed in sorted order, so the result does not depend on the order
-// of the samples, not even in the last bit.
-#include <algorithm>
-#include <cmath>
-#include <limits>
-#include <vector>
-
-#include "../kernels.h"
+// Group-normalised advantages in every form, threads over the groups. The formulas, under the same names, are in
+// grpo_kernels/reference_advantages.py.
+#include "groups.h"
+#include "parallel.h"
+#include "policy_inputs.h"
 
 namespace gk {
 namespace {
 
-struct Moments {
-  double mean = 0, std = 0;
-  int64_t count = 0;
-  bool constant = true;
-};
+constexpr int64_t kSamplesAPiece = 2048, kSamplesWorthAThread = 32768;  // half a millisecond
 
-Moments moments_of(std::vector<double> values, int ddof) {  // centred in a second pass: no cancellation
-  std::sort(values.begin(), values.end());
-  Moments m;
-  m.count = int64_t(values.size());
-  if (values.empty()) return m;
-  m.constant = values.front() == values.back();
-  for (double v : values) m.mean += v;
-  m.mean = m.constant ? values.front() : m.mean / double(m.count);
-  double squares = 0;
-  for (double v : values) squares += (v - m.mean) * (v - m.mean);
-  m.std = m.count > ddof ? std::sqrt(squares / double(m.count - ddof)) : 0;
-  return m;
-}
-
-class Groups {  // sample indices, group after group
+class AdvantageKernel {
  public:
-  explicit Groups(const AdvantageParams& p) : p(p), order(p.samples) {
-    for (int64_t i = 0; i < p.samples; ++i) order[i] = i;
-    if (p.group_ids)
-      std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.group_ids[a] < p.group_ids[b]; });
-  }
-  template <typename Fn> void for_each(const Fn& fn) const {
-    for (int64_t begin = 0, end; begin < p.samples; begin = end) {
-      for (end = begin + 1; end < p.samples && same(begin, end);) ++end;
-      fn(order.data() + begin, end - begin);
+  AdvantageKernel(const AdvantageParams& p, const Groups& groups) : p(p), form(p.form), groups(groups) {}
+
+  void collect(int64_t g) {  // the valid rewards of a group
+    rewards.clear();
+    for (int64_t i = groups.begin(g); i < groups.end(g); ++i) {
+      const double r = reward(groups.sample(i));
+      if (!std::isnan(r)) rewards.push_back(r);
     }
+    std::sort(rewards.begin(), rewards.end());
+    group = moments_of_sorted(rewards);
+  }
+  const Moments& moments() const { return group; }
+
+  void run(int64_t g, double batch_std) {
+    collect(g);
+    shift = form.baseline == Baseline::length_weighted ? length_weighted_shift(g) : 0;
+    if (form.scale == Scale::leave_one_out) deviations_of_others(rewards, form.ddof, others);
+    bool informative = group.count >= 2 && !group.constant();
+    for (int64_t i = groups.begin(g); i < groups.end(g); ++i) {
+      const int64_t k = groups.sample(i);
+      const double r = reward(k), critic = p.critic_values ? p.critic_values[k] : NAN;
+      const double std = deviation(r, batch_std);
+      const double a = std::isnan(r) ? 0 : advantage(r, critic, std);
+      informative = informative || (!std::isnan(r) && !std::isnan(critic) && r != critic);
+      store_real(p.advantages, k, p.is_double, std::min(std::max(a, form.clip_low), form.clip_high));
+      store_real(p.mean, k, p.is_double, group.mean);
+      store_real(p.std, k, p.is_double, std);
+    }
+    for (int64_t i = groups.begin(g); i < groups.end(g); ++i) p.informative[groups.sample(i)] = informative;
   }
 
  private:
   const AdvantageParams& p;
-  std::vector<int64_t> order;
-  bool same(int64_t a, int64_t b) const {
-    return p.group_ids ? p.group_ids[order[a]] == p.group_ids[order[b]] : a / p.group_size == b / p.group_size;
+  const AdvantageForm& form;
+  const Groups& groups;
+  std::vector<double> rewards, others;              // others: the deviation of all but each of the rewards
+  std::vector<std::pair<double, double>> weighted;  // rewards with their lengths
+  Moments group;
+  double shift = 0;
+
+  // The weighted sum of a sample's components that are there; NaN where there is none, or the sample does not count.
+  double reward(int64_t k) const {
+    if (p.valid && !p.valid[k]) return NAN;
+    double sum = 0;
+    bool any = false;
+    for (int64_t c = 0; c < p.components; ++c) {
+      const double r = load_real(p.rewards, k * p.components + c, p.is_double);
+      if (std::isnan(r)) continue;
+      sum += p.reward_weights ? p.reward_weights[c] * r : r, any = true;
+    }
+    return any ? sum : NAN;
+  }
+
+  // sum(l R) / sum(l), less the mean; sorted, so that the order of the samples does not matter.
+  double length_weighted_shift(int64_t g) {
+    weighted.clear();
+    for (int64_t i = groups.begin(g); i < groups.end(g); ++i) {
+      const double r = reward(groups.sample(i));
+      if (!std::isnan(r)) weighted.push_back({r, p.lengths[groups.sample(i)]});
+    }
+    std::sort(weighted.begin(), weighted.end());
+    double sum = 0, length = 0;
+    for (const auto& [r, l] : weighted) sum += l * (r - group.mean), length += l;
+    return length > 0 ? sum / length : 0;
+  }
+
+  double deviation(double reward, double batch_std) const {
+    if (form.scale == Scale::batch) return batch_std;
+    if (form.scale == Scale::leave_one_out && !std::isnan(reward))
+      return others[std::lower_bound(rewards.begin(), rewards.end(), reward) - rewards.begin()];
+    return group.std(form.ddof);
+  }
+
+  double centred(double reward) const {  // on the group's own baseline
+    if (group.count == 1) return form.single_raw ? reward : 0;
+    if (form.baseline == Baseline::none) return reward;
+    if (group.constant()) return 0;
+    const double d = reward - group.mean;
+    return form.baseline == Baseline::leave_one_out ? d * group.count / (group.count - 1) : d - shift;
+  }
+
+  double advantage(double reward, double critic, double std) const {
+    double a = centred(reward);
+    if (!std::isnan(critic))
+      a = (1 - form.critic_weight) * a + form.critic_weight * (reward - critic);
+    else if (group.count == 1)
+      return a;
+    if (form.scale == Scale::none) return a;
+    if (form.scale == Scale::mean) return group.mean > 0 ? a / group.mean : 0;
+    return std > 0 ? a / (std + form.eps) : a;
   }
 };
-
-bool counts(const AdvantageParams& p, int64_t i) { return (!p.valid || p.valid[i]) && !std::isnan(p.rewards[i]); }
-
-double advantage(const AdvantageParams& p, double reward, const Moments& group, double batch_std) {
-  if (group.count == 1) return p.single_raw ? reward : 0;
-  if (group.constant && p.baseline != Baseline::none) return 0;
-  const double others = double(group.count - 1);
-  const double centred = p.baseline == Baseline::none            ? reward
-                         : p.baseline == Baseline::leave_one_out ? (reward - group.mean) * double(group.count) / others
-                                                                 : reward - group.mean;
-  switch (p.scale) {
-    case Scale::group:
-      return centred / (group.std + p.eps);
-    case Scale::batch:
-      return centred / (batch_std + p.eps);
-    default:
-      return centred;
-  }
-}
 
 }  // namespace
 
 void group_advantages(const AdvantageParams& p, Stream) {
-  const Groups groups(p);
-  const auto valid_rewards = [&](const int64_t* samples, int64_t n) {
-    std::vector<double> rewards;
-    for (int64_t i = 0; i < n; ++i)
-      if (counts(p, samples[i])) rewards.push_back(p.rewards[samples[i]]);
-    return rewards;
+  const Groups groups(p.group_ids, p.samples, p.form.group_size);
+  const int64_t count = groups.count();
+  const int64_t pieces = std::min(count, p.samples / kSamplesAPiece + 1);
+  const int threads = int(std::min<int64_t>(p.threads, 1 + p.samples / kSamplesWorthAThread));
+  const auto for_each = [&](const auto& fn) {  // a piece of the groups at a time, with one kernel's memory
+    parallel_for(pieces, threads, [&](int64_t piece) {
+      AdvantageKernel kernel(p, groups);
+      for (int64_t g = count * piece / pieces; g < count * (piece + 1) / pieces; ++g) fn(kernel, g);
+    });
   };
-  std::vector<double> all;
-  for (int64_t i = 0; p.scale == Scale::batch && i < p.samples; ++i)
-    if (counts(p, i)) all.push_back(p.rewards[i]);
-  const double batch_std = moments_of(std::move(all), p.ddof).std;
-  groups.for_each([&](const int64_t* samples, int64_t n) {
-    const Moments group = moments_of(valid_rewards(samples, n), p.ddof);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t k = samples[i];
-      const double a = counts(p, k) ? advantage(p, p.rewards[k], group, batch_std) : 0;
-      p.advantages[k] = std::min(std::max(a, -p.clip), p.clip);
-      p.mean[k] = group.mean, p.std[k] = p.scale == Scale::batch ? batch_std : group.std;
-      p.informative[k] = group.count >= 2 && !group.constant;
-    }
-  });
+  double batch_std = 0;
+  if (p.form.scale == Scale::batch) {
+    std::vector<Moments> moments(count);
+    for_each([&](AdvantageKernel& kernel, int64_t g) { kernel.collect(g), moments[g] = kernel.moments(); });
+    batch_std = merged(std::move(moments)).std(p.form.ddof);
+  }
+  for_each([&](AdvantageKernel& kernel, int64_t g) { kernel.run(g, batch_std); });
 }
 
 }  // namespace gk

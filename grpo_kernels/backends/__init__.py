@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..grouping import AdvantageForm, Samples
 from ..layout import PolicyInputs, Rows, RowStats
 
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -32,10 +33,16 @@ class Backend(Protocol):
     def token_policy(
         self, logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, inputs: PolicyInputs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
-    def group_advantages(
-        self, rewards: Tensor, valid: Tensor | None, group_ids: Tensor | None, group_size: int, baseline: str,
-        scale: str, ddof: int, eps: float, clip: float, single_raw: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+    def group_advantages(self, samples: Samples, form: AdvantageForm) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+    def gae(
+        self, rewards: Tensor, values: Tensor | None, active: Tensor | None, cu_seqlens: Tensor | None, gamma: float,
+        lam: float,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def value_loss(
+        self, values: Tensor, old_values: Tensor | None, returns: Tensor, weights: Tensor, active: Tensor, clip: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+    def masked_moments(self, values: Tensor, active: Tensor) -> Tensor: ...
+    def whiten(self, values: Tensor, active: Tensor, coefficients: Tensor) -> Tensor: ...
     def group_diversity(
         self, token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor | None, group_ids: Tensor | None,
         group_size: int, ngram: int, threshold: float,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]
 from ..config import METRICS, Form
+from ..grouping import BASELINES, SCALES, VALUE_METRICS, AdvantageForm, Samples
 from ..layout import PolicyInputs, Rows, RowStats, real_dtype
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")  # in the order of gk::Isa
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_BASELINES = ("mean", "leave_one_out", "none")
-_SCALES = ("group", "batch", "none")
 
 HUGE_PAGE_WORTH = 4 << 20  # bytes
 
@@ -121,21 +120,62 @@ def token_policy(
     return loss, per_token, g_logps, g_entropy, metrics
 
 
-def group_advantages(
-    rewards: Tensor, valid: Tensor | None, group_ids: Tensor | None, group_size: int, baseline: str, scale: str,
-    ddof: int, eps: float, clip: float, single_raw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = rewards.to(torch.float64).contiguous()
-    valid = None if valid is None else valid.contiguous()
-    group_ids = None if group_ids is None else group_ids.contiguous()
-    outputs = [torch.empty_like(wide) for _ in range(3)]
-    informative = torch.empty(wide.shape, dtype=torch.bool)
+def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dense = Samples(*(None if x is None else x.contiguous() for x in samples))  # type: ignore[arg-type]
+    outputs = [_empty(dense.rewards, dense.rewards.shape[:1]) for _ in range(3)]
+    informative = torch.empty(dense.rewards.shape[:1], dtype=torch.bool)
     _cpu.group_advantages(
-        [_address(wide), _address(valid), _address(group_ids)], wide.numel(), group_size, _BASELINES.index(baseline),
-        _SCALES.index(scale), ddof, eps, clip, single_raw, [*map(_address, outputs), _address(informative)],
+        [*map(_address, dense)], tuple(dense.rewards.shape), form.group_size, BASELINES.index(form.baseline),
+        SCALES.index(form.scale), form.ddof, [form.eps, form.critic_weight, form.clip_low, form.clip_high],
+        form.single_raw, dense.rewards.dtype == torch.float64, [*map(_address, (*outputs, informative))],
+        torch.get_num_threads(),
     )  # fmt: skip
-    advantages, mean, std = (x.to(real_dtype(rewards.dtype)) for x in outputs)
-    return advantages, mean, std, informative
+    return outputs[0], outputs[1], outputs[2], informative
+
+
+def gae(
+    rewards: Tensor, values: Tensor | None, active: Tensor | None, cu_seqlens: Tensor | None, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    dtype = real_dtype(rewards.dtype)
+    advantages = new_matrix(rewards, rewards.shape, dtype)
+    returns = new_matrix(rewards, (0,) if values is None else rewards.shape, dtype)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    sequences = rewards.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    _cpu.gae(
+        [*map(_view, (rewards, values, active))], tuple(rewards.shape), _address(cu_seqlens), sequences, gamma, lam,
+        dtype == torch.float64, [_address(advantages), _address(None if values is None else returns)],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return advantages, returns
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor | None, returns: Tensor, weights: Tensor, active: Tensor, clip: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, metrics = _empty(values, ()), _empty(values, (len(VALUE_METRICS),))
+    per_token, g_values = (new_matrix(values, values.shape, real_dtype(values.dtype)) for _ in range(2))
+    _cpu.value_loss(
+        [*map(_view, (values, old_values, returns, weights, active))], tuple(values.shape), clip,
+        values.dtype == torch.float64, [*map(_address, (loss, per_token, g_values, metrics))], torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, per_token, g_values, metrics
+
+
+def masked_moments(values: Tensor, active: Tensor) -> Tensor:
+    moments = torch.empty(5, dtype=torch.float64)
+    _whitening(_cpu.masked_moments, values, active, [_address(moments), 0, 0])
+    return moments
+
+
+def whiten(values: Tensor, active: Tensor, coefficients: Tensor) -> Tensor:
+    whitened, coefficients = new_matrix(values, values.shape, real_dtype(values.dtype)), coefficients.contiguous()
+    _whitening(_cpu.whiten, values, active, [0, _address(coefficients), _address(whitened)])
+    return whitened
+
+
+def _whitening(kernel: Callable, values: Tensor, active: Tensor, data: list[int]) -> None:
+    views = [_view(values), _view(active)]
+    kernel(views, tuple(values.shape), values.dtype == torch.float64, data, torch.get_num_threads())
 
 
 def group_diversity(

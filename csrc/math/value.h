@@ -1,0 +1,20 @@
+// The value function's loss per token, as value and derivative; the same function stands in
+// grpo_kernels/reference_advantages.py.
+#pragma once
+#include "numeric.h"
+
+namespace gk {
+
+template <typename T> struct ValueTerm {
+  T value, d_value;
+  bool clipped;  // the clipped prediction's error is the larger one, and passes no gradient
+};
+
+// max((v - R)^2, (clip(v, old - c, old + c) - R)^2) / 2. Where both are equal the unclipped one counts.
+template <typename T> GK_HD ValueTerm<T> value_term(T value, T old, T target, T clip) {
+  const T error = value - target, bounded = clamp_(value, old - clip, old + clip) - target;
+  const bool clipped = bounded * bounded > error * error;
+  return {(clipped ? bounded * bounded : error * error) / 2, clipped ? T(0) : error, clipped};
+}
+
+}  // namespace gk
