@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kBucketEntries = 1 << 15;  // a bucket's table stays in the second-level cache
 constexpr int kMaxBucketBits = 10;
-constexpr int64_t kFrequent = 32;     // frequent: in at least one of this many samples
+constexpr int64_t kFrequent = 32;     // frequent: in at least one of this many samples (measured with AVX-512)
 constexpr int64_t kAhead = 8;         // rare n-grams whose lists are prefetched
 constexpr int64_t kChunkWords = 256;  // of a bit row; a tile's chunks stay in the first-level cache
 

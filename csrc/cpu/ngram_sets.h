@@ -3,7 +3,8 @@
 //
 // An n-gram of one sample only counts in the set's size. A *rare* one, in few of the samples, is the list of those
 // samples; a *frequent* one is a column of a bit matrix. A pair of samples costs a frequent n-gram one bit of a
-// popcount and a rare one an addition if both hold it: at kFrequent samples of the group the two cost the same.
+// popcount, and a rare one an addition if both hold it. So N tokens in S samples cost at most N * S / 64 additions,
+// or N * 32 / S columns; where an n-gram is in a share of 1 / kFrequent of the samples, both cost about the same.
 #pragma once
 #include <cstdint>
 #include <vector>
