@@ -23,6 +23,7 @@ liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason=REASON
 HIDDEN, VOCAB, TOLERANCE = 24, 97, 2e-5
 MAX_LENGTH, ITEMS, BETA = 512, 75, 0.3
 CLIP = {"epsilon_low": EPS_LOW, "epsilon_high": EPS_HIGH}
+CISPO_CAP = 1.1  # Liger reads epsilon_high as the cap itself
 OUR_CLIP = {"eps_low": EPS_LOW, "eps_high": EPS_HIGH}
 
 
@@ -42,7 +43,15 @@ LOSSES = {
     "dr_grpo_sequence": Loss("trl_dr_grpo", "dr_grpo", "sequence", CLIP | {"max_completion_length": MAX_LENGTH}),
     "gspo": Loss("trl_gspo", "grpo", "sequence"),
     "luspo": Loss("trl_luspo", "luspo", "sequence"),
+    "cispo": Loss("trl_cispo", "cispo", liger={"epsilon_high": CISPO_CAP}, ours={"cispo_high": CISPO_CAP}),
+    "sapo": Loss("trl_sapo", "sapo", liger={}, ours={}),
+    "vespo": Loss("trl_vespo", "vespo", liger={}, ours={}),
 }
+UNCLIPPED = (
+    "cispo",
+    "sapo",
+    "vespo",
+)  # without delta; a weight of a whole row enters vespo once a token, so not at all
 # Of per-token terms Liger's luspo takes the mean over masked positions too; only a term a sequence is luspo's.
 PER_TOKEN_TERMS = ("kl", "bias_corrected_kl", "token_weights")
 
@@ -62,7 +71,9 @@ CASES = [
     (loss, kl, option)
     for loss, kl, option in itertools.product(LOSSES, KLS, OPTIONS)
     if not (loss == "luspo" and {kl, option} & {*PER_TOKEN_TERMS})
-    and ("items" not in OPTIONS[option] or LOSSES[loss].type == "dapo")
+    and ("items" not in OPTIONS[option] or LOSSES[loss].type in ("dapo", "cispo", "vespo"))
+    and not (loss in UNCLIPPED and "delta" in OPTIONS[option])
+    and not (loss == "vespo" and OPTIONS[option].get("weights"))
 ]
 
 
@@ -120,7 +131,7 @@ def theirs(loss: Loss, case: dict[str, Any], inputs: Inputs) -> Outcome:
 
 
 def our_config(loss: Loss, case: dict[str, Any]) -> gk.LossConfig:
-    changes = loss.ours | {"delta": case.get("delta"), "ratio_level": loss.level}
+    changes = loss.ours | {"ratio_level": loss.level} | ({"delta": case["delta"]} if "delta" in case else {})
     if "beta" in case:
         changes |= {"kl_coef": BETA, "kl_gradient": "importance_weighted" if case.get("bias") else "pathwise"}
     return gk.LossConfig.preset(loss.preset, **changes)
