@@ -12,13 +12,23 @@ from grpo_kernels.presets import PRESETS
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 CALLS = [
-    (page.name, call) for page in PAGES for call in re.findall(r"`(LossConfig[.(][^`]*\))`", page.read_text())
+    (page.name, call)
+    for page in PAGES
+    for call in re.findall(r"`((?:LossConfig|CorrectionConfig)[.(][^`]*\))`", page.read_text())
+    if "..." not in call
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("page", "call"), CALLS)
 def test_configurations_build(page, call):
-    assert isinstance(eval(call, vars(gk)), gk.LossConfig)
+    assert isinstance(eval(call, vars(gk)), (gk.LossConfig, gk.CorrectionConfig))
+
+
+def test_every_function_is_documented():
+    text = (DOCS / "objectives.md").read_text()
+    around = {"token_logps", "linear_token_logps", "policy_loss", "grpo_loss", "linear_grpo_loss", "available_backends"}
+    functions = {name for name in gk.__all__ if name.islower()} - around
+    assert not [name for name in functions if f"`{name}" not in text]
 
 
 def test_every_name_is_documented():
