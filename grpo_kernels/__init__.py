@@ -1,21 +1,21 @@
 """GRPO losses for language models in one pass over the logits: fused kernels behind thin autograd functions."""
 
-from .advantages import GroupAdvantages, group_advantages
+from .advantages.critic import ValueLoss, value_loss, whiten
+from .advantages.diversity import GroupDiversity, group_diversity
+from .advantages.estimators import gdpo_advantages, gpg_advantages, pass_at_k_advantages, process_advantages
+from .advantages.group import GroupAdvantages, group_advantages
+from .advantages.returns import TokenAdvantages, gae, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
+from .advantages.token_baselines import optimal_token_baseline
 from .backends import available_backends
 from .config import LossConfig
 from .controllers import AdaptiveEntropyController, AdaptiveKLController
-from .correction import RolloutCorrection, rollout_correction
-from .correction_config import CorrectionConfig, RejectionFilter
-from .critic import ValueLoss, value_loss, whiten
-from .diversity import GroupDiversity, group_diversity
-from .estimators import gdpo_advantages, gpg_advantages, pass_at_k_advantages, process_advantages
+from .correction.config import CorrectionConfig, RejectionFilter
+from .correction.rollout import RolloutCorrection, rollout_correction
 from .kl import kl_divergence
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
 from .logps import TokenLogps, token_logps
 from .losses import GRPOLoss, grpo_loss
 from .policy import LossOutput, policy_loss
-from .returns import TokenAdvantages, gae, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
-from .token_baselines import optimal_token_baseline
 
 __version__ = "0.1.0"
 

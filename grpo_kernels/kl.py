@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
 from .config import KL_ESTIMATORS, KL_GRADIENTS, LossConfig
 from .layout import layout_of, real_dtype
+from .reference import loss as reference
 
 
 def kl_divergence(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, reference
+from . import ops
 from .backends import resolve
 from .config import LossConfig
 from .layout import Rows, layout_of, real_dtype, rows_of
@@ -16,6 +16,7 @@ from .linear_loops import chunk_rows_for
 from .logps import N_ROWS, TokenLogps, shaped, unsupported_group
 from .losses import ConfiguredLoss, given_advantages, scaled
 from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss, within_sequences
+from .reference import loss as reference
 
 
 def _given(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:

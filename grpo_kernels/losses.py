@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .advantages import group_advantages
+from .advantages.group import group_advantages
 from .backends import resolve
 from .config import LossConfig
 from .layout import layout_of, real_dtype, rows_of

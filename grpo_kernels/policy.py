@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, reference
+from . import ops
 from .aggregation import aggregation_weights
 from .backends import resolve
 from .config import BY_COVARIANCE, BY_SEQUENCE, METRICS, ROLLOUT_RATIO, LossConfig
 from .layout import Layout, PolicyInputs, layout_of, real_dtype
 from .logps import unsupported_group
+from .reference import loss as reference
 
 N_INPUTS = len(PolicyInputs._fields)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels.correction_config import REDUCTIONS, STATISTICS
+from grpo_kernels.correction.config import REDUCTIONS, STATISTICS
 
 METRICS = [
     "weight_mean", "weight_min", "weight_max", "weight_std", "effective_sample_size", "ratio_low", "ratio_high",

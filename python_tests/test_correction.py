@@ -12,7 +12,7 @@ from correction_inputs import FILTERS, FULL, METRICS, WEIGHTS, batch_of, packed
 from oracles import one_thread as one_thread
 
 import grpo_kernels as gk
-from grpo_kernels.correction_config import LEVELS, NANS, REDUCTIONS
+from grpo_kernels.correction.config import LEVELS, NANS, REDUCTIONS
 
 
 @pytest.mark.parametrize("nan", NANS)

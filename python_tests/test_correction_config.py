@@ -11,7 +11,7 @@ import torch
 from correction_inputs import FULL
 
 import grpo_kernels as gk
-from grpo_kernels.correction_config import CORRECTION_PRESETS
+from grpo_kernels.correction.config import CORRECTION_PRESETS
 
 
 @pytest.mark.parametrize(

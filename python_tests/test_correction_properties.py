@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import grpo_kernels as gk
-from grpo_kernels.correction_config import LEVELS, NANS
+from grpo_kernels.correction.config import LEVELS, NANS
 
 
 def assert_close(a: gk.RolloutCorrection, b: gk.RolloutCorrection, tolerance: float = 1e-12) -> None:

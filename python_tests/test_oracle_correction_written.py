@@ -13,7 +13,7 @@ from oracles import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels.correction_config import CORRECTION_PRESETS
+from grpo_kernels.correction.config import CORRECTION_PRESETS
 
 
 class Row(NamedTuple):

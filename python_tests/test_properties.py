@@ -11,6 +11,8 @@ from grpo_kernels.testing.inputs import make_batch
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 200))
 seeds = st.integers(0, 2**31)
 forms = st.sampled_from(list(FORMS.values()))
+# kl_cov picks the tokens of highest covariance, and among equal ones whichever comes first.
+untied = st.sampled_from([form for name, form in FORMS.items() if name != "kl_cov"])
 # Without a term beside the advantage's.
 proportional = st.sampled_from([f for name, f in FORMS.items() if name not in ("tv_mask", "ipo", "dro", "kl_cov")])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -48,7 +50,7 @@ def test_log_probs_are_never_positive_and_entropy_in_range(shape, seed, dtype):
 
 
 @quick
-@given(shapes, seeds, forms)
+@given(shapes, seeds, untied)
 def test_permuting_sequences_permutes_the_gradient(shape, seed, form):
     b, config = batch_of(shape, seed), gk.LossConfig(**form, aggregation="sequence_mean", kl_coef=0.1)
     p = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
@@ -59,7 +61,7 @@ def test_permuting_sequences_permutes_the_gradient(shape, seed, form):
 
 
 @quick
-@given(shapes, seeds, forms)
+@given(shapes, seeds, untied)
 def test_a_masked_token_is_a_removed_token(shape, seed, form):
     """Packed without its masked tokens, the batch has the same loss."""
     b, config = batch_of(shape, seed), gk.LossConfig(**form, aggregation="sequence_mean", kl_coef=0.1)

@@ -5,7 +5,8 @@ import torch
 from forms import OBJECTIVES
 
 import grpo_kernels as gk
-from grpo_kernels import reference, reference_objectives
+from grpo_kernels.reference import loss as reference
+from grpo_kernels.reference import objectives as reference_objectives
 from grpo_kernels.testing.inputs import make_batch
 
 FULL = {"eps_high": 0.4, "delta": 1.6, "kl_coef": 0.1, "entropy_coef": 0.05, "kl_output_clamp": 0.05}

@@ -1,5 +1,5 @@
 // Group-normalised advantages in every form, threads over the groups. The formulas, under the same names, are in
-// grpo_kernels/reference_advantages.py.
+// grpo_kernels/reference/advantages.py.
 #include "groups.h"
 #include "parallel.h"
 #include "policy_inputs.h"

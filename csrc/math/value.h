@@ -1,5 +1,5 @@
 // The value function's loss per token, as value and derivative; the same function stands in
-// grpo_kernels/reference_advantages.py.
+// grpo_kernels/reference/advantages.py.
 #pragma once
 #include "numeric.h"
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import BY_SEQUENCE, Form, Scalars
-from .layout import Layout, PolicyInputs, Rows, real_dtype
-from .reference_objectives import Flags, TokenValues, policy_objective, pooled_limit, pooled_term
+from ..config import BY_SEQUENCE, Form, Scalars
+from ..layout import Layout, PolicyInputs, Rows, real_dtype
+from .objectives import Flags, TokenValues, policy_objective, pooled_limit, pooled_term
 
 # ---- log-probs ----
 
@@ -39,7 +39,7 @@ def token_logps(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.where(rows.active, x, 0.0) for x in (chosen, entropy, p.square().sum(-1)))  # type: ignore[return-value]
 
 
-# ---- policy maths, in the order of csrc/math/policy.h; the objectives are in reference_objectives.py ----
+# ---- policy maths, in the order of csrc/math/policy.h; the objectives are in objectives.py ----
 
 GMPO_WEIGHT_FLOOR = 1e-10  # added to a token weight before its logarithm
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import advantage_ops as ops
-from . import reference_advantages as reference
-from .aggregation import aggregation_weights
-from .backends import resolve
-from .config import LossConfig
+from ..aggregation import aggregation_weights
+from ..backends import resolve
+from ..config import LossConfig
+from ..grouping import VALUE_METRICS, check_choice, check_ddof_eps, check_unread
+from ..layout import Layout, layout_of, real_dtype
+from ..policy import within_sequences
+from ..reference import advantages as reference
+from . import operators as ops
 from .data_parallel import reduced
-from .grouping import VALUE_METRICS, check_choice, check_ddof_eps, check_unread
-from .layout import Layout, layout_of, real_dtype
-from .policy import within_sequences
 
 EPS_MODES = ("variance", "floor", "std")
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import advantage_ops as ops
-from . import reference_advantages as reference
-from .advantages import EPS, GroupAdvantages, group_advantages
-from .backends import resolve
+from ..backends import resolve
+from ..grouping import check_choice, check_groups, groups_of, per_sample
+from ..reference import advantages as reference
+from . import operators as ops
 from .critic import check_whitening, over_ranks
 from .data_parallel import Ranks, reduced
-from .grouping import check_choice, check_groups, groups_of, per_sample
+from .group import EPS, GroupAdvantages, group_advantages
 
 
 def _one_reward(rewards: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The specification of advantages, returns and the value loss, as reference.py is of the policy loss.
+"""The specification of advantages, returns and the value loss, as loss.py is of the policy loss.
 
 csrc/cpu/advantages.cpp, csrc/cpu/gae.cpp and csrc/math/value.h hold the same formulas under the same names.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grouping import AdvantageForm, Samples
-from .layout import real_dtype
+from ..grouping import AdvantageForm, Samples
+from ..layout import real_dtype
 
 # ---- group advantages ----
 

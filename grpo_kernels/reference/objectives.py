@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import Form, Scalars
+from ..config import Form, Scalars
 
 VESPO_LOG_MIN, VESPO_LOG_MAX = math.log(1e-8), 20.0  # bounds on each logarithm and on their sum
 

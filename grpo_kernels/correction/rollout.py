@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .correction_config import CorrectionConfig, RejectionFilter
-from .layout import Layout, layout_of, real_dtype
-from .policy import within_sequences
+from ..layout import Layout, layout_of, real_dtype
+from ..policy import within_sequences
+from ..reference import loss as reference
+from .config import CorrectionConfig, RejectionFilter
 
 HUGE = 1e30  # stands for infinity where values are added up, so that opposite ones leave a number
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import implementation
-from .grouping import VALUE_METRICS, AdvantageForm, Samples
-from .layout import check_boundaries, real_dtype
-from .ops import _define
+from ..backends import implementation
+from ..grouping import VALUE_METRICS, AdvantageForm, Samples
+from ..layout import check_boundaries, real_dtype
+from ..ops import _define
 
 
 def _group_advantages(*args: Any) -> tuple[Tensor, ...]:

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import advantage_ops as ops
-from .advantages import group_advantages
-from .backends import resolve
+from ..backends import resolve
+from ..layout import Layout, layout_of, real_dtype
+from . import operators as ops
 from .critic import active_tokens, check_whitening, whitened_grid
-from .layout import Layout, layout_of, real_dtype
+from .group import group_advantages
 
 
 class TokenAdvantages(NamedTuple):

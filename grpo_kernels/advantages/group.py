@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import advantage_ops as ops
-from .backends import resolve
-from .data_parallel import Ranks
-from .grouping import (
+from ..backends import resolve
+from ..grouping import (
     BASELINES,
     SCALES,
     SINGLES,
@@ -25,6 +23,8 @@ from .grouping import (
     per_sample,
     real_rewards,
 )
+from . import operators as ops
+from .data_parallel import Ranks
 
 EPS = 1e-4
 

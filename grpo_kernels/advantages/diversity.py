@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from .backends import resolve
-from .layout import Layout, layout_of
+from .. import ops
+from ..backends import resolve
+from ..layout import Layout, layout_of
 
 
 class GroupDiversity(NamedTuple):
