@@ -169,8 +169,7 @@ def _check_read(samples: Samples, form: AdvantageForm) -> None:
         raise ValueError("baseline='length_weighted' needs lengths; got None")
     if form.baseline != "length_weighted":
         check_unread("lengths", samples.lengths, None, f"with baseline={form.baseline!r}, which does not read them")
-    if (samples.critic_values is None) != (form.critic_weight == 0):
-        raise ValueError(
-            "critic_values and a critic_weight above 0 go together; "
-            f"got {'None' if samples.critic_values is None else 'values'} and {form.critic_weight!r}"
-        )
+    if samples.critic_values is None:
+        check_unread("critic_weight", form.critic_weight, 0.0, "without critic_values")
+    elif form.critic_weight == 0:
+        raise ValueError(f"critic_values need a critic_weight above 0; got {form.critic_weight!r}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
+from ..grouping import check_unread
 from ..layout import Layout, layout_of, real_dtype
 from . import operators as ops
 from .critic import active_tokens, check_whitening, whitened_grid
@@ -107,11 +108,12 @@ def gae(
 
 
 def _minus_kl(tokens: Tokens, rewards: Tensor, kl: Tensor | None, kl_coef: float) -> Tensor:
-    if (kl is None) != (kl_coef == 0):
-        raise ValueError(
-            f"kl and a kl_coef other than 0 go together; got {'None' if kl is None else 'kl'} and {kl_coef!r}"
-        )
-    return rewards if kl is None else rewards - kl_coef * tokens.per_token(kl, "kl")
+    if kl is None:
+        check_unread("kl_coef", kl_coef, 0.0, "without kl")
+        return rewards
+    if kl_coef == 0:
+        raise ValueError(f"kl needs a kl_coef other than 0; got {kl_coef!r}")
+    return rewards - kl_coef * tokens.per_token(kl, "kl")
 
 
 def _whitened(tokens: Tokens, values: Tensor, group: Any, **options: Any) -> TokenAdvantages:
