@@ -59,7 +59,7 @@ def check_groups(samples: int, group_size: int | None, group_ids: Tensor | None)
     if (group_size is None) == (group_ids is None):
         raise ValueError(f"give exactly one of group_size and group_ids; got {group_size!r} and {group_ids!r}")
     if group_size is not None and (group_size < 1 or samples % group_size):
-        raise ValueError(f"group_size must be at least 1 and divide the {samples} rewards; got {group_size!r}")
+        raise ValueError(f"group_size must be at least 1 and divide the {samples} samples; got {group_size!r}")
     if group_ids is None:
         return
     if group_ids.shape != (samples,) or group_ids.is_floating_point() or group_ids.is_complex():

@@ -1,9 +1,9 @@
 // Near-duplicates inside a group: each sample against the kept ones before it, block after block. A block's samples are
 // counted against everything before them in parallel; which of them are kept is decided in order.
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
+#include "groups.h"
 #include "ngram_sets.h"
 #include "parallel.h"
 
@@ -81,15 +81,15 @@ struct Group {
 
 // Groups that are a large part of the work run one after another on all threads, the others side by side.
 void group_diversity(const DiversityParams& p, Stream) {
-  const auto id = [&](int64_t sample) { return p.group_ids ? p.group_ids[sample] : sample / p.group_size; };
+  const Groups grouping(p.group_ids, p.samples, p.group_size);
   std::vector<int64_t> order(p.samples);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return id(a) < id(b); });
+  for (int64_t i = 0; i < p.samples; ++i) order[i] = grouping.sample(i);
   std::vector<Group> groups;
   double total = 0;
-  for (int64_t begin = 0, end; begin < p.samples; begin = end) {
+  for (int64_t g = 0; g < grouping.count(); ++g) {
+    const int64_t begin = grouping.begin(g), end = grouping.end(g);
     double tokens = 1;
-    for (end = begin; end < p.samples && id(order[end]) == id(order[begin]); ++end) tokens += length_of(p, order[end]);
+    for (int64_t i = begin; i < end; ++i) tokens += length_of(p, order[i]);
     groups.push_back({begin, end, tokens * double(end - begin)});
     total += groups.back().work;
   }

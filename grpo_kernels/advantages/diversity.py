@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import resolve
-from ..layout import Layout, layout_of
+from ..grouping import check_groups
+from ..layout import layout_of
 
 
 class GroupDiversity(NamedTuple):
@@ -60,9 +61,10 @@ def group_diversity(
     Raises:
         ValueError: unless exactly one of group_size and group_ids is given and fits; for shapes that do not agree, a
             threshold outside [0, 1] or an ngram below 1.
-        TypeError: if token_ids or group_ids are not integers.
+        TypeError: if token_ids are not integers.
     """
-    _check_integers("token_ids", token_ids)
+    if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
+        raise TypeError(f"token_ids must be integers; got {token_ids.dtype}")
     layout = layout_of(token_ids.shape, cu_seqlens)
     if not layout.knows_sequences:
         raise ValueError(f"flat token_ids need cu_seqlens; got shape {tuple(token_ids.shape)} and none")
@@ -70,7 +72,7 @@ def group_diversity(
         raise ValueError(f"threshold must be from 0 to 1; got {threshold!r}")
     if not isinstance(ngram, int) or ngram < 1:
         raise ValueError(f"ngram must be a whole number of at least 1; got {ngram!r}")
-    _check_groups(layout, group_size, group_ids)
+    check_groups(layout.sequences, group_size, group_ids)
     for name, x in (("mask", mask), ("group_ids", group_ids), ("cu_seqlens", cu_seqlens)):
         if x is not None and x.device != token_ids.device:
             raise ValueError(f"{name} must be where token_ids are, on {token_ids.device}; got {x.device}")
@@ -84,20 +86,3 @@ def group_diversity(
         resolve(backend, token_ids.device),
     )  # fmt: skip
     return GroupDiversity(*outputs)
-
-
-def _check_integers(name: str, x: Tensor) -> None:
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers; got {x.dtype}")
-
-
-def _check_groups(layout: Layout, group_size: int | None, group_ids: Tensor | None) -> None:
-    samples = layout.sequences
-    if (group_size is None) == (group_ids is None):
-        raise ValueError(f"give exactly one of group_size and group_ids; got {group_size!r} and {group_ids!r}")
-    if group_size is not None and (group_size < 1 or samples % group_size):
-        raise ValueError(f"group_size must be at least 1 and divide the {samples} samples; got {group_size!r}")
-    if group_ids is not None:
-        _check_integers("group_ids", group_ids)
-        if group_ids.shape != (samples,):
-            raise ValueError(f"group_ids must be one a sample, ({samples},); got {tuple(group_ids.shape)}")
