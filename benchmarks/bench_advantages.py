@@ -1,4 +1,4 @@
-"""Group-normalised advantages of 16,384 rewards in groups of 16."""
+"""Group-normalised advantages of 16,384 rewards in groups of 16; GAE over 512 sequences of 4096 tokens."""
 
 from __future__ import annotations
 
@@ -37,3 +37,26 @@ def build(harness: Harness) -> Case:
 @pytest.mark.parametrize("variant", VARIANTS)
 def bench_advantages(benchmark: Any, harness: Harness, variant: str) -> None:
     harness.run(benchmark, "advantages", variant, lambda: build(harness))
+
+
+SEQUENCES, TOKENS, SMOKE_TOKENS = 512, 4096, 16
+GAMMA, LAM = 0.99, 0.95
+
+
+def build_gae(harness: Harness) -> Case:
+    shape = (SEQUENCES, TOKENS) if harness.full else (8, SMOKE_TOKENS)
+    g = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(shape, generator=g) for _ in range(2))
+    mask = torch.arange(shape[1]) < torch.randint(1, shape[1] + 1, (shape[0], 1), generator=g)
+    return Case(
+        name=f"gae {list(shape)}",
+        ours={"cpu": lambda: tuple(gk.gae(rewards, values, mask, gamma=GAMMA, lam=LAM, backend="cpu"))},
+        eager=lambda: eager.gae_by_loop(rewards, values, mask, GAMMA, LAM),
+        unit=("copy", rewards.clone),
+        tolerance=1e-4,
+        rounds={"eager": 3, "ours": 15},
+    )
+
+
+def bench_gae(benchmark: Any, harness: Harness) -> None:
+    harness.run(benchmark, "gae", "cpu", lambda: build_gae(harness))

@@ -70,6 +70,18 @@ def advantages_vectorised(rewards: Tensor, group_size: int, eps: float = 1e-6) -
     return ((groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + eps)).view(-1)
 
 
+def gae_by_loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """verl's compute_gae_advantage_return, not whitened: a loop over time, vectorised over the batch."""
+    next_value, running, advantages = torch.zeros(()), torch.zeros(()), []
+    for t in reversed(range(rewards.shape[1])):
+        on = mask[:, t]
+        running = torch.where(on, rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * running, running)
+        next_value = torch.where(on, values[:, t], next_value)
+        advantages.append(running)
+    stacked = torch.stack(advantages[::-1], 1) * mask
+    return stacked, stacked + values * mask
+
+
 def diversity_by_sets(ids: Tensor, group_size: int, ngram: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """Near-duplicates group by group: every completion's set of n-grams against those kept before it."""
     keep, similarity, leaders = [], [], []

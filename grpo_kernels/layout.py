@@ -190,7 +190,7 @@ def rows_of(
     if mask is not None:
         if mask.shape != targets.shape:
             raise ValueError(f"mask must have the shape of targets, {tuple(targets.shape)}; got {tuple(mask.shape)}")
-        active = active & (mask != 0)
+        active = active & mask.to(torch.bool)  # of a bool mask `!= 0` would make int64 first
     number, tensor = _temperature(temperature, targets, real_dtype(logits.dtype), grid)
     return Rows(
         logits, targets.reshape(grid), active.reshape(grid), number, tensor, float(logit_scale), float(softcap or 0)

@@ -302,5 +302,5 @@ def _policy_mask(mask: Tensor | None, grid_logps: Tensor, layout: Layout) -> Ten
     elif mask.shape != layout.shape:
         raise ValueError(f"mask must have the shape of the tokens, {tuple(layout.shape)}; got {tuple(mask.shape)}")
     else:
-        active = (mask != 0).reshape(layout.grid)
+        active = mask.to(torch.bool).reshape(layout.grid)
     return within_sequences(active, layout)

@@ -54,7 +54,7 @@ def active_tokens(mask: Tensor | None, layout: Layout, device: torch.device) -> 
     if mask is None:
         active = torch.ones(layout.grid, dtype=torch.bool, device=device)
     else:
-        active = (mask != 0).reshape(layout.grid)
+        active = mask.to(torch.bool).reshape(layout.grid)
     return within_sequences(active, layout)
 
 

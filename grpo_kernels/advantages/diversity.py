@@ -77,7 +77,7 @@ def group_diversity(
         if x is not None and x.device != token_ids.device:
             raise ValueError(f"{name} must be where token_ids are, on {token_ids.device}; got {x.device}")
     if mask is not None:
-        mask = layout.tokens(mask != 0, "mask", torch.bool)
+        mask = layout.tokens(mask, "mask", torch.bool)
     ids = None if group_ids is None else group_ids.to(torch.int64)
     if token_ids.dtype not in (torch.int32, torch.int64):
         token_ids = token_ids.to(torch.int64)
