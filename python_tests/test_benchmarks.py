@@ -63,7 +63,7 @@ def test_the_report_repeats_that_table(measured: tuple[str, Path]) -> None:
     output, file = measured
     report = python("-m", "benchmarks.report", str(file))
     lines = [line for line in report.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + 5
     assert all(line in output for line in lines)
 
 
