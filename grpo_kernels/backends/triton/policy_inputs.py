@@ -4,9 +4,8 @@ A [B, T] view is three arguments: address, stride of the batch, stride of the to
 address, which Triton compiles away.
 """
 
-from __future__ import annotations
-
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +16,9 @@ from ...config import Form, Scalars
 from ...layout import PolicyInputs
 
 SCALARS = tl.constexpr(len(Scalars._fields))
+ADV, WEIGHT, OLD, REF, ROLLOUT, TOKEN_WEIGHT, ENTROPY_WEIGHT, ENTROPY_MASK, SELECTED, POOLED_WEIGHT = (
+    tl.constexpr(i) for i in range(10)
+)
 
 _captured: list[Tensor] = []
 
@@ -26,9 +28,9 @@ def view_args(x: Tensor | None) -> tuple[Tensor | None, int, int]:
 
 
 def policy_args(inputs: PolicyInputs) -> list[Tensor | int | None]:
-    """The scalars' address, then the ten views in the order of `load_token`."""
+    """The scalars' address, then the ten views, three arguments each, in the order of `load_token`."""
     adv = inputs.advantages
-    views = inputs[: PolicyInputs._fields.index("scalars")]
+    views: Any = inputs[: PolicyInputs._fields.index("scalars")]
     return [device_scalars(inputs.scalars, adv.dtype, adv.device), *(arg for x in views for arg in view_args(x))]
 
 
@@ -61,43 +63,38 @@ def load_scalars(scalars, REAL: tl.constexpr):
     """The numbers of config.Scalars, each by name: `s[EPS_LOW]`."""
     s = ()
     for i in tl.static_range(SCALARS):
-        s = s + (tl.load(scalars + i).to(REAL),)  # noqa: RUF005 - kernels know no unpacking
+        s = s + (tl.load(scalars + i).to(REAL),)  # type: ignore[assignment]  # noqa: RUF005 - kernels know no unpacking
     return s
 
 
 @triton.jit
-def read(data, stride_b, stride_t, b, t, mask, absent, REAL: tl.constexpr):
-    """Tokens (b, t) of a view, int64; nothing is read where the mask is off. `absent` stands in for a missing view, and
-    gives the shape."""
-    if data is None:
+def read(view, b, t, mask, absent, REAL: tl.constexpr):
+    """Tokens (b, t), int64, of a view (address, strides); nothing is read where the mask is off. `absent` stands in for
+    a view that is not given."""
+    if view[0] is None:
         return absent
     else:
-        return tl.load(data + b * stride_b + t * stride_t, mask=mask, other=0.0).to(REAL)
+        return tl.load(view[0] + b * view[1] + t * view[2], mask=mask, other=0.0).to(REAL)
 
 
 @triton.jit
-def load_token(
-    b, t, mask, logp,
-    adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
-    rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
-    entropy_weight, entropy_weight_b, entropy_weight_t, entropy_mask, entropy_mask_b, entropy_mask_t,
-    selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t, REAL: tl.constexpr,
-):  # fmt: skip
-    """A token's (adv, weight, old, ref, rollout, token_weight, entropy_weight, entropy_mask, selected, pooled_weight).
+def load_token(b, t, mask, logp, views, REAL: tl.constexpr):
+    """One token's share of each view, or a block's: (adv, weight, old, ...), by name `token[OLD]`.
 
-    `logp` stands in for what is not given: on-policy, a ratio of 1. b and t must be int64: products pass 2^31.
+    `views` holds the three arguments of each, one after the other. `logp` stands in for what is not given: on-policy, a
+    ratio of 1.
     """
-    zero = tl.zeros_like(logp)
-    w = read(weight, weight_b, weight_t, b, t, mask, zero + 1, REAL)
+    one = tl.zeros_like(logp) + 1
+    weight = read(views[3:6], b, t, mask, one, REAL)
     return (
-        read(adv, adv_b, adv_t, b, t, mask, zero, REAL),
-        w,
-        read(old, old_b, old_t, b, t, mask, logp, REAL),
-        read(ref, ref_b, ref_t, b, t, mask, logp, REAL),
-        read(rollout, rollout_b, rollout_t, b, t, mask, logp, REAL),
-        read(token_weight, token_weight_b, token_weight_t, b, t, mask, zero + 1, REAL),
-        read(entropy_weight, entropy_weight_b, entropy_weight_t, b, t, mask, w, REAL),
-        read(entropy_mask, entropy_mask_b, entropy_mask_t, b, t, mask, zero + 1, REAL),
-        read(selected, selected_b, selected_t, b, t, mask, zero, REAL),
-        read(pooled_weight, pooled_weight_b, pooled_weight_t, b, t, mask, zero + 1, REAL),
+        read(views[0:3], b, t, mask, one - 1, REAL),
+        weight,
+        read(views[6:9], b, t, mask, logp, REAL),
+        read(views[9:12], b, t, mask, logp, REAL),
+        read(views[12:15], b, t, mask, logp, REAL),
+        read(views[15:18], b, t, mask, one, REAL),
+        read(views[18:21], b, t, mask, weight, REAL),
+        read(views[21:24], b, t, mask, one, REAL),
+        read(views[24:27], b, t, mask, one - 1, REAL),
+        read(views[27:30], b, t, mask, one, REAL),
     )
