@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
 
 import grpo_kernels as gk
 from grpo_kernels.backends import cpu
@@ -17,6 +21,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def pytest_configure() -> None:
     torch.set_num_threads(2)
+    if "triton" in BACKENDS_HERE and not torch.cuda.is_available():
+        import interpreter
+
+        interpreter.patch_the_language_once_a_launch()
+        interpreter.round_to_bfloat16()
 
 
 @pytest.fixture(params=cpu.supported_instruction_sets())

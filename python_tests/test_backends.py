@@ -1,6 +1,7 @@
 """Which backend runs, and what is said of one that cannot."""
 
 import importlib
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,44 @@ def test_available_backends_name_the_reason():
 def test_auto_resolves_by_device():
     assert backends.resolve("auto", torch.device("cpu")) == "cpu"
     assert backends.resolve("auto", torch.device("meta")) == "reference"
-    with pytest.raises(backends.BackendUnavailable, match="'triton' is not here"):  # no silent fall back to slow code
-        backends.resolve("auto", torch.device("cuda"))
     with pytest.raises(ValueError, match="needs CPU tensors; got meta"):
         backends.resolve("cpu", torch.device("meta"))
+
+
+WITHOUT_A_GPU = """
+import torch
+import grpo_kernels as gk
+from grpo_kernels import backends
+
+assert torch.cuda.is_available() or "finds no CUDA or ROCm device" in gk.available_backends()["triton"]
+x, t = torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)
+try:
+    gk.token_logps(x, t, backend="triton")
+except (backends.BackendUnavailable, ValueError) as error:
+    assert "TRITON_INTERPRET=1, set before Triton is imported" in str(error), error
+else:
+    raise AssertionError("CPU tensors were accepted")
+if not torch.cuda.is_available():
+    try:
+        backends.resolve("auto", torch.device("cuda"))  # no silent fall back to slow code
+    except backends.BackendUnavailable as error:
+        assert "'triton' is not here" in str(error)
+    else:
+        raise AssertionError("resolved")
+"""
+
+
+def test_triton_without_a_gpu_and_without_its_interpreter():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_GPU], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(gk.available_backends()["triton"] != "ok", reason="no Triton")
+def test_triton_is_what_a_gpu_gets():
+    assert backends.resolve("auto", torch.device("cuda")) == "triton"
 
 
 def test_a_missing_native_module_says_how_to_build_it(monkeypatch):
@@ -40,6 +75,7 @@ def test_a_missing_native_module_says_how_to_build_it(monkeypatch):
         ):
             gk.token_logps(torch.randn(2, 5), torch.zeros(2, dtype=torch.int64))
         assert "pip install" in gk.available_backends()["cpu"]
+        assert "pip install 'grpo-kernels[triton]'" in gk.available_backends()["triton"]
     finally:
         backends.implementation.cache_clear()
 

@@ -229,7 +229,7 @@ WRONG = {
     "softcap": (lambda: gk.token_logps(L, T, softcap=-1.0), ValueError, "softcap.*-1.0"),
     "logit_scale": (lambda: gk.token_logps(L, T, logit_scale=math.nan), ValueError, "logit_scale.*nan"),
     "backend": (lambda: gk.token_logps(L, T, backend="cudnn"), ValueError, "'cpu'.*got 'cudnn'"),
-    "missing backend": (lambda: gk.token_logps(L, T, backend="triton"), RuntimeError, "'triton' is not here"),
+    "missing backend": (lambda: gk.token_logps(L, T, backend="cuda"), RuntimeError, "'cuda' is not here"),
     "tp_group": (lambda: gk.token_logps(L, T, tp_group=object()), NotImplementedError, "tp_group"),
     "advantages shape": (lambda: gk.grpo_loss(L, T, torch.ones(4)), ValueError, r"advantages.*\(3, 5\) or \(3,\).*\(4,\)"),
     "no advantages": (lambda: gk.grpo_loss(L, T), ValueError, "either advantages or rewards"),

@@ -32,14 +32,14 @@ def run(fn, logits, targets, **options):
     return logps.detach(), entropy.detach(), sum_p2.detach(), g
 
 
-def ours(logits, targets, **options):
-    return gk.token_logps(logits, targets, return_entropy=True, return_sum_p2=True, backend="cpu", **options)
+def ours(logits, targets, backend="cpu", **options):
+    return gk.token_logps(logits, targets, return_entropy=True, return_sum_p2=True, backend=backend, **options)
 
 
-def check(logits, targets, what="", **options):
+def check(logits, targets, what="", backend="cpu", **options):
     names = ("logps", "entropy", "sum_p2", "gradient")
     mine, theirs, exact = (
-        run(ours, logits, targets, **options),
+        run(ours, logits, targets, backend=backend, **options),
         run(eager, logits, targets, **options),
         run(eager, logits.double(), targets, **options),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from ..grouping import AdvantageForm, Samples
 from ..layout import PolicyInputs, Rows, RowStats
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-PLANNED = {
-    "cuda": "this version has no CUDA C++ kernels yet",
-    "triton": "this version has no Triton kernels yet",
+PLANNED = {"cuda": "this version has no CUDA C++ kernels yet"}
+NOT_IMPORTED = {
+    "cpu": "its native module does not load ({error}); "
+    "build it with `pip install .` (or `python setup.py build_ext --inplace`) where a C++ compiler is",
+    "triton": "Triton does not import ({error}); install it with `pip install 'grpo-kernels[triton]'`",
 }
 
 
@@ -70,13 +72,12 @@ def implementation(name: str) -> Backend:
     if name in PLANNED:
         raise BackendUnavailable(name, f"{PLANNED[name]}; use 'cpu' or 'reference'")
     try:
-        return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+        module: Any = importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
-        raise BackendUnavailable(
-            name,
-            f"its native module does not load ({error}); "
-            "build it with `pip install .` (or `python setup.py build_ext --inplace`) where a C++ compiler is",
-        ) from error
+        raise BackendUnavailable(name, NOT_IMPORTED.get(name, "{error}").format(error=error)) from error
+    if name == "triton" and (reason := module.missing()):
+        raise BackendUnavailable(name, reason)
+    return module
 
 
 def resolve(backend: str, device: torch.device) -> str:
@@ -84,7 +85,12 @@ def resolve(backend: str, device: torch.device) -> str:
     if backend == "auto":
         backend = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
     if not torch.compiler.is_compiling():  # a compiled graph finds out when it calls the operator
-        implementation(backend)
+        module: Any = implementation(backend)
+        if backend == "triton" and not module.runs_on(device):
+            raise ValueError(
+                f"backend 'triton' needs tensors on a GPU, or Triton's interpreter (TRITON_INTERPRET=1, set before "
+                f"Triton is imported); got {device}"
+            )
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors; got {device}")
     return backend

@@ -1,0 +1,140 @@
+"""The Triton kernels: tensors become arguments here, and a launch is chosen; nothing is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layout import PolicyInputs, Rows, RowStats, real_dtype
+from . import tuning
+from .advantages import group_advantages as group_advantages
+from .launch import INTERPRETED, REALS, aligned, bits, on_device_of
+from .policy_inputs import form_args, policy_args, view_args
+from .row import gradient_kernel, policy_kernel, stats_kernel
+from .token import token_policy as token_policy
+
+
+def missing() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return (
+        "Triton is installed but torch finds no CUDA or ROCm device; use 'cpu' or 'reference', "
+        "or its interpreter (TRITON_INTERPRET=1, set before Triton is imported) to try the kernels on CPU tensors"
+    )
+
+
+def runs_on(device: torch.device) -> bool:
+    return INTERPRETED or device.type == "cuda"
+
+
+def new_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty(shape, dtype=dtype or like.dtype)
+
+
+def row_forward(rows: Rows, sum_p2: bool) -> tuple[RowStats, Tensor]:
+    stats = _new_stats(rows)
+    squares = _new_real(rows, rows.targets.shape if sum_p2 else (0,))
+    tuning.tune("row_forward", rows.logits, lambda config: _forward(rows, stats, squares if sum_p2 else None, config))
+    _forward(rows, stats, squares if sum_p2 else None)
+    return stats, squares
+
+
+def row_backward(rows: Rows, saved: RowStats, g_logps: Tensor, g_entropy: Tensor | None, gradient: Tensor) -> None:
+    g_logps = g_logps.contiguous()
+    g_entropy = None if g_entropy is None else g_entropy.contiguous()
+    saved = RowStats(*(x.contiguous() for x in saved))
+    if tuning.asked():
+        copy = torch.empty_like(gradient)
+        tuning.tune("row_backward", rows.logits, lambda c: _backward(rows, saved, g_logps, g_entropy, copy, c))
+    _backward(rows, saved, g_logps, g_entropy, gradient)
+
+
+def row_policy(rows: Rows, inputs: PolicyInputs, gradient: Tensor) -> RowStats:
+    stats = _new_stats(rows)
+    if tuning.asked():
+        copy = torch.empty_like(gradient)
+        tuning.tune("row_policy", rows.logits, lambda config: _policy(rows, inputs, stats, copy, config))
+    _policy(rows, inputs, stats, gradient)
+    return stats
+
+
+def _new_real(rows: Rows, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    return rows.logits.new_empty(shape, dtype=real_dtype(rows.logits.dtype))
+
+
+def _new_stats(rows: Rows) -> RowStats:
+    return RowStats(*(_new_real(rows, rows.targets.shape) for _ in RowStats._fields))
+
+
+class _Launch:
+    """What every launch on some rows has in common."""
+
+    def __init__(self, rows: Rows, config: tuning.Config | None, gradient: Tensor | None = None):
+        r, real = rows, real_dtype(rows.logits.dtype)
+        self.rows, self.vocab = r.targets.numel(), r.logits.shape[-1]
+        self.shape = tuning.shape_for(r.logits, config)
+        self.split = self.shape.splits(self.rows, self.vocab)
+        self.segments = -(-self.vocab // self.shape.SEGMENT)
+        self.tiles = -(-self.vocab // self.shape.tile)
+        self._device_of = r.logits
+        views = (r.logits, r.targets, r.active, r.temperatures)
+        numbers = (1 / r.temperature, r.logit_scale, r.softcap)
+        self._args = [
+            *(arg for view in views for arg in view_args(view)),
+            r.targets.shape[1], self.vocab, *(bits(x, real) for x in numbers),
+        ]  # fmt: skip
+        self._constants: dict[str, Any] = {
+            "REAL": REALS[real], "SOFTCAP": r.softcap > 0,
+            "ALIGNED": aligned(r.logits) if gradient is None else aligned(r.logits, gradient),
+            "STEPS": self.shape.STEPS, "LANES": self.shape.LANES, **self.shape.options,
+            # A product and a sum fused in one kernel and not in another would make two results of one row.
+            "enable_fp_fusion": False,
+        }  # fmt: skip
+        left = (self.rows, self.segments, 4) if self.split else (0,)
+        self.left, self.left_z = _new_real(rows, left), _new_real(rows, left[:1])
+
+    def __call__(self, kernel: Any, parts: int, *args: Any, **constants: Any) -> None:
+        if self.rows:
+            with on_device_of(self._device_of):
+                kernel[(self.rows, parts)](*self._args, *args, **self._constants, **constants)
+
+    def leave_segments(self, stats: RowStats, sum_p2: Tensor | None) -> None:
+        self.stats(stats, sum_p2, "segments", self.segments)
+
+    def stats(self, stats: RowStats, sum_p2: Tensor | None, phase: str, parts: int) -> None:
+        squares = stats.logps if sum_p2 is None else sum_p2  # never written
+        self(
+            stats_kernel, parts, *stats, squares, self.left, self.left_z, self.segments,
+            PHASE=phase, SUM_P2=sum_p2 is not None, SEGMENT=self.shape.SEGMENT,
+        )  # fmt: skip
+
+
+def _forward(rows: Rows, stats: RowStats, sum_p2: Tensor | None, config: tuning.Config | None = None) -> None:
+    launch = _Launch(rows, config)
+    if launch.split:
+        launch.leave_segments(stats, sum_p2)
+    launch.stats(stats, sum_p2, "merge" if launch.split else "row", 1)
+
+
+def _backward(
+    rows: Rows, saved: RowStats, g_logps: Tensor, g_entropy: Tensor | None, gradient: Tensor,
+    config: tuning.Config | None = None,
+) -> None:  # fmt: skip
+    launch = _Launch(rows, config, gradient)
+    launch(gradient_kernel, launch.tiles, *saved, g_logps, g_entropy, *view_args(gradient))
+
+
+def _policy(
+    rows: Rows, inputs: PolicyInputs, stats: RowStats, gradient: Tensor, config: tuning.Config | None = None
+) -> None:
+    launch = _Launch(rows, config, gradient)
+    if launch.split:
+        launch.leave_segments(stats, None)
+    launch(
+        policy_kernel, launch.tiles if launch.split else 1, *stats, launch.left, launch.left_z, launch.segments,
+        *view_args(gradient), *policy_args(inputs), **form_args(inputs),
+        PHASE="merge" if launch.split else "row", SEGMENT=launch.shape.SEGMENT,
+    )  # fmt: skip

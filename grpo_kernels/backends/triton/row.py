@@ -1,0 +1,223 @@
+"""The row kernels: sweep a row for its softmax statistics, ask the epilogue for d loss / d logp and d loss / d entropy,
+sweep it again to write the gradient.
+
+Program axis 0 is the row. Many rows: a program each (PHASE "row"). Few: a program for each segment of a row
+("segments"), and what they leave behind is merged in the order of the segments ("merge"). The sums are the same either
+way, so a row's result depends on nothing but the row.
+"""
+
+import triton
+import triton.language as tl
+
+from .launch import kernel, number
+from .math import ENTROPY_COEF, LOG_RATIO_CLAMP, inside, token_loss
+from .numeric import clamp_
+from .policy_inputs import (
+    ADV,
+    ENTROPY_MASK,
+    ENTROPY_WEIGHT,
+    OLD,
+    REF,
+    ROLLOUT,
+    SELECTED,
+    TOKEN_WEIGHT,
+    WEIGHT,
+    load_scalars,
+    load_token,
+)  # fmt: skip
+from .softmax import row_gradient, target_gradient
+from .sweep import finished, merged_segments, row_stats, segment_stats, write_gradient, z_of
+
+
+@triton.jit
+def row_at(data, stride_b, stride_t, b, t, ALIGNED: tl.constexpr):
+    row = data + (b * stride_b + t * stride_t)
+    if ALIGNED:
+        row = tl.multiple_of(row, 16)
+    return row
+
+
+@triton.jit
+def transform(numbers, temperature, b, t, REAL: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(natural, slope, inner, cap): what makes a difference of z one of logarithms, dz / dlogit without softcap', and
+    z = cap * tanh(logit * inner). `numbers` are the bits of 1 / temperature, logit_scale and softcap."""
+    inv_t, scale, cap = number(numbers[0], REAL), number(numbers[1], REAL), number(numbers[2], REAL)
+    if temperature[0] is not None:
+        inv_t = 1 / tl.load(temperature[0] + b * temperature[1] + t * temperature[2]).to(REAL)
+    if SOFTCAP:
+        return inv_t, scale * inv_t, scale / cap, cap
+    else:
+        return scale * inv_t, scale * inv_t, scale, cap
+
+
+@triton.jit
+def open_row(views, tokens, vocab, numbers, REAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr):
+    """(row, b, t, data, live, target, vocab, maths) of this program; `views` are of logits, targets, active and
+    temperature, three arguments each, maths is what `transform` returns."""
+    row = tl.program_id(0).to(tl.int64)  # rows * vocab passes 2^31 at 14k tokens of a 152k vocabulary
+    b, t = row // tokens, row % tokens
+    vocab = vocab.to(tl.int32)
+    if ALIGNED:  # a mask that may end anywhere would split every access
+        vocab = tl.multiple_of(vocab, 16)
+    target = tl.load(views[3] + b * views[4] + t * views[5])
+    target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+    live = tl.load(views[6] + b * views[7] + t * views[8]) != 0
+    maths = transform(numbers, views[9:12], b, t, REAL, SOFTCAP)
+    return row, b, t, row_at(views[0], views[1], views[2], b, t, ALIGNED), live, target, vocab, maths
+
+
+@triton.jit
+def target_z(data, target, live, maths, REAL: tl.constexpr, SOFTCAP: tl.constexpr):
+    """NaN without a target: so is then the log-prob."""
+    logit = tl.load(data + target, mask=live & (target >= 0), other=float("nan")).to(REAL)
+    return z_of(logit, maths[2], maths[3], SOFTCAP)[0]
+
+
+@triton.jit
+def store_stats(row, stats, logps, entropy, max, log_sum):
+    tl.store(logps + row, stats[0])
+    tl.store(entropy + row, stats[1])
+    tl.store(max + row, stats[2])
+    tl.store(log_sum + row, stats[3])
+
+
+@triton.jit
+def pull_on_row(
+    data, out, begin, tiles, vocab, live, target, stats, g_logp, g_entropy, maths,
+    REAL: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Writes `tiles` of the gradient from column `begin`, given the loss's pull on the row's log-prob and entropy."""
+    logp, entropy, max, log_sum = stats[0], stats[1], stats[2], stats[3]
+    live = live & ((g_logp != 0) | (g_entropy != 0))  # a NaN is something
+    a, b = row_gradient(g_logp, g_entropy, log_sum, entropy)
+    at_target = target_gradient(g_logp, g_entropy, logp, entropy)
+    write_gradient(
+        data, out, begin, tiles, vocab, live, target, max, a, b, at_target, maths, REAL, SOFTCAP, STEPS, LANES
+    )  # fmt: skip
+
+
+@kernel
+def stats_kernel(
+    logits, logits_b: tl.int64, logits_t: tl.int64, targets, targets_b: tl.int64, targets_t: tl.int64,
+    active, active_b: tl.int64, active_t: tl.int64, temperature, temperature_b: tl.int64, temperature_t: tl.int64,
+    tokens: tl.int64, vocab: tl.int64, inv_temperature: tl.int64, logit_scale: tl.int64, softcap: tl.int64,
+    logps, entropy, max, log_sum, sum_p2, left, left_z, segments: tl.int64,
+    REAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, PHASE: tl.constexpr, SUM_P2: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """`left` [rows, segments, 4] and `left_z` [rows]: what the phase "segments" leaves behind."""
+    row, _, _, data, live, target, vocab, maths = open_row(
+        (logits, logits_b, logits_t, targets, targets_b, targets_t, active, active_b, active_t,
+         temperature, temperature_b, temperature_t),
+        tokens, vocab, (inv_temperature, logit_scale, softcap), REAL, SOFTCAP, ALIGNED,
+    )  # fmt: skip
+    end = tl.where(live, vocab, 0)
+    if PHASE == "segments":
+        part = tl.program_id(1)
+        s = segment_stats(data, part * SEGMENT, end, maths, REAL, SOFTCAP, SUM_P2, STEPS, LANES, SEGMENT)
+        at = left + 4 * (row * segments + part)
+        for i in tl.static_range(4):
+            tl.store(at + i, s[i])
+        if part == 0:
+            tl.store(left_z + row, target_z(data, target, live, maths, REAL, SOFTCAP))
+    else:
+        if PHASE == "merge":
+            z = tl.load(left_z + row)
+            s = merged_segments(left + 4 * row * segments, segments, maths, REAL)
+        else:
+            z = target_z(data, target, live, maths, REAL, SOFTCAP)
+            s = row_stats(data, end, maths, REAL, SOFTCAP, SUM_P2, STEPS, LANES, SEGMENT)
+        stats = finished(s, z, maths, live)
+        store_stats(row, stats, logps, entropy, max, log_sum)
+        if SUM_P2:
+            tl.store(sum_p2 + row, stats[4])
+
+
+@kernel
+def gradient_kernel(
+    logits, logits_b: tl.int64, logits_t: tl.int64, targets, targets_b: tl.int64, targets_t: tl.int64,
+    active, active_b: tl.int64, active_t: tl.int64, temperature, temperature_b: tl.int64, temperature_t: tl.int64,
+    tokens: tl.int64, vocab: tl.int64, inv_temperature: tl.int64, logit_scale: tl.int64, softcap: tl.int64,
+    logps, entropy, max, log_sum, g_logps, g_entropy, gradient, gradient_b: tl.int64, gradient_t: tl.int64,
+    REAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The backward: one tile a program, along axis 1. `gradient` may be the logits."""
+    row, b, t, data, live, target, vocab, maths = open_row(
+        (logits, logits_b, logits_t, targets, targets_b, targets_t, active, active_b, active_t,
+         temperature, temperature_b, temperature_t),
+        tokens, vocab, (inv_temperature, logit_scale, softcap), REAL, SOFTCAP, ALIGNED,
+    )  # fmt: skip
+    stats = tl.load(logps + row), tl.load(entropy + row), tl.load(max + row), tl.load(log_sum + row)
+    on_entropy = tl.zeros([], REAL)
+    if g_entropy is not None:
+        on_entropy = tl.load(g_entropy + row)
+    begin, out = tl.program_id(1) * (STEPS * LANES), row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
+    pull_on_row(
+        data, out, begin, 1, vocab, live, target, stats, tl.load(g_logps + row), on_entropy, maths,
+        REAL, SOFTCAP, STEPS, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
+def policy_pull(logp, token, s, OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr):
+    """(d loss / d logp, d loss / d entropy): the loss of a token that asks no other."""
+    raw, zero = logp - token[OLD], tl.zeros_like(logp)
+    log_ratio = clamp_(raw, -s[LOG_RATIO_CLAMP], s[LOG_RATIO_CLAMP])
+    term = token_loss(
+        logp, token[OLD], log_ratio, token[ADV], token[TOKEN_WEIGHT], token[SELECTED], token[REF], token[ROLLOUT],
+        zero, zero, zero, s, OBJECTIVE, KL, KL_GRADIENT,
+    )  # fmt: skip
+    g_logp = token[WEIGHT] * (term[4] + tl.where(inside(raw, log_ratio), term[2], 0.0))
+    return g_logp, -s[ENTROPY_COEF] * token[ENTROPY_MASK] * token[ENTROPY_WEIGHT]
+
+
+@kernel
+def policy_kernel(
+    logits, logits_b: tl.int64, logits_t: tl.int64, targets, targets_b: tl.int64, targets_t: tl.int64,
+    active, active_b: tl.int64, active_t: tl.int64, temperature, temperature_b: tl.int64, temperature_t: tl.int64,
+    tokens: tl.int64, vocab: tl.int64, inv_temperature: tl.int64, logit_scale: tl.int64, softcap: tl.int64,
+    logps, entropy, max, log_sum, left, left_z, segments: tl.int64,
+    gradient, gradient_b: tl.int64, gradient_t: tl.int64,
+    scalars, adv, adv_b: tl.int64, adv_t: tl.int64, weight, weight_b: tl.int64, weight_t: tl.int64,
+    old, old_b: tl.int64, old_t: tl.int64, ref, ref_b: tl.int64, ref_t: tl.int64,
+    rollout, rollout_b: tl.int64, rollout_t: tl.int64,
+    token_weight, token_weight_b: tl.int64, token_weight_t: tl.int64,
+    entropy_weight, entropy_weight_b: tl.int64, entropy_weight_t: tl.int64,
+    entropy_mask, entropy_mask_b: tl.int64, entropy_mask_t: tl.int64,
+    selected, selected_b: tl.int64, selected_t: tl.int64,
+    pooled_weight, pooled_weight_b: tl.int64, pooled_weight_t: tl.int64,
+    REAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, PHASE: tl.constexpr,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Statistics, the loss of the row's token and the gradient: in one launch ("row"), or after `stats_kernel` has left
+    its segments behind, one tile a program along axis 1 ("merge"). `gradient` may be the logits."""
+    row, b, t, data, live, target, vocab, maths = open_row(
+        (logits, logits_b, logits_t, targets, targets_b, targets_t, active, active_b, active_t,
+         temperature, temperature_b, temperature_t),
+        tokens, vocab, (inv_temperature, logit_scale, softcap), REAL, SOFTCAP, ALIGNED,
+    )  # fmt: skip
+    if PHASE == "merge":
+        begin, tiles = tl.program_id(1) * (STEPS * LANES), 1
+        z = tl.load(left_z + row)  # the logit may be overwritten by now
+        s = merged_segments(left + 4 * row * segments, segments, maths, REAL)
+    else:
+        begin, tiles = 0, tl.cdiv(vocab, STEPS * LANES)
+        z = target_z(data, target, live, maths, REAL, SOFTCAP)
+        s = row_stats(data, tl.where(live, vocab, 0), maths, REAL, SOFTCAP, False, STEPS, LANES, SEGMENT)
+        tl.debug_barrier()  # no thread may overwrite what another has yet to read
+    stats = finished(s, z, maths, live)
+    if tl.program_id(1) == 0:
+        store_stats(row, stats, logps, entropy, max, log_sum)
+    views = (
+        adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
+        rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
+        entropy_weight, entropy_weight_b, entropy_weight_t, entropy_mask, entropy_mask_b, entropy_mask_t,
+        selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t,
+    )  # fmt: skip
+    token = load_token(b, t, live, stats[0], views, REAL)
+    g_logp, g_entropy = policy_pull(stats[0], token, load_scalars(scalars, REAL), OBJECTIVE, KL, KL_GRADIENT)
+    out = row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
+    pull_on_row(
+        data, out, begin, tiles, vocab, live, target, stats, g_logp, g_entropy, maths, REAL, SOFTCAP, STEPS, LANES
+    )  # fmt: skip

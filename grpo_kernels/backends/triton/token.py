@@ -1,0 +1,259 @@
+"""The token kernel: ratio, objective, KL, weights, reduction and every metric, with the derivative, from log-probs.
+
+One launch. A program takes a sequence, or a piece of one where no token asks for its sequence, and leaves its sums
+behind; the program that arrives last adds them up, in the order of the programs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+
+from ...config import METRICS, Form
+from ...layout import PolicyInputs
+from .launch import INTERPRETED, REALS, kernel, on_device_of
+from .math import (
+    ENTROPY_COEF,
+    GMPO_WEIGHT_FLOOR,
+    KL_COEF,
+    LOG_RATIO_CLAMP,
+    clamp_,
+    inside,
+    max_,
+    pooled_limit,
+    pooled_term,
+    token_loss,
+)  # fmt: skip
+from .policy_inputs import (
+    ADV,
+    ENTROPY_MASK,
+    ENTROPY_WEIGHT,
+    OLD,
+    POOLED_WEIGHT,
+    REF,
+    ROLLOUT,
+    SELECTED,
+    TOKEN_WEIGHT,
+    WEIGHT,
+    form_args,
+    load_scalars,
+    load_token,
+    policy_args,
+    read,
+    view_args,
+)  # fmt: skip
+from .token_sums import SUMS, empty_sums, leave_sums, merge, reduce_programs, token_sums
+
+# One token a thread: two dozen sums stay in registers from the first block to the last, without spills.
+BLOCK = 512
+PROGRAMS = 512  # that long sequences are cut for; a constant, so that the sums are the same on every device
+
+
+@triton.jit
+def load_tokens(b, t, end, logps, active, views, REAL: tl.constexpr):
+    """Which of the tokens (b, t) count, their log-probs and their inputs. Of the others nothing is read."""
+    on = tl.load(active[0] + b * active[1] + t * active[2], mask=t < end, other=0) != 0
+    logp = read(logps, b, t, on, 0.0, REAL)
+    return on, logp, load_token(b, t, on, logp, views, REAL)
+
+
+@triton.jit
+def count_of(token, OBJECTIVE: tl.constexpr):
+    """How much a token counts in a pooled mean: gmpo leaves out what the entropy mask does."""
+    if OBJECTIVE == "gmpo":
+        return token[TOKEN_WEIGHT]
+    else:
+        return tl.zeros_like(token[TOKEN_WEIGHT]) + 1
+
+
+@triton.jit
+def pool(
+    b, begin, end, logps, active, views, s,
+    POOLING: tl.constexpr, OBJECTIVE: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What a sequence's tokens share: the pooled log-ratio, mean advantage and geometric mean of the token weights; the
+    factor that takes the derivative back to each token, and 1 where the bound passes it, else 0."""
+    zeros = tl.zeros([BLOCK], REAL)
+    total, counted, tokens, advs, log_weights = zeros, zeros, zeros, zeros, zeros
+    for start in range(begin, end, BLOCK):
+        on, logp, token = load_tokens(b, start + tl.arange(0, BLOCK), end, logps, active, views, REAL)
+        count = count_of(token, OBJECTIVE)
+        value, _ = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
+        total += tl.where(on, count * value, 0.0)
+        counted += tl.where(on, count, 0.0)
+        tokens += tl.where(on, 1.0, 0.0)
+        advs += tl.where(on, token[ADV], 0.0)
+        log_weights += tl.where(on, tl.log(token[POOLED_WEIGHT] + GMPO_WEIGHT_FLOOR), 0.0)
+    n, one = max_(tl.sum(tokens, 0), 1.0), tl.sum(zeros, 0) + 1
+    share = one if POOLING == "sum" else 1 / max_(tl.sum(counted, 0), 1.0)
+    raw = tl.sum(total, 0) * share
+    log_ratio = pooled_limit(raw, s, OBJECTIVE)
+    weight = one if views[27] is None else tl.exp(tl.sum(log_weights, 0) / n)
+    return log_ratio, tl.sum(advs, 0) / n, weight, share, tl.where(inside(raw, log_ratio), one, 0.0)
+
+
+@triton.jit
+def push_back(
+    b, begin, end, logps, active, views, s, g_logps, tokens, pull,
+    OBJECTIVE: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The derivative in the pooled log-ratio, back to each token that passes it."""
+    for start in range(begin, end, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        on, logp, token = load_tokens(b, t, end, logps, active, views, REAL)
+        _, open = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
+        at = g_logps + b * tokens + t
+        tl.store(at, tl.load(at, on, 0.0) + count_of(token, OBJECTIVE) * pull, on & open)
+
+
+@triton.jit
+def segment(program, pieces, cu_seqlens, tokens, sequences, BLOCK: tl.constexpr):
+    """The batch row and the tokens [begin, end) of it that a program takes, in whole blocks; none past the last."""
+    sequence, piece = program // pieces, program % pieces
+    here = sequence < sequences
+    if cu_seqlens is None:
+        b, begin, end = sequence, tokens * 0, tl.where(here, tokens, 0)
+    else:
+        at = cu_seqlens + sequence
+        b, begin, end = sequence * 0, tl.load(at, here, 0), tl.load(at + 1, here, 0)
+    part = tl.cdiv(tl.cdiv(end - begin, pieces), BLOCK) * BLOCK
+    begin += piece * part
+    return b, begin, tl.minimum(begin + part, end)
+
+
+@triton.jit
+def store_block(per_token, g_logps, g_entropy, at, mask, value, g_logp, g_bonus):
+    tl.store(per_token + at, value, mask)
+    tl.store(g_logps + at, g_logp, mask)
+    if g_entropy is not None:
+        tl.store(g_entropy + at, g_bonus, mask)
+
+
+@triton.jit
+def token_block(
+    b, begin_t, end, tokens, logps, active, entropies, views, shared, s, per_token, g_logps, g_entropy,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, RATIO_LEVEL: tl.constexpr,
+    REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores a block of tokens' results; returns what they add to the sums and to the derivative in the sequence's
+    pooled log-ratio."""
+    t = begin_t + tl.arange(0, BLOCK)
+    on, logp, token = load_tokens(b, t, end, logps, active, views, REAL)
+    zero = tl.zeros_like(logp)
+    entropy = read(entropies, b, t, on, zero, REAL)
+    raw, pooled = logp - token[OLD], zero + shared[0]
+    log_ratio = clamp_(raw, -s[LOG_RATIO_CLAMP], s[LOG_RATIO_CLAMP])
+    own = inside(raw, log_ratio)
+    if RATIO_LEVEL != "token":
+        log_ratio, own = pooled, zero + shared[4] != 0
+    term = token_loss(
+        logp, token[OLD], log_ratio, token[ADV], token[TOKEN_WEIGHT], token[SELECTED], token[REF], token[ROLLOUT],
+        pooled, zero + shared[1], zero + shared[2], s, OBJECTIVE, KL, KL_GRADIENT,
+    )  # fmt: skip
+    d_own, d_pooled = tl.where(own, term[2], 0.0), term[3]
+    if RATIO_LEVEL == "sequence" or RATIO_LEVEL == "sequence_product":
+        d_own, d_pooled = zero, d_pooled + term[2]
+    bonus = s[ENTROPY_COEF] * token[ENTROPY_MASK]
+    value, g_logp = term[0] + s[KL_COEF] * term[1] - bonus * entropy, token[WEIGHT] * (term[4] + d_own)
+    store_block(
+        per_token, g_logps, g_entropy, b * tokens + t, t < end, tl.where(on, value, 0.0), tl.where(on, g_logp, 0.0),
+        tl.where(on, -bonus * token[ENTROPY_WEIGHT], 0.0),
+    )  # fmt: skip
+    pull = tl.where(on, token[WEIGHT] * d_pooled, 0.0)
+    return token_sums(on, logp, entropy, log_ratio, token, term, s), pull
+
+
+@kernel
+def token_kernel(
+    logps, logps_b: tl.int64, logps_t: tl.int64, entropies, entropies_b: tl.int64, entropies_t: tl.int64,
+    active, active_b: tl.int64, active_t: tl.int64, cu_seqlens, scalars,
+    adv, adv_b: tl.int64, adv_t: tl.int64, weight, weight_b: tl.int64, weight_t: tl.int64,
+    old, old_b: tl.int64, old_t: tl.int64, ref, ref_b: tl.int64, ref_t: tl.int64,
+    rollout, rollout_b: tl.int64, rollout_t: tl.int64,
+    token_weight, token_weight_b: tl.int64, token_weight_t: tl.int64,
+    entropy_weight, entropy_weight_b: tl.int64, entropy_weight_t: tl.int64,
+    entropy_mask, entropy_mask_b: tl.int64, entropy_mask_t: tl.int64,
+    selected, selected_b: tl.int64, selected_t: tl.int64,
+    pooled_weight, pooled_weight_b: tl.int64, pooled_weight_t: tl.int64,
+    loss, per_token, g_logps, g_entropy, metrics, sums_ptr, counts_ptr,
+    tokens: tl.int64, sequences: tl.int64, pieces: tl.int64,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, RATIO_LEVEL: tl.constexpr,
+    POOLING: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """counts: int32, zeros; how many programs are done, then each sequence's tokens, low and high clips."""
+    views = (
+        adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
+        rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
+        entropy_weight, entropy_weight_b, entropy_weight_t, entropy_mask, entropy_mask_b, entropy_mask_t,
+        selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t,
+    )  # fmt: skip
+    logps, active = (logps, logps_b, logps_t), (active, active_b, active_t)
+    entropies = (entropies, entropies_b, entropies_t)
+    program, s = tl.program_id(0).to(tl.int64), load_scalars(scalars, REAL)
+    b, begin, end = segment(program, pieces, cu_seqlens, tokens, sequences, BLOCK)
+    shared = (0.0, 0.0, 1.0, 1.0, 1.0)
+    if POOLING != "none":
+        shared = pool(b, begin, end, logps, active, views, s, POOLING, OBJECTIVE, REAL, BLOCK)
+    sums, pull = empty_sums(BLOCK, REAL), tl.zeros([BLOCK], REAL)
+    for start in range(begin, end, BLOCK):
+        of_block, pull_of_block = token_block(
+            b, start, end, tokens, logps, active, entropies, views, shared, s, per_token, g_logps, g_entropy,
+            OBJECTIVE, KL, KL_GRADIENT, RATIO_LEVEL, REAL, BLOCK,
+        )  # fmt: skip
+        sums, pull = merge(sums, of_block), pull + pull_of_block
+    if POOLING != "none":
+        pulled = tl.sum(pull, 0) * shared[4]
+        if pulled != 0:  # a NaN is something
+            tl.debug_barrier()  # before this thread adds to what another has stored
+            push_back(
+                b, begin, end, logps, active, views, s, g_logps, tokens, shared[3] * pulled, OBJECTIVE, REAL, BLOCK
+            )
+    last = leave_sums(sums, sums_ptr, counts_ptr, program // pieces, sequences)
+    if last:
+        reduce_programs(sums_ptr, counts_ptr + 1, sequences, metrics, loss, REAL, BLOCK)
+    if cu_seqlens is not None:
+        if program == 0:  # tokens past the last boundary
+            for start in range(tl.load(cu_seqlens + sequences), tokens, BLOCK):
+                t = start + tl.arange(0, BLOCK)
+                zeros = tl.zeros([BLOCK], REAL)
+                store_block(per_token, g_logps, g_entropy, t, t < tokens, zeros, zeros, zeros)
+
+
+def warps(threads: int) -> int:
+    return 1 if INTERPRETED else threads // driver.active.get_current_target().warp_size
+
+
+def pooling_of(form: Form) -> str:
+    """Of the log-ratios of a sequence: Form::pooling in csrc/math/policy.h."""
+    if form.objective == "gmpo":
+        return "mean"
+    if form.objective == "vespo" or form.ratio_level == "sequence_product":
+        return "sum"
+    return "none" if form.ratio_level == "token" else "mean"
+
+
+def token_policy(
+    logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, inputs: PolicyInputs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    form, tokens = Form(*inputs.form), logps.shape[1]
+    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    pooling = pooling_of(form)
+    pieces = 1
+    if pooling == "none":
+        pieces = max(1, min(triton.cdiv(PROGRAMS, max(sequences, 1)), triton.cdiv(tokens, BLOCK)))
+    programs = max(sequences, 1) * pieces
+    loss, metrics, sums = logps.new_empty(()), logps.new_empty(len(METRICS)), logps.new_empty(SUMS.value, programs)
+    per_token, g_logps = (torch.empty_like(logps, memory_format=torch.contiguous_format) for _ in range(2))
+    g_entropy = logps.new_empty(logps.shape if entropy is not None else (0,))
+    counts = torch.zeros(1 + 3 * sequences, dtype=torch.int32, device=logps.device)
+    with on_device_of(logps):
+        token_kernel[(programs,)](
+            *view_args(logps), *view_args(entropy), *view_args(active),
+            None if cu_seqlens is None else cu_seqlens.contiguous(), *policy_args(inputs),
+            loss, per_token, g_logps, None if entropy is None else g_entropy, metrics, sums, counts,
+            tokens, sequences, pieces,
+            **form_args(inputs), RATIO_LEVEL=form.ratio_level, POOLING=pooling, REAL=REALS[logps.dtype], BLOCK=BLOCK,
+            num_warps=warps(BLOCK), enable_fp_fusion=False,
+        )  # fmt: skip
+    return loss, per_token, g_logps, g_entropy, metrics

@@ -1,0 +1,142 @@
+"""The token kernel's sums: what each token adds, how a program leaves its own behind, and the metrics that the last
+program makes of all of them."""
+
+import triton
+import triton.language as tl
+
+from ...config import METRICS
+from .math import ENTROPY_COEF, KL_COEF, excess, max_, min_
+from .policy_inputs import ENTROPY_MASK, ENTROPY_WEIGHT, OLD, POOLED_WEIGHT, ROLLOUT, TOKEN_WEIGHT, WEIGHT
+
+# What the programs leave behind: first what is added up, then two minima and two maxima.
+ADDED, MINIMA, SUMS = tl.constexpr(19), tl.constexpr(21), tl.constexpr(23)
+TOKENS, CLIPPED_LOW, CLIPPED_HIGH = tl.constexpr(3), tl.constexpr(9), tl.constexpr(10)  # three of them
+METRIC_COUNT = tl.constexpr(len(METRICS))
+
+
+@triton.jit
+def identity(i: tl.constexpr):
+    """Of the i-th sum."""
+    if i < ADDED:
+        return 0.0
+    elif i < MINIMA:
+        return float("inf")
+    else:
+        return float("-inf")
+
+
+@triton.jit
+def empty_sums(BLOCK: tl.constexpr, REAL: tl.constexpr):
+    sums = ()
+    for i in tl.static_range(SUMS):
+        sums = sums + (tl.full([BLOCK], identity(i), REAL),)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def merge(a, b):
+    sums = ()
+    for i in tl.static_range(SUMS):
+        if i < ADDED:
+            sums = sums + (a[i] + b[i],)  # noqa: RUF005
+        elif i < MINIMA:
+            sums = sums + (min_(a[i], b[i]),)  # noqa: RUF005
+        else:
+            sums = sums + (max_(a[i], b[i]),)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def across(lanes, i: tl.constexpr):
+    """The i-th sum of all lanes."""
+    if i < ADDED:
+        return tl.sum(lanes, 0)
+    elif i < MINIMA:
+        return tl.min(lanes, 0)
+    else:
+        return tl.max(lanes, 0)
+
+
+@triton.jit
+def token_sums(on, logp, entropy, log_ratio, token, loss, s):
+    """What each lane's token adds to the sums."""
+    policy, kl, _, _, _, gradient_weight, low, high, cap = loss
+    moved, drift, w = logp - token[OLD], logp - token[ROLLOUT], token[TOKEN_WEIGHT] * token[POOLED_WEIGHT]
+    one, ratio = tl.zeros_like(logp) + 1, tl.exp(log_ratio)
+    bonus = s[ENTROPY_COEF] * token[ENTROPY_MASK] * token[ENTROPY_WEIGHT] * entropy
+    sums = (
+        token[WEIGHT] * policy, token[WEIGHT] * s[KL_COEF] * kl, -bonus,
+        one, entropy, kl, -moved, excess(moved),
+        ratio, tl.where(low, one, 0.0), tl.where(high, one, 0.0), tl.where(cap, one, 0.0),
+        gradient_weight, tl.where(w == 0, one, 0.0), w, w * w,
+        -drift, excess(drift), tl.abs(drift),
+        ratio, w,
+        ratio, w,
+    )  # fmt: skip
+    kept = ()
+    for i in tl.static_range(SUMS):  # a masked token's NaN stays its own
+        kept = kept + (tl.where(on, sums[i], identity(i)),)  # noqa: RUF005
+    return kept
+
+
+@triton.jit
+def leave_sums(sums, sums_ptr, counts_ptr, sequence, sequences):
+    """What a program found, where the last one finds it; True for that one. Integers may be added in any order.
+
+    Scalars are stored by one thread, the one that then says so: its release covers them on every device."""
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    for k in tl.static_range(SUMS):
+        tl.store(sums_ptr + k * programs + program, across(sums[k], k))
+    at = counts_ptr + 1 + 3 * sequence
+    tl.atomic_add(at, tl.sum(sums[TOKENS], 0).to(tl.int32), sequence < sequences, sem="relaxed")
+    tl.atomic_add(at + 1, tl.sum(sums[CLIPPED_LOW], 0).to(tl.int32), sequence < sequences, sem="relaxed")
+    tl.atomic_add(at + 2, tl.sum(sums[CLIPPED_HIGH], 0).to(tl.int32), sequence < sequences, sem="relaxed")
+    return tl.atomic_add(counts_ptr, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def store_metrics(metrics, loss, t, low_min, high_max):
+    """From the sums of all tokens, scalars by now, in the order of config.METRICS."""
+    policy, kl, entropy, tokens, raw_entropy, raw_kl, approx_kl, approx_kl_k3 = t[0:8]
+    ratio, low, high, cap, gradient_weight, rejected, weight, squares = t[8:16]
+    rollout_kl, rollout_kl_k3, rollout_abs_diff, ratio_min, weight_min, ratio_max, weight_max = t[16:23]
+    n, any = max_(tokens, 1.0), tokens > 0
+    ess = tl.where(squares == 0, 0.0, weight * weight / (n * squares))
+    values = (
+        policy, kl, entropy, tokens, raw_entropy / n, raw_kl / n, approx_kl / n, approx_kl_k3 / n,
+        tl.where(any, ratio / n, 1.0), tl.where(any, ratio_min, 1.0), tl.where(any, ratio_max, 1.0),
+        low / n, high / n, (low + high) / n, cap / n, tl.where(any, low_min, 0.0), tl.where(any, high_max, 0.0),
+        tl.where(any, gradient_weight / n, 1.0), rejected / n, tl.where(any, weight / n, 1.0),
+        tl.where(any, weight_min, 1.0), tl.where(any, weight_max, 1.0), tl.where(any, ess, 1.0),
+        rollout_kl / n, rollout_kl_k3 / n, rollout_abs_diff / n,
+    )  # fmt: skip
+    tl.store(loss, policy + kl + entropy)
+    for i in tl.static_range(METRIC_COUNT):
+        tl.store(metrics + i, values[i])
+
+
+@triton.jit
+def reduce_programs(sums_ptr, counts_ptr, sequences, metrics, loss, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Everything the programs left, in the order of the programs. Read from the cache that they share."""
+    programs = tl.num_programs(0).to(tl.int64)
+    sums = empty_sums(BLOCK, REAL)
+    for start in range(0, programs, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        one = ()
+        for k in tl.static_range(SUMS):
+            sum = tl.load(sums_ptr + k * programs + i, i < programs, identity(k), cache_modifier=".cg")
+            one = one + (sum,)  # noqa: RUF005
+        sums = merge(sums, one)
+    low_min, high_max = tl.full([BLOCK], float("inf"), REAL), tl.full([BLOCK], float("-inf"), REAL)
+    for start in range(0, sequences, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        at = counts_ptr + 3 * i
+        tokens = tl.load(at, i < sequences, 0, cache_modifier=".cg").to(REAL)
+        low = tl.load(at + 1, i < sequences, 0, cache_modifier=".cg").to(REAL)
+        high = tl.load(at + 2, i < sequences, 0, cache_modifier=".cg").to(REAL)
+        low_min = min_(low_min, tl.where(tokens > 0, low / tokens, float("inf")))
+        high_max = max_(high_max, tl.where(tokens > 0, high / tokens, float("-inf")))
+    total = ()
+    for k in tl.static_range(SUMS):
+        total = total + (across(sums[k], k),)  # noqa: RUF005
+    store_metrics(metrics, loss, total, tl.min(low_min, 0), tl.max(high_max, 0))
