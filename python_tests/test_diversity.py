@@ -5,13 +5,15 @@ import time
 
 import pytest
 import torch
-from conftest import BACKENDS_HERE
+from conftest import BACKENDS_HERE as ALL_HERE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels as gk
 from grpo_kernels import ops
 from grpo_kernels.config import LossConfig
+
+BACKENDS_HERE = [name for name in ALL_HERE if name != "triton"]  # which has no kernel for it, and says so
 
 GARBAGE = [-1, -100, 1 << 62, -(1 << 63), 7]
 
@@ -350,3 +352,9 @@ def test_a_group_of_4096_completions_is_quick(near_duplicates):
     out = gk.group_diversity(ids, group_size=4096)
     assert time.perf_counter() - begin < 20
     assert out.keep.all() and (out.similarity[32:] > 0.7).all() == near_duplicates
+
+
+def test_triton_says_that_it_has_no_kernel():
+    if "triton" in ALL_HERE:
+        with pytest.raises(NotImplementedError, match="no Triton kernel.*backend='reference'"):
+            gk.group_diversity(torch.zeros(4, 3).long(), group_size=2, backend="triton")

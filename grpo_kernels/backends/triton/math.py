@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ...config import Scalars
+from .numeric import clamp_, excess, expm1, is_finite, max_, min_
 
 (
     EPS_LOW, EPS_HIGH, RATIO_LOW, RATIO_HIGH, DELTA, DUAL_CLIP, CISPO_LOW, CISPO_HIGH, SAPO_TAU_POS, SAPO_TAU_NEG,
@@ -19,48 +20,6 @@ from ...config import Scalars
 VESPO_LOG_MIN = tl.constexpr(-18.420680743952367)  # log 1e-8: bounds on each log and their sum
 VESPO_LOG_MAX = tl.constexpr(20.0)
 GMPO_WEIGHT_FLOOR = tl.constexpr(1e-10)  # added to a token weight before its logarithm
-
-# ---- csrc/math/numeric.h ----
-
-
-@triton.jit
-def min_(a, b):
-    return tl.where(a > b, b, a)
-
-
-@triton.jit
-def max_(a, b):
-    return tl.where(a < b, b, a)
-
-
-@triton.jit
-def clamp_(x, low, high):
-    """A NaN stays one, where tl.clamp would return a bound."""
-    return min_(max_(x, low), high)
-
-
-@triton.jit
-def excess(x):
-    """e^x - 1 - x without cancellation: near 0 its series, x^2/2 (1 + x/3 (1 + x/4 (...))), to the type's last bit."""
-    LAST: tl.constexpr = 17 if x.dtype == tl.float64 else 10
-    series = 1.0 + x * (1.0 / LAST)
-    for i in tl.static_range(LAST - 3):
-        series = 1.0 + x * series * (1.0 / (LAST - 1 - i))
-    return tl.where(tl.abs(x) < 0.5, x * x * 0.5 * series, tl.exp(x) - 1.0 - x)
-
-
-@triton.jit
-def expm1(x):
-    """By the same series; no backend's own library is asked."""
-    return tl.where(tl.abs(x) < 0.5, x + excess(x), tl.exp(x) - 1.0)
-
-
-@triton.jit
-def is_finite(x):
-    return x - x == 0
-
-
-# ---- csrc/math/policy.h ----
 
 
 @triton.jit
@@ -316,3 +275,56 @@ def token_loss(
         d_log_ratio += s[KL_COEF] * kl_d_log_ratio
         d_logp += s[KL_COEF] * kl_d_logp
     return policy, kl, d_log_ratio, d_pooled, d_logp, weight, low, high, cap
+
+
+# ---- csrc/cpu/advantages.cpp ----
+
+
+@triton.jit
+def centred(reward, mean, residual, shift, count, constant, single_raw, BASELINE: tl.constexpr):
+    """A reward on its group's own baseline; exactly 0 where all are equal. `residual`: what the mean lost by rounding,
+    `shift`: of the length-weighted mean from the plain one."""
+    if BASELINE == "none":
+        d = reward
+    else:
+        d = reward - mean - residual
+        if BASELINE == "leave_one_out":
+            d = d * count / max_(count - 1, 1.0)
+        elif BASELINE == "length_weighted":
+            d = d - shift
+        d = tl.where(constant, 0.0, d)
+    return tl.where(count == 1, tl.where(single_raw, reward, 0.0), d)
+
+
+@triton.jit
+def scaled(d, mean, std, eps, SCALE: tl.constexpr):
+    """A scale of exactly 0 does not divide."""
+    if SCALE == "none":
+        return d
+    elif SCALE == "mean":
+        return tl.where(mean > 0, d / mean, 0.0)
+    else:
+        return tl.where(std > 0, d / (std + eps), d)
+
+
+@triton.jit
+def advantage(reward, d, critic, mean, std, count, critic_weight, eps, SCALE: tl.constexpr, CRITIC: tl.constexpr):
+    """A centred reward, blended with the critic's baseline where there is one, and scaled; a group of one is not."""
+    if CRITIC:
+        judged = critic == critic
+        d = tl.where(judged, (1 - critic_weight) * d + critic_weight * (reward - critic), d)
+        whole = scaled(d, mean, std, eps, SCALE)
+        return tl.where(judged, whole, tl.where(count == 1, d, whole))
+    else:
+        return tl.where(count == 1, d, scaled(d, mean, std, eps, SCALE))
+
+
+# ---- csrc/math/value.h ----
+
+
+@triton.jit
+def value_term(value, old, target, clip):
+    """(max((v - R)^2, (clip(v, old - c, old + c) - R)^2) / 2, its derivative, whether the clipped one is larger)."""
+    error, bounded = value - target, clamp_(value, old - clip, old + clip) - target
+    clipped = bounded * bounded > error * error
+    return tl.where(clipped, bounded * bounded, error * error) / 2, tl.where(clipped, 0.0, error), clipped

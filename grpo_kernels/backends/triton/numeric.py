@@ -1,0 +1,41 @@
+"""Scalar vocabulary of the Triton kernels, for blocks and for scalars alike: csrc/math/numeric.h."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def min_(a, b):
+    return tl.where(a > b, b, a)
+
+
+@triton.jit
+def max_(a, b):
+    return tl.where(a < b, b, a)
+
+
+@triton.jit
+def clamp_(x, low, high):
+    """A NaN stays one, where tl.clamp would return a bound."""
+    return min_(max_(x, low), high)
+
+
+@triton.jit
+def excess(x):
+    """e^x - 1 - x without cancellation: near 0 its series, x^2/2 (1 + x/3 (1 + x/4 (...))), to the type's last bit."""
+    LAST: tl.constexpr = 17 if x.dtype == tl.float64 else 10
+    series = 1.0 + x * (1.0 / LAST)
+    for i in tl.static_range(LAST - 3):
+        series = 1.0 + x * series * (1.0 / (LAST - 1 - i))
+    return tl.where(tl.abs(x) < 0.5, x * x * 0.5 * series, tl.exp(x) - 1.0 - x)
+
+
+@triton.jit
+def expm1(x):
+    """By the same series; no backend's own library is asked."""
+    return tl.where(tl.abs(x) < 0.5, x + excess(x), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def is_finite(x):
+    return x - x == 0
