@@ -265,7 +265,7 @@ def test_on_policy_is_a_ratio_of_one(backend):
 def test_rewards_instead_of_advantages(backend):
     b = make_batch(sequences=6)
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    a = gk.group_advantages(rewards, group_size=3, scale="none").advantages
+    a = gk.group_advantages(rewards, group_size=3, scale="none", backend=backend).advantages
     for fn, first in (
         (gk.grpo_loss, (b.logits,)),
         (gk.linear_grpo_loss, (b.logits, torch.eye(133, dtype=torch.float64))),

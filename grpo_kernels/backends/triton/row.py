@@ -3,7 +3,8 @@ sweep it again to write the gradient.
 
 Program axis 0 is the row. Many rows: a program each (PHASE "row"). Few: a program for each segment of a row
 ("segments"), and what they leave behind is merged in the order of the segments ("merge"). The sums are the same either
-way, so a row's result depends on nothing but the row.
+way: a row's result does not depend on the other rows or on their number. It does on the alignment of the logits in its
+last bits: lanes that come by 16 bytes lie differently in the threads than those that come one by one.
 """
 
 import triton
