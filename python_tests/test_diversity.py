@@ -356,5 +356,5 @@ def test_a_group_of_4096_completions_is_quick(near_duplicates):
 
 def test_triton_says_that_it_has_no_kernel():
     if "triton" in ALL_HERE:
-        with pytest.raises(NotImplementedError, match="no Triton kernel.*backend='reference'"):
+        with pytest.raises(NotImplementedError, match=r"no Triton kernel.*backend='reference'"):
             gk.group_diversity(torch.zeros(4, 3).long(), group_size=2, backend="triton")

@@ -122,6 +122,8 @@ def policy_loss(
     importance = read(inputs.pooled_weights, one)
     if form.objective in BY_SEQUENCE:
         values = with_pooled(values, importance, active, layout, form, s)
+        if inputs.pooled_weights is None:  # exactly, where the logarithm of 1 and the floor is not 0
+            values = values._replace(pooled_weight=one)
     policy, gradient_weight, flags = policy_objective(form, values, s)
     policy = policy if form.objective == "gmpo" else values.token_weight * policy
     kl = zero
@@ -187,7 +189,8 @@ def policy_metrics(
 
     def share(flag: Tensor) -> Tensor:  # of each sequence
         count = (active & flag).to(torch.int64)
-        return (layout.sequence_sums(count) if layout.knows_sequences else count.sum()[None]) / lengths.clamp(min=1)
+        total = layout.sequence_sums(count) if layout.knows_sequences else count.sum()[None]
+        return total.to(ratio.dtype) / lengths.clamp(min=1)  # of integers it would be float32
 
     squares = torch.where(active, w.square(), 0.0).sum()
     total = torch.where(active, w, 0.0).sum()
@@ -197,8 +200,8 @@ def policy_metrics(
         *parts, n.to(ratio.dtype), mean(entropy), mean(kl), mean(-moved), mean(torch.expm1(moved) - moved),
         mean(ratio, 1.0), extreme(ratio, active, False, 1.0), extreme(ratio, active, True, 1.0),
         low, high, low + high, mean(flags.cap),
-        extreme(share(flags.low).to(ratio.dtype), lengths > 0, False, 0.0),
-        extreme(share(flags.high).to(ratio.dtype), lengths > 0, True, 0.0),
+        extreme(share(flags.low), lengths > 0, False, 0.0),
+        extreme(share(flags.high), lengths > 0, True, 0.0),
         mean(gradient_weight, 1.0), mean(w == 0), mean(w, 1.0), extreme(w, active, False, 1.0),
         extreme(w, active, True, 1.0), torch.where(none, one, ess), mean(-drift), mean(torch.expm1(drift) - drift),
         mean(drift.abs()),

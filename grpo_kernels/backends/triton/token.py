@@ -239,9 +239,10 @@ def token_policy(
     form, tokens = Form(*inputs.form), logps.shape[1]
     sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     pooling = pooling_of(form)
+    block = BLOCK if logps.dtype == torch.float32 else BLOCK // 2  # a token a thread: twice as wide, half as many
     pieces = 1
     if pooling == "none":
-        pieces = max(1, min(triton.cdiv(PROGRAMS, max(sequences, 1)), triton.cdiv(tokens, BLOCK)))
+        pieces = max(1, min(triton.cdiv(PROGRAMS, max(sequences, 1)), triton.cdiv(tokens, block)))
     programs = max(sequences, 1) * pieces
     loss, metrics, sums = logps.new_empty(()), logps.new_empty(len(METRICS)), logps.new_empty(SUMS.value, programs)
     per_token, g_logps = (torch.empty_like(logps, memory_format=torch.contiguous_format) for _ in range(2))
@@ -253,7 +254,7 @@ def token_policy(
             None if cu_seqlens is None else cu_seqlens.contiguous(), *policy_args(inputs),
             loss, per_token, g_logps, None if entropy is None else g_entropy, metrics, sums, counts,
             tokens, sequences, pieces,
-            **form_args(inputs), RATIO_LEVEL=form.ratio_level, POOLING=pooling, REAL=REALS[logps.dtype], BLOCK=BLOCK,
-            num_warps=warps(BLOCK), enable_fp_fusion=False,
+            **form_args(inputs), RATIO_LEVEL=form.ratio_level, POOLING=pooling, REAL=REALS[logps.dtype], BLOCK=block,
+            num_warps=warps(block), enable_fp_fusion=False,
         )  # fmt: skip
     return loss, per_token, g_logps, g_entropy, metrics

@@ -29,7 +29,7 @@ def identity(i: tl.constexpr):
 def empty_sums(BLOCK: tl.constexpr, REAL: tl.constexpr):
     sums = ()
     for i in tl.static_range(SUMS):
-        sums = sums + (tl.full([BLOCK], identity(i), REAL),)  # noqa: RUF005
+        sums = sums + (tl.full([BLOCK], identity(i), REAL),)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
 
@@ -125,7 +125,7 @@ def reduce_programs(sums_ptr, counts_ptr, sequences, metrics, loss, REAL: tl.con
         one = ()
         for k in tl.static_range(SUMS):
             sum = tl.load(sums_ptr + k * programs + i, i < programs, identity(k), cache_modifier=".cg")
-            one = one + (sum,)  # noqa: RUF005
+            one = one + (sum,)  # type: ignore[assignment]  # noqa: RUF005
         sums = merge(sums, one)
     low_min, high_max = tl.full([BLOCK], float("inf"), REAL), tl.full([BLOCK], float("-inf"), REAL)
     for start in range(0, sequences, BLOCK):
@@ -138,5 +138,5 @@ def reduce_programs(sums_ptr, counts_ptr, sequences, metrics, loss, REAL: tl.con
         high_max = max_(high_max, tl.where(tokens > 0, high / tokens, float("-inf")))
     total = ()
     for k in tl.static_range(SUMS):
-        total = total + (across(sums[k], k),)  # noqa: RUF005
+        total = total + (across(sums[k], k),)  # type: ignore[assignment]  # noqa: RUF005
     store_metrics(metrics, loss, total, tl.min(low_min, 0), tl.max(high_max, 0))

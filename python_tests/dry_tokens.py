@@ -1,0 +1,83 @@
+"""Compiles the Triton kernels per token and per sample for a GPU that need not be here; `python dry_tokens.py cuda 90`.
+Run by test_triton_token.py in a process of its own."""
+
+import sys
+
+import torch
+from forms import FORMS
+
+import grpo_kernels as gk
+from grpo_kernels.backends import triton as backend
+from grpo_kernels.backends.triton import launch
+from grpo_kernels.backends.triton.advantages import batch_kernel, group_kernel
+from grpo_kernels.backends.triton.returns import gae_kernel, value_kernel
+from grpo_kernels.backends.triton.token import token_kernel
+from grpo_kernels.grouping import BASELINES, SCALES, AdvantageForm, Samples
+from grpo_kernels.layout import layout_of
+from grpo_kernels.policy import policy_inputs
+from grpo_kernels.testing.dry_driver import assembly, dry_run, resources
+
+ARCH = int(sys.argv[2]) if sys.argv[1] == "cuda" else sys.argv[2]
+DRY = dry_run(sys.argv[1], ARCH)
+KERNELS = (token_kernel, group_kernel, batch_kernel, gae_kernel, value_kernel)
+
+
+def token_loss(config, batch, tokens, real=torch.float32, cu_seqlens=None):
+    x = torch.zeros(1, 1, dtype=real).expand(batch, tokens)
+    active = torch.ones(1, 1, dtype=torch.bool).expand(batch, tokens)
+    layout = layout_of(torch.Size([tokens]) if cu_seqlens is not None else x.shape, cu_seqlens)
+    flat = x.reshape(layout.shape) if cu_seqlens is not None else x
+    inputs = policy_inputs(
+        layout, active, real, config, advantages=flat, old_logps=flat, ref_logps=flat, rollout_logps=flat,
+        token_weights=flat, entropy_mask=None, sequence_weights=None, denominator=None, scale=1.0,
+    )  # fmt: skip
+    backend.token_policy(x, x if config.has_entropy else None, active, layout.cu_seqlens, inputs)
+
+
+def variants():
+    return {kernel.__name__: len(DRY.variants(kernel)) for kernel in KERNELS}
+
+
+def one_variant_for_all_shapes_and_numbers():
+    for i in range(20):
+        config = gk.LossConfig(kl_coef=0.01 * (i + 1), eps_low=0.1 + 0.01 * i, entropy_coef=0.01 * (i + 1))
+        token_loss(config, 1 + 37 * i, 1 + 211 * i)
+        rewards, valid = torch.zeros(16 * (1 + i), 1), torch.ones(16 * (1 + i), dtype=torch.bool)
+        form = AdvantageForm(1 << (i % 5), "mean", "batch", i % 2, 1e-4 * (1 + i), 0.0, -9.0, 9.0 + i, i % 2 == 0)
+        backend.group_advantages(Samples(rewards, None, valid, None, None, None), form)
+        grid = torch.zeros(1 + i, 1 + 500 * i)
+        active = torch.ones_like(grid, dtype=torch.bool)
+        backend.gae(grid, grid, active, None, 0.9 + 0.005 * i, 0.95)
+        backend.value_loss(grid, grid, grid, grid, active, 0.1 + 0.01 * i)
+    assert set(variants().values()) == {1}, variants()
+
+
+def every_form():
+    for form in FORMS.values():
+        token_loss(gk.LossConfig(**form, kl_coef=0.1, kl_gradient="importance_weighted"), 3, 50)
+    token_loss(gk.LossConfig(ratio_level="sequence"), 1, 50, cu_seqlens=torch.tensor([0, 20, 50]))
+    token_loss(gk.LossConfig(), 3, 50, torch.float64)
+    for baseline in BASELINES:
+        for scale in SCALES:
+            for ids in (None, torch.arange(8) // 3):
+                one = torch.ones(8, dtype=torch.float64)
+                samples = Samples(torch.zeros(8, 2), None, None, ids, one, one)
+                backend.group_advantages(samples, AdvantageForm(4, baseline, scale, 1, 1e-4, 0.5, -9.0, 9.0, False))
+    backend.gae(torch.zeros(1, 9), None, None, torch.tensor([0, 4, 9]), 0.9, 1.0)
+
+
+def no_spills_no_doubles():
+    for kernel in KERNELS:
+        for compiled in DRY.variants(kernel):
+            asm, needs = assembly(compiled), resources(compiled)
+            assert needs.spilled == 0, (kernel.__name__, needs, compiled.src.constants)
+            if "*fp64" not in compiled.src.signature.values():
+                assert ".f64" not in asm and "_f64" not in asm, kernel.__name__
+
+
+assert not launch.INTERPRETED
+one_variant_for_all_shapes_and_numbers()
+if ARCH in (90, "gfx942"):
+    every_form()
+no_spills_no_doubles()
+print(f"{sys.argv[1]} {ARCH}: {variants()}")
