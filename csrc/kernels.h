@@ -7,6 +7,7 @@
 #pragma once
 #include <cstdint>
 
+#include "math/advantage.h"
 #include "math/policy.h"
 
 namespace gk {
@@ -87,19 +88,6 @@ struct TokenParams {
   bool is_double;
   void *loss, *per_token, *g_logps, *g_entropy, *metrics;  // real [1], [rows], [rows], [rows] or null, [kMetricCount]
   int threads;
-};
-
-// The enumerators follow the tuples of names in grpo_kernels/grouping.py.
-enum class Baseline : int { mean, leave_one_out, length_weighted, none };
-enum class Scale : int { group, batch, leave_one_out, mean, none };
-
-struct AdvantageForm {
-  int64_t group_size;  // where there are no ids
-  Baseline baseline;
-  Scale scale;
-  int ddof;
-  double eps, critic_weight, clip_low, clip_high;  // infinities for no clip
-  bool single_raw;                                 // a group of one valid sample keeps its reward instead of 0
 };
 
 struct AdvantageParams {

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .presets import PRESETS
+
 # Every name that selects code; the positions are the enumerators of csrc/math/policy.h.
 OBJECTIVES = (
     "clip", "cispo", "sapo", "gmpo", "vespo", "reinforce", "dppo_tv", "dppo_kl", "tv_mask", "ipo", "dro", "clip_cov",
@@ -64,11 +66,16 @@ class Form(NamedTuple):
     @property
     def token_local(self) -> bool:
         """Whether a token's derivative needs that token alone, so that one launch can write the logits' gradient."""
-        return self.ratio_level == "token" and self.objective not in BY_SEQUENCE + BY_COVARIANCE
+        return self.pooling == "none" and self.objective not in BY_COVARIANCE
 
     @property
-    def needs_sequences(self) -> bool:
-        return self.ratio_level != "token" or self.objective in BY_SEQUENCE
+    def pooling(self) -> str:
+        """Of the log-ratios of a sequence, "none", "mean" or "sum": Form::pooling in csrc/math/policy.h."""
+        if self.objective == "gmpo":
+            return "mean"
+        if self.objective == "vespo" or self.ratio_level == "sequence_product":
+            return "sum"
+        return "none" if self.ratio_level == "token" else "mean"
 
     @property
     def codes(self) -> list[int]:
@@ -226,8 +233,6 @@ class LossConfig:
         Raises:
             ValueError: if there is no preset of that name.
         """
-        from .presets import PRESETS
-
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(sorted(PRESETS))}")
         return cls(**{**PRESETS[name], **changes})

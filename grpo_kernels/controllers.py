@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .data_parallel import reduced
+
 
 def _check(name: str, value: float, legal: bool, what: str) -> float:
     if not legal:
@@ -130,8 +132,9 @@ class AdaptiveEntropyController(_Controller):
             mask = torch.ones_like(entropy)
         if mask.shape != entropy.shape:
             raise ValueError(f"mask must have the shape of entropy, {tuple(entropy.shape)}; got {tuple(mask.shape)}")
+        active = mask.to(torch.bool)
         wide = torch.float32 if entropy.device.type == "mps" else torch.float64
-        seen = torch.stack([torch.where(mask != 0, entropy, 0.0).sum(dtype=wide), (mask != 0).sum().to(wide)])
+        seen = torch.stack([torch.where(active, entropy, 0.0).sum(dtype=wide), active.sum().to(wide)])
         self._window = seen if self._window is None else self._window + seen
 
     def update(self, dp_group: Any = None) -> float:
@@ -144,8 +147,7 @@ class AdaptiveEntropyController(_Controller):
         if self._window is None:
             raise ValueError("update needs an observe before it; got none since the last update")
         window, self._window = self._window, None
-        if dp_group is not None:
-            torch.distributed.all_reduce(window, group=dp_group)
+        window = reduced(window, dp_group)
         entropy = float(window[0] / window[1].clamp(min=1))
         _check("the mean entropy", entropy, not math.isnan(entropy), "a number")
         step = self.delta if entropy <= self.target else -self.delta

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .config import LossConfig
 from .layout import PolicyInputs
+from .reference.objectives import outside_clip
 
 
 def covariance_selection(logps: Tensor, active: Tensor, inputs: PolicyInputs, config: LossConfig) -> Tensor:
@@ -22,12 +23,10 @@ def covariance_selection(logps: Tensor, active: Tensor, inputs: PolicyInputs, co
     cov = centred(inputs.advantages) * centred(lp)
     order, candidates = cov, active
     if config.objective == "clip_cov":
-        bound = config.log_ratio_clamp or torch.inf
-        ratio = (lp - (lp if old is None else old)).clamp(-bound, bound).exp()
-        low, high = 1 - config.eps_low, 1 + (config.eps_low if config.eps_high is None else config.eps_high)
-        adv = inputs.advantages
-        clipped = ((ratio < low) & (adv < 0)) | ((ratio > high) & (adv > 0))
-        candidates = active & ~clipped & (cov > config.cov_low) & (cov < config.cov_high)
+        s = config.scalar_values()
+        ratio = (lp - (lp if old is None else old)).clamp(-s.log_ratio_clamp, s.log_ratio_clamp).exp()
+        low, high = outside_clip(ratio, inputs.advantages, s)
+        candidates = active & ~(low | high) & (cov > config.cov_low) & (cov < config.cov_high)
         order = torch.rand(cov.shape, device=cov.device)  # float32: the same picks in every dtype
     order = torch.where(candidates, order.to(cov.dtype), -torch.inf).flatten()
     rank = torch.empty_like(order, dtype=torch.int64)

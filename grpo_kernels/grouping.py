@@ -69,12 +69,12 @@ def check_groups(samples: int, group_size: int | None, group_ids: Tensor | None)
 
 
 def per_sample(values: Tensor | None, name: str, samples: int, dtype: torch.dtype) -> Tensor | None:
-    """A [S] tensor, detached; bool: what is not 0."""
+    """A [S] tensor, detached; as bool: what is not 0."""
     if values is None:
         return None
     if values.shape != (samples,):
         raise ValueError(f"{name} must be one a sample, {(samples,)}; got {tuple(values.shape)}")
-    return values != 0 if dtype == torch.bool else values.detach().to(dtype)
+    return values.detach().to(dtype)
 
 
 def real_rewards(rewards: Tensor) -> Tensor:

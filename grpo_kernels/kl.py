@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import KL_ESTIMATORS, KL_GRADIENTS, LossConfig
+from .grouping import check_choice
 from .layout import layout_of, real_dtype
 from .reference import loss as reference
 
@@ -49,9 +50,8 @@ def kl_divergence(
     Raises:
         ValueError: for unknown names, clamps that are not above 0, shapes that do not fit, missing rollout_logps.
     """
-    for name, value, allowed in (("estimator", estimator, KL_ESTIMATORS[1:]), ("gradient", gradient, KL_GRADIENTS)):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+    check_choice("estimator", estimator, KL_ESTIMATORS[1:])
+    check_choice("gradient", gradient, KL_GRADIENTS)
     for name, clamp in (("input_clamp", input_clamp), ("output_clamp", output_clamp)):
         if clamp is not None and not 0 < clamp < float("inf"):
             raise ValueError(f"{name} must be a finite number above 0, or None; got {clamp!r}")

@@ -106,6 +106,24 @@ def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to at most the {tokens} tokens; got {cu_seqlens.tolist()[:16]}")
 
 
+def within_sequences(active: Tensor, layout: Layout) -> Tensor:
+    """Tokens past the last boundary of cu_seqlens are masked."""
+    if layout.cu_seqlens is None:
+        return active
+    return active & (torch.arange(active.shape[1], device=active.device) < layout.cu_seqlens[-1])
+
+
+def active_tokens(mask: Tensor | None, layout: Layout, device: torch.device) -> Tensor:
+    """bool [B, T]; tokens past the last boundary of cu_seqlens are masked."""
+    if mask is not None and mask.shape != layout.shape:
+        raise ValueError(f"mask must have the shape of the tokens, {tuple(layout.shape)}; got {tuple(mask.shape)}")
+    if mask is None:
+        active = torch.ones(layout.grid, dtype=torch.bool, device=device)
+    else:
+        active = mask.to(torch.bool).reshape(layout.grid)
+    return within_sequences(active, layout)
+
+
 class Rows(NamedTuple):
     """What a row kernel reads, [B, T] throughout; `logits` may have positions past T, which are ignored."""
 

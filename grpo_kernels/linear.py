@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .backends import resolve
 from .config import LossConfig
-from .layout import Rows, layout_of, real_dtype, rows_of
+from .layout import Rows, layout_of, real_dtype, rows_of, within_sequences
 from .linear_loops import chunk_rows_for
 from .logps import N_ROWS, TokenLogps, shaped, unsupported_group
 from .losses import ConfiguredLoss, given_advantages, scaled
-from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss, within_sequences
+from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss
 from .reference import loss as reference
 
 

@@ -13,9 +13,9 @@ from . import ops
 from .advantages.group import group_advantages
 from .backends import resolve
 from .config import LossConfig
-from .layout import layout_of, real_dtype, rows_of
+from .layout import layout_of, real_dtype, rows_of, within_sequences
 from .logps import CONSUMED, N_ROWS, check_inplace, row_logps, unsupported_group
-from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss, within_sequences
+from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss
 
 
 class SinglePass(torch.autograd.Function):

@@ -128,15 +128,6 @@ def _token_policy(
     return implementation(backend).token_policy(logps, entropy, active, cu_seqlens, inputs)
 
 
-def _group_diversity(
-    token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    *options, backend = rest
-    if cu_seqlens is not None:
-        check_boundaries(cu_seqlens, token_ids.shape[1])
-    return implementation(backend).group_diversity(token_ids, active, cu_seqlens, *options)
-
-
 def _linear_forward(*args: Any) -> tuple[Tensor, ...]:
     rows, (weight, bias, chunk_rows, sum_p2, validate, backend) = _split(args)
     check_targets(rows, weight.shape[0], validate)
@@ -188,11 +179,6 @@ def _fake_token_policy(logps: Tensor, entropy: Tensor | None, *_: Any) -> tuple[
     )
 
 
-def _fake_diversity(token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-    samples = token_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return tuple(token_ids.new_empty((samples,), dtype=t) for t in (torch.bool, torch.float32, torch.float32))
-
-
 _HEAD = _ROWS.format("")
 _HEAD_INPLACE = _ROWS.format("(a!)")
 _HIDDEN = _HEAD.replace("logits,", "hidden,", 1)
@@ -231,12 +217,6 @@ token_policy = _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _token_policy,
     _fake_token_policy,
-)
-group_diversity = _define(
-    "group_diversity(Tensor token_ids, Tensor? active, Tensor? cu_seqlens, Tensor? group_ids, int group_size, "
-    "int ngram, float threshold, str backend) -> (Tensor, Tensor, Tensor)",
-    _group_diversity,
-    _fake_diversity,
 )
 linear_forward = _define(
     f"linear_forward({_HIDDEN}, Tensor weight, Tensor? bias, int chunk_rows, bool sum_p2, bool validate, str backend) "

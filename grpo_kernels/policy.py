@@ -14,7 +14,7 @@ from .aggregation import aggregation_weights
 from .backends import resolve
 from .config import BY_COVARIANCE, BY_SEQUENCE, METRICS, ROLLOUT_RATIO, LossConfig
 from .covariance import covariance_selection
-from .layout import Layout, PolicyInputs, layout_of, real_dtype
+from .layout import Layout, PolicyInputs, active_tokens, layout_of, real_dtype
 from .logps import unsupported_group
 from .reference import loss as reference
 
@@ -151,16 +151,9 @@ def _check_given(config: LossConfig, ref_logps: Tensor | None, rollout_logps: Te
         raise ValueError("kl_gradient='behaviour_weighted' needs rollout_logps; got None")
     if config.objective in ROLLOUT_RATIO and rollout_logps is None:
         raise ValueError(f"objective={config.objective!r} takes its ratio against rollout_logps; got None")
-    if config.form.needs_sequences and not layout.knows_sequences:
+    if config.form.pooling != "none" and not layout.knows_sequences:
         what = f"objective={config.objective!r}, ratio_level={config.ratio_level!r}"
         raise ValueError(f"{what} over flat tokens needs cu_seqlens")
-
-
-def within_sequences(active: Tensor, layout: Layout) -> Tensor:
-    """Tokens past the last boundary of cu_seqlens are masked."""
-    if layout.cu_seqlens is None:
-        return active
-    return active & (torch.arange(active.shape[1], device=active.device) < layout.cu_seqlens[-1])
 
 
 def token_loss(
@@ -251,7 +244,7 @@ def policy_loss(
     layout = layout_of(logps.shape, cu_seqlens)
     dtype = real_dtype(logps.dtype)
     grid_logps = logps.to(dtype).reshape(layout.grid)
-    active = _policy_mask(mask, grid_logps, layout)
+    active = active_tokens(mask, layout, logps.device)
     if config.has_entropy and entropy is None:
         raise ValueError(
             "entropy_coef is not 0, so entropy must be given (token_logps(..., return_entropy=True)); got None"
@@ -268,13 +261,3 @@ def policy_loss(
     )  # fmt: skip
     loss, per_token, metrics = token_loss(grid_logps, grid_entropy, active, layout, inputs, config, backend)
     return output(layout, loss, grid_logps, grid_entropy, per_token, metrics)
-
-
-def _policy_mask(mask: Tensor | None, grid_logps: Tensor, layout: Layout) -> Tensor:
-    if mask is None:
-        active = torch.ones_like(grid_logps, dtype=torch.bool)
-    elif mask.shape != layout.shape:
-        raise ValueError(f"mask must have the shape of the tokens, {tuple(layout.shape)}; got {tuple(mask.shape)}")
-    else:
-        active = mask.to(torch.bool).reshape(layout.grid)
-    return within_sequences(active, layout)

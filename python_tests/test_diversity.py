@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels as gk
-from grpo_kernels import ops
+from grpo_kernels.advantages import operators as ops
 from grpo_kernels.config import LossConfig
 
 BACKENDS_HERE = [name for name in ALL_HERE if name != "triton"]  # which has no kernel for it, and says so

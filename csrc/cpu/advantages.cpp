@@ -1,5 +1,4 @@
-// Group-normalised advantages in every form, threads over the groups. The formulas, under the same names, are in
-// grpo_kernels/reference/advantages.py.
+// Group-normalised advantages in every form, threads over the groups. The formulas are in csrc/math/advantage.h.
 #include "groups.h"
 #include "parallel.h"
 #include "policy_inputs.h"
@@ -26,14 +25,15 @@ class AdvantageKernel {
 
   void run(int64_t g, double batch_std) {
     collect(g);
-    shift = form.baseline == Baseline::length_weighted ? length_weighted_shift(g) : 0;
+    const double shift = form.baseline == Baseline::length_weighted ? length_weighted_shift(g) : 0;
+    const GroupStatistics<double> statistics{group.count, group.mean, shift, group.constant()};
     if (form.scale == Scale::leave_one_out) deviations_of_others(rewards, form.ddof, others);
     bool informative = group.count >= 2 && !group.constant();
     for (int64_t i = groups.begin(g); i < groups.end(g); ++i) {
       const int64_t k = groups.sample(i);
       const double r = reward(k), critic = p.critic_values ? p.critic_values[k] : NAN;
       const double std = deviation(r, batch_std);
-      const double a = std::isnan(r) ? 0 : advantage(r, critic, std);
+      const double a = std::isnan(r) ? 0 : advantage(form, r, critic, std, statistics);
       informative = informative || (!std::isnan(r) && !std::isnan(critic) && r != critic);
       store_real(p.advantages, k, p.is_double, std::min(std::max(a, form.clip_low), form.clip_high));
       store_real(p.mean, k, p.is_double, group.mean);
@@ -49,7 +49,6 @@ class AdvantageKernel {
   std::vector<double> rewards, others;              // others: the deviation of all but each of the rewards
   std::vector<std::pair<double, double>> weighted;  // rewards with their lengths
   Moments group;
-  double shift = 0;
 
   // The weighted sum of a sample's components that are there; NaN where there is none, or the sample does not count.
   double reward(int64_t k) const {
@@ -82,25 +81,6 @@ class AdvantageKernel {
     if (form.scale == Scale::leave_one_out && !std::isnan(reward))
       return others[std::lower_bound(rewards.begin(), rewards.end(), reward) - rewards.begin()];
     return group.std(form.ddof);
-  }
-
-  double centred(double reward) const {  // on the group's own baseline
-    if (group.count == 1) return form.single_raw ? reward : 0;
-    if (form.baseline == Baseline::none) return reward;
-    if (group.constant()) return 0;
-    const double d = reward - group.mean;
-    return form.baseline == Baseline::leave_one_out ? d * group.count / (group.count - 1) : d - shift;
-  }
-
-  double advantage(double reward, double critic, double std) const {
-    double a = centred(reward);
-    if (!std::isnan(critic))
-      a = (1 - form.critic_weight) * a + form.critic_weight * (reward - critic);
-    else if (group.count == 1)
-      return a;
-    if (form.scale == Scale::none) return a;
-    if (form.scale == Scale::mean) return group.mean > 0 ? a / group.mean : 0;
-    return std > 0 ? a / (std + form.eps) : a;
   }
 };
 

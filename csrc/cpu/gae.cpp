@@ -20,7 +20,7 @@ template <typename T> void scan(const GaeParams& p, int64_t first, int64_t lengt
     double value = 0;
     if (counts) {
       value = values ? double(values(t)) : 0;
-      running = double(rewards(t)) + gamma * next_value - value + decay * running;
+      running = temporal_difference(double(rewards(t)), value, next_value, gamma) + decay * running;
       next_value = value;
     }
     advantages[t] = T(counts ? running : 0);

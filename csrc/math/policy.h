@@ -174,7 +174,7 @@ template <typename T> GK_HD Term<T> dro_objective(const TokenValues<T>& t, const
 // clip, without the tokens picked for their covariance.
 template <typename T> GK_HD Term<T> clip_cov_objective(const TokenValues<T>& t, const Scalars<T>& s) {
   Term<T> term = clip_objective(t.log_ratio, t.adv, s);
-  if (t.selected != 0) term = {T(0), T(0), T(0), T(0), T(0), (term.flags & ~kCapped) | kCapped};
+  if (t.selected != 0) term = {T(0), T(0), T(0), T(0), T(0), term.flags | kCapped};
   return term;
 }
 

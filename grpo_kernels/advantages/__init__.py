@@ -1,3 +1,3 @@
 """What a loss is weighed by, from rewards: `group` (group_advantages), `estimators` (per sample: pass@k, GDPO, GPG,
 process supervision), `returns` (per token: GAE, REINFORCE++, ReMax), `token_baselines`, `critic` (value loss,
-whitening), `diversity` (near-duplicates). `operators` registers the kernels, `data_parallel` speaks to other ranks."""
+whitening), `diversity` (near-duplicates). `operators` registers the kernels."""

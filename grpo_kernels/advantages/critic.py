@@ -12,12 +12,11 @@ from torch.autograd.function import once_differentiable
 from ..aggregation import aggregation_weights
 from ..backends import resolve
 from ..config import LossConfig
+from ..data_parallel import reduced
 from ..grouping import VALUE_METRICS, check_choice, check_ddof_eps, check_unread
-from ..layout import Layout, layout_of, real_dtype
-from ..policy import within_sequences
+from ..layout import active_tokens, layout_of, real_dtype
 from ..reference import advantages as reference
 from . import operators as ops
-from .data_parallel import reduced
 
 EPS_MODES = ("variance", "floor", "std")
 
@@ -45,17 +44,6 @@ class _ValueLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:
         return g * ctx.saved_tensors[0], *[None] * 6
-
-
-def active_tokens(mask: Tensor | None, layout: Layout, device: torch.device) -> Tensor:
-    """bool [B, T]; tokens past the last boundary of cu_seqlens are masked."""
-    if mask is not None and mask.shape != layout.shape:
-        raise ValueError(f"mask must have the shape of the tokens, {tuple(layout.shape)}; got {tuple(mask.shape)}")
-    if mask is None:
-        active = torch.ones(layout.grid, dtype=torch.bool, device=device)
-    else:
-        active = mask.to(torch.bool).reshape(layout.grid)
-    return within_sequences(active, layout)
 
 
 def value_loss(
@@ -182,7 +170,7 @@ def whiten(
     if mask is not None and mask.shape != values.shape:
         raise ValueError(f"mask must have the shape of values, {tuple(values.shape)}; got {tuple(mask.shape)}")
     x = values.detach().to(real_dtype(values.dtype))
-    active = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    active = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.to(torch.bool)
     if x.dim() != 2:
         x, active = x.reshape(1, -1), active.reshape(1, -1)
     whitened = whitened_grid(

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..backends import resolve
 from ..grouping import check_groups
 from ..layout import layout_of
+from . import operators as ops
 
 
 class GroupDiversity(NamedTuple):

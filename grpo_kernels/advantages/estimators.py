@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
+from ..data_parallel import Ranks, reduced
 from ..grouping import check_choice, check_groups, groups_of, per_sample
 from ..reference import advantages as reference
 from . import operators as ops
 from .critic import check_whitening, over_ranks
-from .data_parallel import Ranks, reduced
 from .group import EPS, GroupAdvantages, group_advantages
 
 
 def _one_reward(rewards: Tensor) -> None:
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be [S], one a sample; got shape {tuple(rewards.shape)}")
+
+
+def _counted(there: Tensor, valid: Tensor | None) -> Tensor:
+    return there if valid is None else there & valid.to(torch.bool)
 
 
 def pass_at_k_advantages(
@@ -55,9 +59,7 @@ def pass_at_k_advantages(
     )  # fmt: skip
     ranks = Ranks(dp_group, len(rewards), rewards.device)
     groups = groups_of(ranks.samples, group_size, ranks.gather(group_ids))
-    wide, counts = rewards.detach().to(torch.float64), ~rewards.isnan()
-    if valid is not None:
-        counts = counts & (valid != 0)
+    wide, counts = rewards.detach().to(torch.float64), _counted(~rewards.isnan(), valid)
     everyone = ranks.gather(torch.where(counts, wide, float("-inf")))
     assert everyone is not None
     alone, best, second = map(ranks.own, groups.best_two(everyone))
@@ -99,7 +101,7 @@ def gpg_advantages(
         rewards, group_size=group_size, group_ids=group_ids, scale="none", single=single, valid=valid,
         dp_group=dp_group, backend=backend,
     )  # fmt: skip
-    counts = ~rewards.isnan() if valid is None else ~rewards.isnan() & (valid != 0)
+    counts = _counted(~rewards.isnan(), valid)
     samples, nonzero = reduced(torch.stack([counts.sum(), (counts & (rewards != 0)).sum()]), dp_group).unbind()
     alpha = samples.to(torch.float64) / nonzero.clamp(min=1) / f_norm
     return plain._replace(advantages=(alpha * plain.advantages).to(plain.advantages.dtype))
@@ -161,7 +163,7 @@ def gdpo_advantages(
         for r in rewards.unbind(1)
     ]  # fmt: skip
     advantages, mean, std, informative = (torch.stack(x, 1) for x in zip(*each, strict=True))
-    counts = ~rewards.isnan().all(1) if valid is None else ~rewards.isnan().all(1) & (valid != 0)
+    counts = _counted(~rewards.isnan().all(1), valid)
     times = per_sample(lengths, "lengths", len(rewards), torch.float64)
     total = (advantages.to(torch.float64) * weights.detach()).sum(1)
     times = counts.to(torch.float64) if times is None else torch.where(counts, times, 0.0)
@@ -213,7 +215,7 @@ def process_advantages(
         raise ValueError(f"step_ends must be integers; got {step_ends.dtype}")
     check_groups(len(step_rewards), group_size, group_ids)
     steps, length = step_rewards.shape[1], mask.shape[1]
-    counts = ~step_rewards.isnan() if valid is None else ~step_rewards.isnan() & (valid != 0)
+    counts = _counted(~step_rewards.isnan(), valid)
     z = group_advantages(
         step_rewards.reshape(-1), valid=counts.reshape(-1), scale=scale, ddof=ddof, eps=eps, backend=backend,
         group_size=None if group_size is None else group_size * max(steps, 1),
@@ -225,4 +227,4 @@ def process_advantages(
         raise ValueError(f"step_ends must be in [0, {length}); got {bad}")
     at_ends = z.new_zeros(mask.shape).scatter_add(1, ends, z)
     later = ops.gae(at_ends, None, None, None, 1.0, 1.0, resolve(backend, z.device))[0]
-    return torch.where(mask != 0, later, 0.0)
+    return torch.where(mask.to(torch.bool), later, 0.0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
+from ..data_parallel import Ranks
 from ..grouping import (
     BASELINES,
     SCALES,
@@ -24,7 +25,6 @@ from ..grouping import (
     real_rewards,
 )
 from . import operators as ops
-from .data_parallel import Ranks
 
 EPS = 1e-4
 

@@ -1,4 +1,4 @@
-"""The operators of advantages, returns and the value loss; see ops.py."""
+"""The operators of advantages, returns, the value loss and diversity; see ops.py."""
 
 from __future__ import annotations
 
@@ -90,4 +90,26 @@ whiten = _define(
     "whiten(Tensor values, Tensor active, Tensor coefficients, str backend) -> Tensor",
     _whiten,
     lambda values, *_: values.new_empty(values.shape, dtype=real_dtype(values.dtype)),
+)
+
+
+def _group_diversity(
+    token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, backend = rest
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, token_ids.shape[1])
+    return implementation(backend).group_diversity(token_ids, active, cu_seqlens, *options)
+
+
+def _fake_diversity(token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    samples = token_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return tuple(token_ids.new_empty((samples,), dtype=t) for t in (torch.bool, torch.float32, torch.float32))
+
+
+group_diversity = _define(
+    "group_diversity(Tensor token_ids, Tensor? active, Tensor? cu_seqlens, Tensor? group_ids, int group_size, "
+    "int ngram, float threshold, str backend) -> (Tensor, Tensor, Tensor)",
+    _group_diversity,
+    _fake_diversity,
 )

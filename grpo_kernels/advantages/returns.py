@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..backends import resolve
 from ..grouping import check_unread
-from ..layout import Layout, layout_of, real_dtype
+from ..layout import Layout, active_tokens, layout_of, real_dtype
 from . import operators as ops
-from .critic import active_tokens, check_whitening, whitened_grid
+from .critic import check_whitening, whitened_grid
 from .group import group_advantages
 
 

@@ -78,6 +78,11 @@ def _addresses(stats: RowStats, sum_p2: Tensor | None = None) -> list[int]:
     return [*map(_address, stats), _address(sum_p2)]
 
 
+def _sequences(grid: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
+    """The boundaries, dense, and how many sequences there are: one a row without."""
+    return (None, grid.shape[0]) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.numel() - 1)
+
+
 def _policy(p: PolicyInputs) -> tuple[list[View | None], list[int], list[float]]:
     *views, scalars, form = p
     return [_view(x) for x in views], Form(*form).codes, scalars.tolist()
@@ -109,8 +114,7 @@ def token_policy(
     loss, metrics = _empty(logps, ()), _empty(logps, (len(METRICS),))
     per_token, g_logps = _empty(logps, logps.shape), _empty(logps, logps.shape)
     g_entropy = _empty(logps, logps.shape if entropy is not None else (0,))
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    cu_seqlens, sequences = _sequences(logps, cu_seqlens)
     outputs = [*map(_address, (loss, per_token, g_logps, None if entropy is None else g_entropy, metrics))]
     _cpu.token_policy(
         *_policy(inputs), _view(logps), _view(entropy), _view(active), tuple(logps.shape), _address(cu_seqlens),
@@ -139,8 +143,7 @@ def gae(
     dtype = real_dtype(rewards.dtype)
     advantages = new_matrix(rewards, rewards.shape, dtype)
     returns = new_matrix(rewards, (0,) if values is None else rewards.shape, dtype)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    sequences = rewards.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    cu_seqlens, sequences = _sequences(rewards, cu_seqlens)
     _cpu.gae(
         [*map(_view, (rewards, values, active))], tuple(rewards.shape), _address(cu_seqlens), sequences, gamma, lam,
         dtype == torch.float64, [_address(advantages), _address(None if values is None else returns)],
@@ -182,9 +185,8 @@ def group_diversity(
     token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor | None, group_ids: Tensor | None, group_size: int,
     ngram: int, threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    cu_seqlens, samples = _sequences(token_ids, cu_seqlens)
     group_ids = None if group_ids is None else group_ids.contiguous()
-    samples = token_ids.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     keep = torch.empty(samples, dtype=torch.bool)
     similarity, weights = (torch.empty(samples, dtype=torch.float32) for _ in range(2))
     _cpu.group_diversity(

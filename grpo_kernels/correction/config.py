@@ -7,17 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..grouping import check_choice
+
 WEIGHTS = ("none", "ratio", "truncate", "clip", "mask")
 LEVELS = ("token", "sequence_sum", "sequence_mean")
 STATISTICS = ("ratio", "k1", "k2", "k3", "mult_prob_error", "tv")
 REDUCTIONS = ("token", "sum", "mean", "min", "max")
 NANS = ("ignore", "reject")
 BEHAVIOURS = ("rollout", "old")
-
-
-def _choose(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
 def _require(legal: bool, what: str, *got: object) -> None:
@@ -54,8 +51,8 @@ class RejectionFilter:
     high: float | None = None
 
     def __post_init__(self) -> None:
-        _choose("statistic", self.statistic, STATISTICS)
-        _choose("reduction", self.reduction, REDUCTIONS)
+        check_choice("statistic", self.statistic, STATISTICS)
+        check_choice("reduction", self.reduction, REDUCTIONS)
         counts_tokens = (self.statistic, self.reduction) == (
             "mult_prob_error",
             "sum",
@@ -128,10 +125,10 @@ class CorrectionConfig:
     renormalise: bool = False
 
     def __post_init__(self) -> None:
-        _choose("weight", self.weight, WEIGHTS)
-        _choose("level", self.level, LEVELS)
-        _choose("nan", self.nan, NANS)
-        _choose("opsm_behaviour", self.opsm_behaviour, BEHAVIOURS)
+        check_choice("weight", self.weight, WEIGHTS)
+        check_choice("level", self.level, LEVELS)
+        check_choice("nan", self.nan, NANS)
+        check_choice("opsm_behaviour", self.opsm_behaviour, BEHAVIOURS)
         object.__setattr__(self, "filters", tuple(self.filters))
         if not all(isinstance(f, RejectionFilter) for f in self.filters):
             raise TypeError(f"filters must be RejectionFilter objects; got {self.filters!r}")
@@ -172,7 +169,7 @@ class CorrectionConfig:
         """
         options: dict[str, Any] = {}
         if rollout_is is not None:
-            _choose("rollout_is", rollout_is, ("token", "sequence"))
+            check_choice("rollout_is", rollout_is, ("token", "sequence"))
             low, high = _interval(rollout_is_threshold)
             options = {"weight": "truncate" if low is None else "mask", "low": low, "high": high}
             options |= {"level": "token" if rollout_is == "token" else "sequence_sum"}
@@ -196,7 +193,7 @@ _VERL_FILTERS = {
 
 
 def _verl_filter(name: str, spec: str) -> RejectionFilter:
-    _choose("rollout_rs", name, tuple(_VERL_FILTERS))
+    check_choice("rollout_rs", name, tuple(_VERL_FILTERS))
     (statistic, reduction), (low, high) = _VERL_FILTERS[name], _interval(spec)
     if statistic == "k1":
         return RejectionFilter(statistic, reduction, math.log(1 / high if low is None else low), math.log(high))

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import Layout, layout_of, real_dtype
-from ..policy import within_sequences
+from ..data_parallel import reduced
+from ..layout import Layout, active_tokens, layout_of, real_dtype
 from ..reference import loss as reference
 from .config import CorrectionConfig, RejectionFilter
 
@@ -135,8 +135,7 @@ def rollout_correction(
         raise ValueError(f"flat tokens need cu_seqlens, their sequences' boundaries; got shape {tuple(layout.shape)}")
     wide = torch.float32 if old_logps.device.type == "mps" else torch.float64
     old, rollout = _read(layout, old_logps, "old_logps", wide), _read(layout, rollout_logps, "rollout_logps", wide)
-    active = layout.tokens(mask, "mask", torch.bool)
-    active = within_sequences(torch.ones_like(old, dtype=torch.bool) if active is None else active, layout)
+    active = active_tokens(mask, layout, old.device)
     tokens = Tokens(layout, active, layout.sequence_sums(active.to(torch.int64)))
 
     d, missing = difference(old, rollout, tokens, config), active & (old - rollout).isnan()
@@ -208,9 +207,8 @@ def normalised(weights: Tensor, tokens: Tokens, dp_group: Any) -> Tensor:
     """Divided by their mean over active tokens (or rows), of all ranks; all 0 stay 0."""
     units = tokens.units(weights)
     totals = torch.stack([torch.where(units, weights, 0.0).sum(), units.sum().to(weights.dtype)])
-    if dp_group is not None:
-        torch.distributed.all_reduce(totals, group=dp_group)
-    mean = totals[0] / totals[1].clamp(min=1)
+    total, count = reduced(totals, dp_group).unbind()
+    mean = total / count.clamp(min=1)
     return weights / torch.where(mean > 0, mean, 1.0)
 
 

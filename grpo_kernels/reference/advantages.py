@@ -1,6 +1,6 @@
 """The specification of advantages, returns and the value loss, as loss.py is of the policy loss.
 
-csrc/cpu/advantages.cpp, csrc/cpu/gae.cpp and csrc/math/value.h hold the same formulas under the same names.
+csrc/math/advantage.h and csrc/math/value.h hold the same formulas under the same names.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from ..layout import real_dtype
 # ---- group advantages ----
 
 
-def combined_rewards(samples: Samples) -> Tensor:
-    """float64 [S]: the weighted sum of the components that are there; NaN where none is, or the sample is not valid."""
-    wide = samples.rewards.to(torch.float64)
+def combined_rewards(samples: Samples, dtype: torch.dtype) -> Tensor:
+    """[S]: the weighted sum of the components that are there; NaN where none is, or the sample is not valid."""
+    wide = samples.rewards.to(dtype)
     missing = wide.isnan().all(1) if samples.valid is None else wide.isnan().all(1) | ~samples.valid
-    weighted = wide if samples.reward_weights is None else wide * samples.reward_weights
+    weighted = wide if samples.reward_weights is None else wide * samples.reward_weights.to(dtype)
     return weighted.nansum(1).masked_fill(missing, float("nan"))
 
 
@@ -79,7 +79,7 @@ def advantages_of_group(
 
 def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per sample: advantage, the group's mean, the scale's deviation, informative."""
-    rewards = combined_rewards(samples)
+    rewards = combined_rewards(samples, torch.float64)
     counts, lengths, critic = ~rewards.isnan(), samples.lengths, samples.critic_values
     ids = torch.arange(len(rewards), device=rewards.device) // form.group_size
     ids = ids if samples.group_ids is None else samples.group_ids

@@ -51,6 +51,11 @@ def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     return torch.where(condition, torch.full_like(like, yes), torch.full_like(like, no))
 
 
+def outside_clip(ratio: Tensor, adv: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
+    """Which tokens the clip holds back: below its range with A < 0, above it with A > 0."""
+    return (ratio < s.ratio_low) & (adv < 0), (ratio > s.ratio_high) & (adv > 0)
+
+
 def clip_objective(v: TokenValues, s: Scalars) -> Objective:
     """-min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that)."""
     ratio, adv = v.log_ratio.exp(), v.adv
@@ -62,8 +67,7 @@ def clip_objective(v: TokenValues, s: Scalars) -> Objective:
         value = torch.where(dual, -s.dual_clip * adv, value)
     passes = (unclipped <= clipped) & (ratio <= s.delta) & ~dual
     cap = dual | ((adv < 0) & (ratio > s.delta))
-    flags = Flags((ratio < s.ratio_low) & (adv < 0), (ratio > s.ratio_high) & (adv > 0), cap)
-    return value, torch.where(passes, ratio, 0.0), flags
+    return value, torch.where(passes, ratio, 0.0), Flags(*outside_clip(ratio, adv, s), cap)
 
 
 def score_objective(weight: Tensor, v: TokenValues, flags: Flags) -> Objective:

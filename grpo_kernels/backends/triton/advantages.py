@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...grouping import AdvantageForm, Samples
 from ...layout import real_dtype
+from ...reference.advantages import combined_rewards
 from .launch import REALS, bits, kernel, number, on_device_of
 from .math import advantage, centred
 from .numeric import clamp_, max_
@@ -143,7 +144,7 @@ def group_kernel(
 
 def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     real = real_dtype(samples.rewards.dtype)
-    rewards = combined(samples, real)
+    rewards = combined_rewards(samples, real)
     advantages, means, stds = (torch.empty_like(rewards) for _ in range(3))
     informative, count = torch.empty_like(rewards, dtype=torch.bool), rewards.numel()
     if not count:
@@ -171,18 +172,6 @@ def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Ten
             BASELINE=form.baseline, SCALE=form.scale, BLOCK=GROUP_BLOCK, num_warps=WARPS, **constants,
         )  # fmt: skip
     return advantages, means, stds, informative
-
-
-def combined(samples: Samples, real: torch.dtype) -> Tensor:
-    """[S]: the weighted sum of the components that are there; NaN where none is, or the sample is not valid."""
-    rewards = samples.rewards.to(real)
-    missing = rewards.isnan().all(1)
-    if samples.reward_weights is not None:
-        rewards = rewards * samples.reward_weights.to(real)
-    summed = rewards[:, 0] if rewards.shape[1] == 1 else rewards.nansum(1)
-    if samples.valid is not None:
-        missing = missing | ~samples.valid
-    return torch.where(missing, torch.nan, summed).contiguous()
 
 
 def order_of(rewards: Tensor, samples: Samples, form: AdvantageForm) -> tuple[Tensor, Tensor | None]:

@@ -277,7 +277,7 @@ def token_loss(
     return policy, kl, d_log_ratio, d_pooled, d_logp, weight, low, high, cap
 
 
-# ---- csrc/cpu/advantages.cpp ----
+# ---- csrc/math/advantage.h ----
 
 
 @triton.jit
@@ -317,6 +317,12 @@ def advantage(reward, d, critic, mean, std, count, critic_weight, eps, SCALE: tl
         return tl.where(judged, whole, tl.where(count == 1, d, whole))
     else:
         return tl.where(count == 1, d, scaled(d, mean, std, eps, SCALE))
+
+
+@triton.jit
+def temporal_difference(reward, value, next_value, gamma):
+    """GAE's one-step error, r + gamma V_next - V."""
+    return reward + gamma * next_value - value
 
 
 # ---- csrc/math/value.h ----

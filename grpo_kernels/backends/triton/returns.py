@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...layout import real_dtype
 from .launch import REALS, bits, kernel, number, on_device_of
-from .math import value_term
+from .math import temporal_difference, value_term
 from .policy_inputs import read, view_args
 
 BLOCK, WARPS = 1024, 4  # tokens of a sequence scanned together: 8 a thread, and the scan crosses warps once
@@ -62,7 +62,7 @@ def gae_kernel(
         following = read((values, values_b, values_t), b, first + t + 1, next_counts, zero, REAL)
         ahead, known = tl.associative_scan((following, next_counts.to(tl.int32)), 0, latest, reverse=True)
         ahead = tl.where(known != 0, ahead, next_value)
-        delta = tl.where(counts, r + gamma * ahead - v, 0.0)
+        delta = tl.where(counts, temporal_difference(r, v, ahead, gamma), 0.0)
         factor, total = tl.associative_scan((tl.where(counts, decay, 1.0), delta), 0, chained, reverse=True)
         a = total + factor * running
         tl.store(advantages + out + t, tl.where(counts, a, 0.0), mask=inside)

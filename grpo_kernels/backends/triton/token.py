@@ -224,21 +224,12 @@ def warps(threads: int) -> int:
     return 1 if INTERPRETED else threads // driver.active.get_current_target().warp_size
 
 
-def pooling_of(form: Form) -> str:
-    """Of the log-ratios of a sequence: Form::pooling in csrc/math/policy.h."""
-    if form.objective == "gmpo":
-        return "mean"
-    if form.objective == "vespo" or form.ratio_level == "sequence_product":
-        return "sum"
-    return "none" if form.ratio_level == "token" else "mean"
-
-
 def token_policy(
     logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, inputs: PolicyInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     form, tokens = Form(*inputs.form), logps.shape[1]
     sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    pooling = pooling_of(form)
+    pooling = form.pooling
     block = BLOCK if logps.dtype == torch.float32 else BLOCK // 2  # a token a thread: twice as wide, half as many
     pieces = 1
     if pooling == "none":

@@ -1,0 +1,52 @@
+// Group advantages, one sample's share; the same functions stand in grpo_kernels/reference/advantages.py.
+#pragma once
+#include "numeric.h"
+
+namespace gk {
+
+// The enumerators follow the tuples of names in grpo_kernels/grouping.py.
+enum class Baseline : int { mean, leave_one_out, length_weighted, none };
+enum class Scale : int { group, batch, leave_one_out, mean, none };
+
+struct AdvantageForm {
+  int64_t group_size;  // where there are no ids
+  Baseline baseline;
+  Scale scale;
+  int ddof;
+  double eps, critic_weight, clip_low, clip_high;  // infinities for no clip
+  bool single_raw;                                 // a group of one valid sample keeps its reward instead of 0
+};
+
+template <typename T>
+struct GroupStatistics {  // of the valid rewards; shift: of the length-weighted mean from the plain
+  T count, mean, shift;
+  bool constant;
+};
+
+// A reward on its group's own baseline; exactly 0 where all are equal.
+template <typename T> GK_HD T centred(const AdvantageForm& form, T reward, const GroupStatistics<T>& group) {
+  if (group.count == 1) return form.single_raw ? reward : T(0);
+  if (form.baseline == Baseline::none) return reward;
+  if (group.constant) return 0;
+  const T d = reward - group.mean;
+  return form.baseline == Baseline::leave_one_out ? d * group.count / (group.count - 1) : d - group.shift;
+}
+
+// Blended with the critic's baseline where there is one (NaN: none), and scaled; a group of one is not. A scale of
+// exactly 0 does not divide.
+template <typename T>
+GK_HD T advantage(const AdvantageForm& form, T reward, T critic, T std, const GroupStatistics<T>& group) {
+  T a = centred(form, reward, group);
+  const bool judged = critic == critic;
+  if (judged) a = (1 - T(form.critic_weight)) * a + T(form.critic_weight) * (reward - critic);
+  if (form.scale == Scale::none || (group.count == 1 && !judged)) return a;
+  if (form.scale == Scale::mean) return group.mean > 0 ? a / group.mean : T(0);
+  return std > 0 ? a / (std + T(form.eps)) : a;
+}
+
+// GAE's one-step error, r + gamma V_next - V.
+template <typename T> GK_HD T temporal_difference(T reward, T value, T next_value, T gamma) {
+  return reward + gamma * next_value - value;
+}
+
+}  // namespace gk
