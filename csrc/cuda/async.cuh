@@ -13,6 +13,7 @@ namespace gk {
 #else
 #define GK_SM90 0
 #endif
+constexpr bool kSm90 = GK_SM90;  // bulk copies and clusters
 
 struct Mbarrier {
   uint64_t state;
@@ -52,7 +53,8 @@ __device__ __forceinline__ void wait(Mbarrier* barrier, int phase) {
 
 // 16 bytes past L1; the thread's copies so far then count as one arrival when they are done.
 __device__ __forceinline__ void async_copy16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from))
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
+               "l"(__cvta_generic_to_global(from))
                : "memory");
 }
 __device__ __forceinline__ void arrive_when_copied(Mbarrier* barrier) {
@@ -71,10 +73,10 @@ __device__ __forceinline__ void store_streaming(void* aligned, uint4 v) { __stcs
 #if GK_SM90
 
 __device__ __forceinline__ void arrive_expecting(Mbarrier* barrier, int bytes) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 // Addresses and size in whole 16 bytes.
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, Mbarrier* barrier) {
@@ -121,6 +123,17 @@ __device__ __forceinline__ void wait_cluster(Mbarrier* barrier, int phase) {
         : "r"(shared_address(barrier)), "r"(phase)
         : "memory");
 }
+
+#else  // never called: behind `if constexpr (kSm90)`
+
+__device__ void arrive_expecting(Mbarrier*, int);
+__device__ void bulk_copy(void*, const void*, int, Mbarrier*);
+__device__ int cluster_rank();
+__device__ int cluster_size();
+__device__ void cluster_sync();
+template <typename T> __device__ T* at_rank(T*, int);
+__device__ void arrive_remote(Mbarrier*, int);
+__device__ void wait_cluster(Mbarrier*, int);
 
 #endif
 
