@@ -1,0 +1,52 @@
+// Reads one token's inputs, as csrc/cpu/policy_inputs.h does.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "../kernels.h"
+
+namespace gk {
+
+inline Scalars<float> real_scalars(const Scalars<double>& s) {
+  static_assert(sizeof(s) == kScalars * sizeof(double), "");
+  double from[kScalars];
+  float to[kScalars];
+  std::memcpy(from, &s, sizeof s);
+  std::copy(from, from + kScalars, to);
+  Scalars<float> real;
+  std::memcpy(&real, to, sizeof real);
+  return real;
+}
+
+struct TokenInputs {
+  float adv, weight, old, ref, rollout, token_weight, entropy_weight, entropy_mask, selected, pooled_weight;
+};
+
+__device__ inline float read(const View& v, int64_t row, int64_t t, float absent) {
+  return v.data ? static_cast<const float*>(v.data)[row * v.stride_b + t * v.stride_t] : absent;
+}
+__device__ inline bool is_active(const View& v, int64_t row, int64_t t) {
+  return !v.data || static_cast<const uint8_t*>(v.data)[row * v.stride_b + t * v.stride_t] != 0;
+}
+
+// `logp` stands in for what is not given: on-policy, a ratio of 1.
+__device__ inline TokenInputs read_token(const PolicyInputs& in, int64_t row, int64_t t, float logp) {
+  const float weight = read(in.weights, row, t, 1);
+  return {read(in.advantages, row, t, 0),
+          weight,
+          read(in.old_logps, row, t, logp),
+          read(in.ref_logps, row, t, logp),
+          read(in.rollout_logps, row, t, logp),
+          read(in.token_weights, row, t, 1),
+          read(in.entropy_weights, row, t, weight),
+          read(in.entropy_mask, row, t, 1),
+          read(in.selected, row, t, 0),
+          read(in.pooled_weights, row, t, 1)};
+}
+
+__device__ inline TokenValues<float> token_values(const TokenInputs& t, float logp, float log_ratio,
+                                                  const Pooled<float>& pooled) {
+  return {logp, t.old, log_ratio, t.adv, t.token_weight, t.selected, t.ref, t.rollout, pooled};
+}
+
+}  // namespace gk
