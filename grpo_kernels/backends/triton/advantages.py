@@ -11,9 +11,9 @@ from ...grouping import AdvantageForm, Samples
 from ...layout import real_dtype
 from .group import (
     ABOVE,
-    BLOCK,
     CONSTANT,
     COUNT,
+    GROUP_BLOCK,
     LOW,
     SPAN,
     STD,
@@ -24,12 +24,13 @@ from .group import (
     scale_for,
     statistics,
 )
-from .launch import REALS, bits, kernel, number, on_device_of
+from .launch import REALS, bits, kernel, number, on_device_of, registers
 from .math import advantage, centred
 from .numeric import clamp_, max_
 
 WARPS = 4  # groups are small: a launch of many programs, each done in one step
 BATCH_BLOCK, BATCH_WARPS = 1024, 8  # one program takes all samples
+REGISTERS = 128  # of a thread, at most
 
 
 @triton.jit
@@ -157,7 +158,7 @@ def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Ten
         return advantages, means, stds, informative
     order, ends = (None, None) if ids is None else order_of(ids)
     read = (rewards, components, weights, valid)
-    constants: dict[str, Any] = {"REAL": REALS[real], "enable_fp_fusion": False}
+    constants: dict[str, Any] = {"REAL": REALS[real], "enable_fp_fusion": False, **registers(REGISTERS)}
     numbers = (form.eps, form.critic_weight, form.clip_low, form.clip_high)
     with on_device_of(rewards):
         if form.scale == "batch":
@@ -168,7 +169,7 @@ def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Ten
         group_kernel[(count if ids is not None else count // form.group_size,)](
             *read, order, ends, lengths, critics, batch_std, advantages, means, stds, informative,
             form.group_size, form.ddof, *(bits(x, real) for x in numbers), int(form.single_raw),
-            BASELINE=form.baseline, SCALE=form.scale, BLOCK=BLOCK, num_warps=WARPS, **constants,
+            BASELINE=form.baseline, SCALE=form.scale, BLOCK=GROUP_BLOCK.value, num_warps=WARPS, **constants,
         )  # fmt: skip
     return advantages, means, stds, informative
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from .math import advantage, centred
 from .numeric import max_
 
-BLOCK = 128  # groups are small
+GROUP_BLOCK = tl.constexpr(128)  # groups are small
 # Of what `reward_at` reads.
 REWARDS, STRIDE, COMPONENTS, WEIGHTS, VALID, ORDER = (tl.constexpr(i) for i in range(6))
 # Of what `statistics` returns: the lowest reward, the mean above it, the deviation, how many count, whether all are
@@ -105,7 +105,7 @@ def sample_advantage(rewards, stride, sample, on, group_size, eps, ADVANTAGES: t
     """Of one sample, from its group's rewards: Form.advantages "centred" or "normalised". A NaN reward has none."""
     begin = sample // group_size * group_size
     end = tl.where(on, begin + group_size, begin)
-    group = statistics((rewards, stride, 1, None, None, None), begin, end, 1.0, REAL, BLOCK)
+    group = statistics((rewards, stride, 1, None, None, None), begin, end, 1.0, REAL, GROUP_BLOCK)
     r = tl.load(rewards + sample * stride, on, float("nan")).to(REAL)
     d = centred(r, group[LOW], group[ABOVE], 0.0, group[COUNT], group[CONSTANT], False, "mean")
     scale: tl.constexpr = "group" if ADVANTAGES == "normalised" else "none"

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ...config import Form, Scalars
 from ...layout import PolicyInputs
-from .group import sample_advantage
-from .launch import bits, number
+from .launch import bits
 
 SCALARS = tl.constexpr(len(Scalars._fields))
 ADV, WEIGHT, OLD, REF, ROLLOUT, TOKEN_WEIGHT, ENTROPY_WEIGHT, ENTROPY_MASK, SELECTED, POOLED_WEIGHT = (
@@ -86,27 +85,19 @@ def read(view, b, t, mask, absent, REAL: tl.constexpr):
 
 
 @triton.jit
-def policy_views(adv, others, b, on, group_size, eps, ADVANTAGES: tl.constexpr, REAL: tl.constexpr):
-    """The arguments of all views for `load_token`, and the one advantage of batch row b where rewards were given: that
-    is `on`, or nothing is read."""
-    if ADVANTAGES == "given":
-        return adv + others + (0.0,)
-    else:
-        a = sample_advantage(adv[0], adv[1], b, on, group_size, number(eps, REAL), ADVANTAGES, REAL)
-        return (None, 0, 0) + others + (a,)  # noqa: RUF005
-
-
-@triton.jit
 def load_token(b, t, mask, logp, views, REAL: tl.constexpr):
     """One token's share of each view, or a block's: (adv, weight, old, ...), by name `token[OLD]`.
 
-    `views`, of `policy_views`, holds the three arguments of each, one after the other. `logp` stands in for what is not
-    given: on-policy, a ratio of 1.
+    `views` holds the three arguments of each, one after the other, then an advantage and whether it is every token's.
+    `logp` stands in for what is not given: on-policy, a ratio of 1.
     """
     one = tl.zeros_like(logp) + 1
+    adv = one - 1 + views[30]
+    if not views[31]:
+        adv = read(views[0:3], b, t, mask, adv, REAL)
     weight = read(views[3:6], b, t, mask, one, REAL)
     return (
-        read(views[0:3], b, t, mask, one - 1 + views[30], REAL),
+        adv,
         weight,
         read(views[6:9], b, t, mask, logp, REAL),
         read(views[9:12], b, t, mask, logp, REAL),

@@ -10,6 +10,7 @@ last bits: lanes that come by 16 bytes lie differently in the threads than those
 import triton
 import triton.language as tl
 
+from .group import sample_advantage
 from .launch import kernel, number
 from .math import ENTROPY_COEF, LOG_RATIO_CLAMP, inside, token_loss
 from .numeric import clamp_
@@ -25,7 +26,6 @@ from .policy_inputs import (
     WEIGHT,
     load_scalars,
     load_token,
-    policy_views,
 )  # fmt: skip
 from .softmax import row_gradient, target_gradient
 from .sweep import finished, merged_segments, row_stats, segment_stats, write_gradient, z_of
@@ -212,13 +212,16 @@ def policy_kernel(
     stats = finished(s, z, maths, live)
     if tl.program_id(1) == 0:
         store_stats(row, stats, logps, entropy, max, log_sum)
-    others = (
-        weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
+    own = 0.0
+    if ADVANTAGES != "given":
+        own = sample_advantage(adv, adv_b, b, live, group_size, number(advantage_eps, REAL), ADVANTAGES, REAL)
+    views = (
+        adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
         rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
         entropy_weight, entropy_weight_b, entropy_weight_t, entropy_mask, entropy_mask_b, entropy_mask_t,
         selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t,
+        own, ADVANTAGES != "given",
     )  # fmt: skip
-    views = policy_views((adv, adv_b, adv_t), others, b, live, group_size, advantage_eps, ADVANTAGES, REAL)
     token = load_token(b, t, live, stats[0], views, REAL)
     g_logp, g_entropy = policy_pull(stats[0], token, load_scalars(scalars, REAL), OBJECTIVE, KL, KL_GRADIENT)
     out = row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)

@@ -12,7 +12,8 @@ from triton.runtime import driver
 
 from ...config import METRICS, Form
 from ...layout import PolicyInputs
-from .launch import INTERPRETED, REALS, kernel, on_device_of
+from .group import sample_advantage
+from .launch import INTERPRETED, REALS, kernel, number, on_device_of
 from .math import (
     ENTROPY_COEF,
     GMPO_WEIGHT_FLOOR,
@@ -40,7 +41,6 @@ from .policy_inputs import (
     load_scalars,
     load_token,
     policy_args,
-    policy_views,
     read,
     view_args,
 )  # fmt: skip
@@ -184,17 +184,20 @@ def token_kernel(
     RATIO_LEVEL: tl.constexpr, POOLING: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """counts: int32, zeros; how many programs are done, then each sequence's tokens, low and high clips."""
-    others = (
-        weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
-        rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
-        entropy_weight, entropy_weight_b, entropy_weight_t, entropy_mask, entropy_mask_b, entropy_mask_t,
-        selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t,
-    )  # fmt: skip
     logps, active = (logps, logps_b, logps_t), (active, active_b, active_t)
     entropies = (entropies, entropies_b, entropies_t)
     program, s = tl.program_id(0).to(tl.int64), load_scalars(scalars, REAL)
     b, begin, end = segment(program, pieces, cu_seqlens, tokens, sequences, BLOCK)
-    views = policy_views((adv, adv_b, adv_t), others, b, begin < end, group_size, advantage_eps, ADVANTAGES, REAL)
+    own = 0.0
+    if ADVANTAGES != "given":
+        own = sample_advantage(adv, adv_b, b, begin < end, group_size, number(advantage_eps, REAL), ADVANTAGES, REAL)
+    views = (
+        adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
+        rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
+        entropy_weight, entropy_weight_b, entropy_weight_t, entropy_mask, entropy_mask_b, entropy_mask_t,
+        selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t,
+        own, ADVANTAGES != "given",
+    )  # fmt: skip
     shared = (0.0, 0.0, 1.0, 1.0, 1.0)
     if POOLING != "none":
         shared = pool(b, begin, end, logps, active, views, s, POOLING, OBJECTIVE, REAL, BLOCK)
