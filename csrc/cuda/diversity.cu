@@ -4,7 +4,7 @@
 // its set into a table, looks up the sets of the kept samples before it, a warp a sample, and says whether it is kept.
 // It waits for those decisions one by one as it goes, so that when the last is made one comparison is left to do.
 #include "finish.cuh"
-#include "launch.h"
+#include "launch.cuh"
 #include "ngram_table.cuh"
 #include "scan.cuh"
 
@@ -155,9 +155,9 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(DiversityArgs a) {
 void group_diversity(const DiversityParams& p, Stream stream) {
   if (p.samples == 0) return;
   const DiversityArgs args{p};
-  launch("ngram_kernel", ngram_kernel, {p.samples, kThreads}, stream, args);
-  launch("decide_kernel", decide_kernel, {p.samples, kThreads}, stream, args);
-  launch("cluster_kernel", cluster_kernel, {(p.samples + kThreads - 1) / kThreads, kThreads}, stream, args);
+  launch("ngram_kernel", ngram_kernel, grid_of(p.samples, kThreads), stream, args);
+  launch("decide_kernel", decide_kernel, grid_of(p.samples, kThreads), stream, args);
+  launch("cluster_kernel", cluster_kernel, grid_of((p.samples + kThreads - 1) / kThreads, kThreads), stream, args);
 }
 
 }  // namespace gk

@@ -4,7 +4,7 @@
 // Each value is first taken as its share of the group's range, with as many bits as 64 leave for the count.
 #pragma once
 #include "../kernels.h"
-#include "block.cuh"
+#include "merge.cuh"
 
 namespace gk {
 

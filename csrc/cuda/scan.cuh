@@ -1,6 +1,6 @@
 // The threads behind each thread of a block, composed. Steps need not commute: a.after(b) is a, then b behind it.
 #pragma once
-#include "block.cuh"
+#include "merge.cuh"
 
 namespace gk {
 
@@ -8,7 +8,8 @@ namespace gk {
 template <int kThreads, typename Step> __device__ Step exclusive_suffix(const Step& own, Step& whole) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kWarp);
-  __shared__ Step of_warps[kWarps];
+  __align__(8) __shared__ unsigned char storage[kWarps * sizeof(Step)];
+  Step* of_warps = reinterpret_cast<Step*>(storage);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Step inclusive = own;
   for (int d = 1; d < kWarp; d *= 2) {

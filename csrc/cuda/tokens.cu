@@ -6,7 +6,7 @@
 // pooled derivative back to them; a phase waits for the sequence's pieces of the one before, which come first.
 #include "finish.cuh"
 #include "group.cuh"
-#include "launch.h"
+#include "launch.cuh"
 #include "pieces.cuh"
 #include "token_sums.cuh"
 
@@ -214,7 +214,7 @@ void token_policy(const TokenParams& p, Stream stream) {
   const int64_t pieces = piece_count(p.batch, p.tokens, p.cu_seqlens, p.sequences);
   const bool many = p.cu_seqlens || p.tokens > kTokensAPiece, pooled = p.in.form.pooling() != Pooling::none;
   TokenArgs args{p, real_scalars(p.in.scalars), float(p.in.advantage_eps), pieces, many && pooled ? 3 : 1};
-  launch("token_kernel", token_kernel, {pieces * args.phases, kThreads}, stream, args);
+  launch("token_kernel", token_kernel, grid_of(pieces * args.phases, kThreads), stream, args);
 }
 
 }  // namespace gk
