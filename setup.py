@@ -3,6 +3,8 @@
 `grpo_kernels._cpu` is always built. `grpo_kernels._cuda` is built from csrc/cuda/*.cu where nvcc is found; a CUDA build
 that fails is reported and left out. GRPO_KERNELS_CUDA=0 never tries it, =1 makes its failure an error.
 GRPO_KERNELS_CUDA_ARCHS="80;90" replaces the default list of architectures.
+GRPO_KERNELS_EMULATED=1 builds `grpo_kernels._emulated` instead, the CUDA kernels for the CPU: python_tests/emulated.py
+does it for the tests, so that no wheel and no user's build has it.
 """
 
 import os
@@ -39,6 +41,10 @@ rule cxx
   deps = gcc
 rule nvcc
   command = nvcc -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {archs} {include} $flags -c $in -o $out
+rule emulate
+  command = {cxx} -MMD -MF $out.d {flags} $flags -Wno-unknown-pragmas -x c++ -include {emulation} -c $in -o $out
+  depfile = $out.d
+  deps = gcc
 rule link
   command = {link} -shared $in -o $out $libs
 """
@@ -81,13 +87,16 @@ class NinjaBuild(build_ext):
         subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)])
 
     def ninja_file(self, module: str, sources: list[str], build: Path, target: Path) -> str:
-        include = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']} -DGK_MODULE={module}"
+        defines = f"-DGK_MODULE={module} -DGK_{module.strip('_').upper()}"
+        include = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']} {defines}"
         flags = " ".join([*CXX_FLAGS, "-DGK_X86" * X86, include, os.environ.get("CXXFLAGS", "")])
-        cuda = any(s.endswith(".cu") for s in sources)
+        emulated = module == "_emulated"
+        cuda = not emulated and any(s.endswith(".cu") for s in sources)
         archs = cuda_architectures() if cuda else ""
         cxx = compiler()
         link = f"nvcc -ccbin {cxx} -cudart static" if cuda else cxx  # nvcc knows where its libraries are
-        lines = [RULES.format(cxx=cxx, link=link, flags=flags, archs=archs, include=include)]
+        emulation = ROOT.resolve() / "csrc/emulation/cuda_on_cpu.h"
+        lines = [RULES.format(cxx=cxx, link=link, flags=flags, archs=archs, include=include, emulation=emulation)]
         objects = []
 
         def add(rule: str, source: str, suffix: str = "", extra: str = "") -> None:
@@ -99,7 +108,8 @@ class NinjaBuild(build_ext):
                 for isa, isa_flags in INSTRUCTION_SETS.items():
                     add("cxx", source, f"_{isa}", f"-DGK_ISA={isa} {isa_flags}")
             else:
-                add("nvcc" if source.endswith(".cu") else "cxx", source)
+                cuda_rule = "emulate" if emulated else "nvcc"
+                add(cuda_rule if source.endswith(".cu") else "cxx", source)
         threads = "-Xcompiler -pthread" if cuda else "-pthread -ldl"
         libs = "-undefined dynamic_lookup" if sys.platform == "darwin" else threads
         libs = f"{libs} {os.environ.get('LDFLAGS', '')}"
@@ -112,10 +122,14 @@ def sources(folder: str, pattern: str) -> list[str]:
 
 
 def extensions() -> list[Extension]:
+    kernels = sources("cuda", "*.cu")
+    if os.environ.get("GRPO_KERNELS_EMULATED") == "1":
+        emulation = ["csrc/bindings.cpp", *sources("emulation", "*.cpp"), *kernels]
+        return [Extension("grpo_kernels._emulated", emulation)]
     modules = [Extension("grpo_kernels._cpu", ["csrc/bindings.cpp", *sources("cpu", "*.cpp")])]
-    wanted, kernels = os.environ.get("GRPO_KERNELS_CUDA"), sources("cuda", "*.cu")
+    wanted = os.environ.get("GRPO_KERNELS_CUDA")
     if kernels and wanted != "0" and (wanted == "1" or shutil.which("nvcc")):
-        cuda = Extension("grpo_kernels._cuda", [*sources("cuda", "*.cpp"), *kernels])
+        cuda = Extension("grpo_kernels._cuda", ["csrc/bindings.cpp", *sources("cuda", "*.cpp"), *kernels])
         cuda.optional = wanted != "1"
         modules.append(cuda)
     return modules

@@ -1,5 +1,6 @@
 // pybind11: raw addresses, strides and numbers from Python into the structs of kernels.h. Computes nothing and knows no
 // torch; every check has been made in Python (grpo_kernels/ops.py). The GIL is released while a kernel runs.
+// One file for _cpu, _cuda and the tests' _emulated; the last argument of every kernel is the CUDA stream's handle.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,9 +10,14 @@
 #include <optional>
 #include <tuple>
 
+#include "kernels.h"
+#ifdef GK_CPU
 #include "cpu/memory.h"
 #include "cpu/sweep.h"
-#include "kernels.h"
+#endif
+#ifdef GK_EMULATED
+#include "emulation/emulator.h"
+#endif
 
 namespace py = pybind11;
 
@@ -68,91 +74,117 @@ gk::PolicyInputs policy(const PolicyViews& v, const Group& group, const FormCode
 }  // namespace
 
 PYBIND11_MODULE(GK_MODULE, m) {
-  py::class_<gk::Rows>(m, "Rows").def(py::init(&rows));
+  py::class_<gk::Rows>(m, "Rows", py::module_local()).def(py::init(&rows));
 
   m.def(
       "row_forward",
-      [](const gk::Rows& p, const std::array<Address, 5>& out) { gk::row_forward(p, stats(out), nullptr); }, Release());
+      [](const gk::Rows& p, const std::array<Address, 5>& out, Address stream) {
+        gk::row_forward(p, stats(out), pointer(stream));
+      },
+      Release());
+#ifdef GK_CPU  // the other two are being written
   m.def(
       "row_backward",
       [](const gk::Rows& p, const std::array<Address, 5>& saved, Address g_logps, Address g_entropy,
-         const ViewArg& gradient) {
-        gk::row_backward(p, stats(saved), pointer(g_logps), pointer(g_entropy), view(gradient), nullptr);
+         const ViewArg& gradient, Address stream) {
+        gk::row_backward(p, stats(saved), pointer(g_logps), pointer(g_entropy), view(gradient), pointer(stream));
       },
       Release());
   m.def(
       "row_policy",
       [](const gk::Rows& p, const std::array<Address, 5>& out, const PolicyViews& inputs, const Group& group,
-         const FormCodes& form, const ScalarValues& scalars, const ViewArg& gradient) {
-        gk::row_policy(p, stats(out), policy(inputs, group, form, scalars), view(gradient), nullptr);
+         const FormCodes& form, const ScalarValues& scalars, const ViewArg& gradient, Address stream) {
+        gk::row_policy(p, stats(out), policy(inputs, group, form, scalars), view(gradient), pointer(stream));
       },
       Release());
+#endif
+#if defined(GK_CPU) || __has_include("cuda/tokens.cu")
   m.def(
       "token_policy",
       [](const PolicyViews& inputs, const Group& group, const FormCodes& form, const ScalarValues& scalars,
          const ViewArg& logps, const ViewArg& entropy, const ViewArg& active, std::array<int64_t, 2> shape,
-         Address cu_seqlens, int64_t sequences, bool is_double, const std::array<Address, 5>& out, int threads) {
+         Address cu_seqlens, int64_t sequences, bool is_double, const std::array<Address, 5>& out, int threads,
+         Address stream) {
         gk::token_policy({policy(inputs, group, form, scalars), view(logps), view(entropy), view(active), shape[0],
                           shape[1], pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]),
                           pointer(out[1]), pointer(out[2]), pointer(out[3]), pointer(out[4]), threads},
-                         nullptr);
+                         pointer(stream));
       },
       Release());
+#endif
+#if defined(GK_CPU) || __has_include("cuda/advantages.cu")
   m.def(
       "group_advantages",
       [](std::array<Address, 6> in, std::array<int64_t, 2> shape, int64_t group_size, int baseline, int scale, int ddof,
-         std::array<double, 4> numbers, bool single_raw, bool is_double, std::array<Address, 4> out, int threads) {
+         std::array<double, 4> numbers, bool single_raw, bool is_double, std::array<Address, 4> out, int threads,
+         Address stream) {
         const gk::AdvantageForm form{
             group_size, gk::Baseline(baseline), gk::Scale(scale), ddof, numbers[0], numbers[1], numbers[2], numbers[3],
             single_raw};
         gk::group_advantages({pointer(in[0]), pointer<double>(in[1]), pointer<uint8_t>(in[2]), pointer<int64_t>(in[3]),
                               pointer<double>(in[4]), pointer<double>(in[5]), shape[0], shape[1], form, is_double,
                               pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer<uint8_t>(out[3]), threads},
-                             nullptr);
+                             pointer(stream));
       },
       Release());
+#endif
+#if defined(GK_CPU) || __has_include("cuda/diversity.cu")
   m.def(
       "group_diversity",
       [](const ViewArg& token_ids, const ViewArg& active, std::array<Address, 2> in, bool narrow,
-         std::array<int64_t, 4> sizes, double threshold, std::array<Address, 3> out, int threads) {
+         std::array<int64_t, 4> sizes, double threshold, std::array<Address, 3> out, int threads, Address stream) {
         gk::group_diversity({view(token_ids), view(active), pointer<int64_t>(in[0]), pointer<int64_t>(in[1]), narrow,
                              sizes[0], sizes[1], sizes[2], sizes[3], threshold, pointer<uint8_t>(out[0]),
                              pointer<float>(out[1]), pointer<float>(out[2]), threads},
-                            nullptr);
+                            pointer(stream));
       },
       Release());
+#endif
+#if defined(GK_CPU) || __has_include("cuda/gae.cu")
   m.def(
       "gae",
       [](const std::array<ViewArg, 3>& in, std::array<int64_t, 2> shape, Address cu_seqlens, int64_t sequences,
-         double gamma, double lam, bool is_double, std::array<Address, 2> out, int threads) {
+         double gamma, double lam, bool is_double, std::array<Address, 2> out, int threads, Address stream) {
         gk::gae({view(in[0]), view(in[1]), view(in[2]), shape[0], shape[1], pointer<int64_t>(cu_seqlens), sequences,
                  gamma, lam, is_double, pointer(out[0]), pointer(out[1]), threads},
-                nullptr);
+                pointer(stream));
       },
       Release());
+#endif
+#if defined(GK_CPU) || __has_include("cuda/value_loss.cu")
   m.def(
       "value_loss",
       [](const std::array<ViewArg, 5>& in, std::array<int64_t, 2> shape, double clip, bool is_double,
-         std::array<Address, 4> out, int threads) {
+         std::array<Address, 4> out, int threads, Address stream) {
         gk::value_loss({view(in[0]), view(in[1]), view(in[2]), view(in[3]), view(in[4]), shape[0], shape[1], clip,
                         is_double, pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer(out[3]), threads},
-                       nullptr);
+                       pointer(stream));
       },
       Release());
+#endif
 
+#if defined(GK_CPU) || __has_include("cuda/whiten.cu")
   const auto whitening = [](auto kernel) {
     return [kernel](const std::array<ViewArg, 2>& in, std::array<int64_t, 2> shape, bool is_double,
-                    std::array<Address, 3> data, int threads) {
+                    std::array<Address, 3> data, int threads, Address stream) {
       kernel({view(in[0]), view(in[1]), shape[0], shape[1], is_double, pointer<double>(data[0]),
               pointer<double>(data[1]), pointer(data[2]), threads},
-             nullptr);
+             pointer(stream));
     };
   };
   m.def("masked_moments", whitening(gk::masked_moments), Release());
   m.def("whiten", whitening(gk::whiten), Release());
+#endif
 
+#ifdef GK_CPU
   m.def("prefer_huge_pages", [](Address data, int64_t bytes) { gk::prefer_huge_pages(pointer(data), bytes); });
   m.def("isa_supported", [](int isa) { return gk::isa_supported(gk::Isa(isa)); });
   m.def("isa_in_use", [] { return int(gk::isa_in_use()); });
   m.def("use_isa", [](int isa) { gk::use_isa(gk::Isa(isa)); });
+#endif
+#ifdef GK_EMULATED
+  m.def("use_machine", [](int multiprocessors, int threads, int shared_bytes, bool bulk_copies, int schedule) {
+    gk::emulation::machine() = {multiprocessors, threads, shared_bytes, bulk_copies, gk::emulation::Schedule(schedule)};
+  });
+#endif
 }

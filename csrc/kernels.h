@@ -19,7 +19,7 @@ enum class DType : int { f32, f64, bf16, f16 };
 struct View {  // [batch, tokens]; strides in elements; data == nullptr: not given
   void* data = nullptr;
   int64_t stride_b = 0, stride_t = 0;
-  int64_t offset(int64_t row, int64_t tokens) const { return row / tokens * stride_b + row % tokens * stride_t; }
+  GK_HD int64_t offset(int64_t row, int64_t tokens) const { return row / tokens * stride_b + row % tokens * stride_t; }
 };
 
 // What a GPU's blocks leave for each other; the CPU needs none. Its size: backends/native.py.

@@ -156,7 +156,7 @@ def linear_token_logps(
         ValueError, TypeError: as ``token_logps``; for a weight or bias that does not fit hidden.
     """
     unsupported_group("tp_group", tp_group)
-    backend = resolve(backend, hidden.device)
+    backend = resolve(backend, hidden.device, hidden.dtype)
     rows, weight, bias = _prepared(
         hidden, weight, bias, targets, mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         ignore_index=ignore_index,
@@ -219,7 +219,7 @@ def linear_grpo_loss(
     unsupported_group("tp_group", tp_group)
     unsupported_group("cp_group", cp_group)
     config = config or LossConfig()
-    backend = resolve(backend, hidden.device)
+    backend = resolve(backend, hidden.device, hidden.dtype)
     layout = layout_of(targets.shape, cu_seqlens)
     rows, weight, bias = _prepared(
         hidden, weight, bias, targets, mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap,

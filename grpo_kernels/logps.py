@@ -141,7 +141,7 @@ def token_logps(
         TypeError: for dtypes that do not fit.
     """
     unsupported_group("tp_group", tp_group)
-    backend = resolve(backend, logits.device)
+    backend = resolve(backend, logits.device, logits.dtype)
     rows = rows_of(
         logits,
         targets,

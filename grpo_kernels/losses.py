@@ -120,7 +120,7 @@ def grpo_loss(
     unsupported_group("tp_group", tp_group)
     unsupported_group("cp_group", cp_group)
     config = config or LossConfig()
-    backend = resolve(backend, logits.device)
+    backend = resolve(backend, logits.device, logits.dtype)
     layout = layout_of(targets.shape, cu_seqlens)
     rows = rows_of(
         logits,

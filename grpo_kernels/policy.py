@@ -251,7 +251,7 @@ def policy_loss(
     """
     unsupported_group("cp_group", cp_group)
     config = config or LossConfig()
-    backend = resolve(backend, logps.device)
+    backend = resolve(backend, logps.device, real_dtype(logps.dtype))
     layout = layout_of(logps.shape, cu_seqlens)
     dtype = real_dtype(logps.dtype)
     grid_logps = logps.to(dtype).reshape(layout.grid)

@@ -90,7 +90,7 @@ def value_loss(
     if clip is not None and old_values is None:
         raise ValueError(f"clip={clip!r} needs old_values; got None")
     backend, layout, dtype = (
-        resolve(backend, values.device),
+        resolve(backend, values.device, real_dtype(values.dtype)),
         layout_of(values.shape, cu_seqlens),
         real_dtype(values.dtype),
     )
@@ -174,7 +174,7 @@ def whiten(
     if x.dim() != 2:
         x, active = x.reshape(1, -1), active.reshape(1, -1)
     whitened = whitened_grid(
-        x, active, resolve(backend, x.device), dp_group, shift_mean=shift_mean, divide=divide, ddof=ddof, eps=eps,
+        x, active, resolve(backend, x.device, x.dtype), dp_group, shift_mean=shift_mean, divide=divide, ddof=ddof, eps=eps,
         eps_mode=eps_mode,
     )  # fmt: skip
     return whitened.view(values.shape)

@@ -226,5 +226,5 @@ def process_advantages(
         bad = ends[(ends < 0) | (ends >= length)][0].item()
         raise ValueError(f"step_ends must be in [0, {length}); got {bad}")
     at_ends = z.new_zeros(mask.shape).scatter_add(1, ends, z)
-    later = ops.gae(at_ends, None, None, None, 1.0, 1.0, resolve(backend, z.device))[0]
+    later = ops.gae(at_ends, None, None, None, 1.0, 1.0, resolve(backend, z.device, z.dtype))[0]
     return torch.where(mask.to(torch.bool), later, 0.0)

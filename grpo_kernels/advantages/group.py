@@ -101,7 +101,7 @@ def group_advantages(
         shared = samples.reward_weights  # by all samples, so not gathered
         samples = Samples(*map(ranks.gather, samples))._replace(reward_weights=shared)  # type: ignore[arg-type]
     check_groups(ranks.samples, group_size, samples.group_ids)
-    outputs = ops.group_advantages(*samples, *form, resolve(backend, rewards.device))
+    outputs = ops.group_advantages(*samples, *form, resolve(backend, rewards.device, real_rewards(rewards).dtype))
     return GroupAdvantages(*map(ranks.own, outputs))
 
 

@@ -58,7 +58,7 @@ def tokens_of(like: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor |
     if not layout.knows_sequences:
         raise ValueError(f"flat tokens need cu_seqlens; got {name} of shape {tuple(like.shape)} without")
     active = active_tokens(mask, layout, like.device)
-    return Tokens(layout, active, real_dtype(like.dtype), resolve(backend, like.device))
+    return Tokens(layout, active, real_dtype(like.dtype), resolve(backend, like.device, real_dtype(like.dtype)))
 
 
 def _check_unit(name: str, value: float) -> None:

@@ -16,10 +16,12 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 # Where a launch costs more than to read a group's rewards again for each row, up to groups of this size.
 GROUPS_IN_LAUNCH = ("cuda", "triton")
 LARGEST_GROUP_IN_LAUNCH = 1024
-PLANNED = {"cuda": "this version has no CUDA C++ kernels yet"}
+TESTS_ONLY = ("emulated",)  # the CUDA kernels on CPU tensors, where a test has built them
 NOT_IMPORTED = {
     "cpu": "its native module does not load ({error}); "
     "build it with `pip install .` (or `python setup.py build_ext --inplace`) where a C++ compiler is",
+    "cuda": "its native module does not load ({error}); build it with `pip install .` where nvcc is "
+    "(GRPO_KERNELS_CUDA=1 shows why it fails), or use 'triton'",
     "triton": "Triton does not import ({error}); install it with `pip install 'grpo-kernels[triton]'`",
 }
 
@@ -70,33 +72,55 @@ def implementation(name: str) -> Backend:
         ValueError: for a name that is none of `NAMES`.
         BackendUnavailable: if it cannot run here.
     """
-    if name not in NAMES:
+    if name not in NAMES + TESTS_ONLY:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}; got {name!r}")
-    if name in PLANNED:
-        raise BackendUnavailable(name, f"{PLANNED[name]}; use 'cpu' or 'reference'")
     try:
         module: Any = importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
         raise BackendUnavailable(name, NOT_IMPORTED.get(name, "{error}").format(error=error)) from error
-    if name == "triton" and (reason := module.missing()):
+    if name in ("cuda", "triton") and (reason := module.missing()):
         raise BackendUnavailable(name, reason)
     return module
 
 
-def resolve(backend: str, device: torch.device) -> str:
-    """'auto' to the name of the backend that runs on `device`; another name is checked to be here."""
+def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """'auto' to the name of the backend that runs `dtype` (None: any) on `device`; another name is checked to do so.
+
+    A CUDA tensor gets 'cuda' where its module is built, the GPU is new enough and the dtype has kernels there, and
+    'triton' otherwise.
+    """
     if backend == "auto":
-        backend = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
+        backend = (
+            _of_gpu(device.index, dtype) if device.type == "cuda" else "cpu" if device.type == "cpu" else "reference"
+        )
     if not torch.compiler.is_compiling():  # a compiled graph finds out when it calls the operator
-        module: Any = implementation(backend)
-        if backend == "triton" and not module.runs_on(device):
-            raise ValueError(
-                f"backend 'triton' needs tensors on a GPU, or Triton's interpreter (TRITON_INTERPRET=1, set before "
-                f"Triton is imported); got {device}"
-            )
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' needs CPU tensors; got {device}")
+        _check_runs_on(implementation(backend), backend, device, dtype)
+    if backend in ("cpu", "emulated") and device.type != "cpu":
+        raise ValueError(f"backend {backend!r} needs CPU tensors; got {device}")
     return backend
+
+
+@torch.compiler.assume_constant_result
+def _of_gpu(index: int | None, dtype: torch.dtype | None) -> str:
+    try:
+        module: Any = implementation("cuda")
+    except BackendUnavailable:
+        return "triton"
+    return "cuda" if module.runs_on(torch.device("cuda", index), dtype) else "triton"
+
+
+def _check_runs_on(module: Any, backend: str, device: torch.device, dtype: torch.dtype | None) -> None:
+    if backend == "triton" and not module.runs_on(device):
+        raise ValueError(
+            f"backend 'triton' needs tensors on a GPU, or Triton's interpreter (TRITON_INTERPRET=1, set before "
+            f"Triton is imported); got {device}"
+        )
+    if backend == "cuda" and not module.runs_on(device, dtype):
+        raise ValueError(
+            f"backend 'cuda' needs float32, bfloat16 or float16 on an NVIDIA GPU of sm_80 or later; got {dtype} on {device}"
+        )
+    if backend == "emulated" and dtype == torch.float64:
+        raise ValueError("backend 'emulated' has no float64, as 'cuda' has not")
 
 
 def available_backends() -> dict[str, str]:

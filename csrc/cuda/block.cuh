@@ -1,0 +1,52 @@
+// Reductions of a warp and of a block, always in the same order. A monoid: whole 4-byte words, the neutral element by
+// default, and merge().
+#pragma once
+#include <cstring>
+
+#include "launch.h"
+
+namespace gk {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+__device__ __forceinline__ int lane_of_thread() { return int(threadIdx.x) % kWarp; }
+__device__ __forceinline__ int warp_of_thread() { return int(threadIdx.x) / kWarp; }
+
+template <typename T> __device__ __forceinline__ T shuffle_xor(const T& value, int lanes) {
+  static_assert(sizeof(T) % 4 == 0, "whole words");
+  unsigned words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 4); ++i) words[i] = __shfl_xor_sync(kFullWarp, words[i], lanes);
+  T other;
+  memcpy(&other, words, sizeof(T));
+  return other;
+}
+
+// Every lane gets the whole warp's, the lower lane's on the left of each merge: all compute the same bits.
+template <typename Monoid> __device__ __forceinline__ Monoid warp_merge(Monoid value) {
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const Monoid other = shuffle_xor(value, lanes);
+    value = lane_of_thread() & lanes ? other.merge(value) : value.merge(other);
+  }
+  return value;
+}
+
+// The same for blocks of whole warps. `scratch`: shared memory for a value a warp, in use until the block's next
+// barrier.
+template <typename Monoid> __device__ __forceinline__ Monoid block_merge(Monoid value, Monoid* scratch) {
+  value = warp_merge(value);
+  if (lane_of_thread() == 0) scratch[warp_of_thread()] = value;
+  __syncthreads();
+  return warp_merge(lane_of_thread() < int(blockDim.x) / kWarp ? scratch[lane_of_thread()] : Monoid{});
+}
+
+template <typename Monoid> __device__ __forceinline__ Monoid block_merge(Monoid value) {
+  __shared__ __align__(16) unsigned char scratch[kWarp * sizeof(Monoid)];
+  value = block_merge(value, reinterpret_cast<Monoid*>(scratch));
+  __syncthreads();  // scratch may be used by the next call
+  return value;
+}
+
+}  // namespace gk
