@@ -1,7 +1,7 @@
 // Group-normalised advantages in every form: a warp a group, or a block a group where it is large, in one launch; two
 // where the deviation is the batch's. The formulas are in csrc/math/advantage.h.
 #include "group.cuh"
-#include "launch.cuh"
+#include "launch.h"
 
 namespace gk {
 namespace {
@@ -145,14 +145,14 @@ __global__ void __launch_bounds__(kBatchThreads) batch_kernel(AdvantageArgs a) {
 void group_advantages(const AdvantageParams& p, Stream stream) {
   if (p.samples == 0) return;
   const AdvantageArgs args{p};
-  if (p.form.scale == Scale::batch) launch("batch_kernel", batch_kernel, grid_of(1, kBatchThreads), stream, args);
+  if (p.form.scale == Scale::batch) launch("batch_kernel", batch_kernel, {1, kBatchThreads}, stream, args);
   const int64_t teams = p.ends ? p.samples : p.samples / p.form.group_size;
   const bool large = p.ends || p.form.group_size > kLargeGroup;  // ragged groups may be of any size
   const int64_t blocks = large ? teams : (teams + kThreads / kWarp - 1) / (kThreads / kWarp);
   if (large)
-    launch("advantage_kernel", advantage_kernel<BlockTeam>, grid_of(blocks, kThreads), stream, args);
+    launch("advantage_kernel", advantage_kernel<BlockTeam>, {blocks, kThreads}, stream, args);
   else
-    launch("advantage_kernel", advantage_kernel<WarpTeam>, grid_of(blocks, kThreads), stream, args);
+    launch("advantage_kernel", advantage_kernel<WarpTeam>, {blocks, kThreads}, stream, args);
 }
 
 }  // namespace gk

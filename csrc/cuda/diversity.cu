@@ -4,7 +4,7 @@
 // its set into a table, looks up the sets of the kept samples before it, a warp a sample, and says whether it is kept.
 // It waits for those decisions one by one as it goes, so that when the last is made one comparison is left to do.
 #include "finish.cuh"
-#include "launch.cuh"
+#include "launch.h"
 #include "ngram_table.cuh"
 #include "scan.cuh"
 
@@ -39,8 +39,8 @@ struct DiversityArgs {
   }
 };
 
-// A table for a set of up to `ngrams`, empty or not yet: in `shared`, or in its sample's part of global memory, which is
-// zeros at first and has the whole set after the first launch.
+// A table for a set of up to `ngrams`, empty or not yet: in `shared`, or in its sample's part of global memory, which
+// is zeros at first and has the whole set after the first launch.
 __device__ NgramTable table_for(const DiversityArgs& a, int64_t sample, int64_t ngrams, Hash* shared) {
   if (ngrams > kSharedNgrams)
     return {static_cast<Hash*>(a.p.tables) + 2 * a.begin(sample), uint32_t(2 * a.length(sample))};
@@ -102,7 +102,8 @@ struct Best {
   __device__ Best merge(const Best& o) const { return above(o) ? *this : o; }
 };
 
-__device__ Best compare(const DiversityArgs& a, const NgramTable& table, int64_t sample, int64_t other, int64_t position) {
+__device__ Best compare(const DiversityArgs& a, const NgramTable& table, int64_t sample, int64_t other,
+                        int64_t position) {
   const Hash* set = a.set(other);
   const int size = a.size(other);
   Count both;
@@ -155,9 +156,9 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(DiversityArgs a) {
 void group_diversity(const DiversityParams& p, Stream stream) {
   if (p.samples == 0) return;
   const DiversityArgs args{p};
-  launch("ngram_kernel", ngram_kernel, grid_of(p.samples, kThreads), stream, args);
-  launch("decide_kernel", decide_kernel, grid_of(p.samples, kThreads), stream, args);
-  launch("cluster_kernel", cluster_kernel, grid_of((p.samples + kThreads - 1) / kThreads, kThreads), stream, args);
+  launch("ngram_kernel", ngram_kernel, {p.samples, kThreads}, stream, args);
+  launch("decide_kernel", decide_kernel, {p.samples, kThreads}, stream, args);
+  launch("cluster_kernel", cluster_kernel, {(p.samples + kThreads - 1) / kThreads, kThreads}, stream, args);
 }
 
 }  // namespace gk

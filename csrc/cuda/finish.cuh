@@ -2,7 +2,7 @@
 // have run, so there is no deadlock, whatever the number of blocks that the device runs at a time. The counters are
 // zeros at the start of a launch.
 #pragma once
-#include "merge.cuh"
+#include "block.cuh"
 
 namespace gk {
 

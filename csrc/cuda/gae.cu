@@ -5,7 +5,7 @@
 // leaves for the pieces before it; each of them composes the maps behind it itself, in their order, so that the result
 // does not hang on timing.
 #include "finish.cuh"
-#include "launch.cuh"
+#include "launch.h"
 #include "pieces.cuh"
 #include "policy_inputs.cuh"
 #include "scan.cuh"
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArgs a) {
 void gae(const GaeParams& p, Stream stream) {
   const int64_t pieces = piece_count(p.batch, p.tokens, p.cu_seqlens, p.sequences);
   const GaeArgs args{p, float(p.gamma), float(p.gamma * p.lam), pieces};
-  launch("gae_kernel", gae_kernel, grid_of(pieces, kThreads), stream, args);
+  launch("gae_kernel", gae_kernel, {pieces, kThreads}, stream, args);
 }
 
 }  // namespace gk

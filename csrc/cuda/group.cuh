@@ -4,7 +4,7 @@
 // Each value is first taken as its share of the group's range, with as many bits as 64 leave for the count.
 #pragma once
 #include "../kernels.h"
-#include "merge.cuh"
+#include "block.cuh"
 
 namespace gk {
 
@@ -100,7 +100,9 @@ __device__ RewardStatistics statistics(Team team, const RewardSource& source, in
   const float variance = float(team.merge(squares).value) / scale / max_(n - float(ddof), 1.0f);
   const bool constant = range.count == 0 || range.low == range.high;
   const float std = range.finite() ? sqrtf(variance) * span : NAN;
-  return {range.count == 0 ? 0 : constant ? range.low : origin,
+  return {range.count == 0 ? 0
+          : constant       ? range.low
+                           : origin,
           constant ? 0 : above,
           constant || range.count <= ddof ? 0 : std,
           span,

@@ -51,7 +51,8 @@ struct Pieces {
   __device__ static Piece cut(int64_t sequence, int64_t row, int64_t begin, int64_t end, int64_t first, int64_t index,
                               bool inside) {
     const int64_t from = begin + index * kTokensAPiece, to = min_(from + kTokensAPiece, end);
-    return {sequence, row, from, max_(from, to), first, index, (end - begin + kTokensAPiece - 1) / kTokensAPiece, inside};
+    return {sequence, row, from, max_(from, to), first, index, (end - begin + kTokensAPiece - 1) / kTokensAPiece,
+            inside};
   }
 };
 

@@ -1,14 +1,26 @@
 // The threads behind each thread of a block, composed. Steps need not commute: a.after(b) is a, then b behind it.
 #pragma once
-#include "merge.cuh"
+#include "block.cuh"
 
 namespace gk {
+
+// Of the lane `distance` behind; its own where there is none.
+template <typename T> __device__ __forceinline__ T shuffle_down(const T& value, int distance) {
+  static_assert(sizeof(T) % 4 == 0, "whole words");
+  unsigned words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 4); ++i) words[i] = __shfl_down_sync(kFullWarp, words[i], distance);
+  T later;
+  memcpy(&later, words, sizeof(T));
+  return later;
+}
 
 // Of the threads behind this one; `whole`: of all. A thread's default Step changes nothing.
 template <int kThreads, typename Step> __device__ Step exclusive_suffix(const Step& own, Step& whole) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kWarp);
-  __align__(8) __shared__ unsigned char storage[kWarps * sizeof(Step)];
+  __shared__ __align__(16) unsigned char storage[kWarps * sizeof(Step)];
   Step* of_warps = reinterpret_cast<Step*>(storage);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Step inclusive = own;

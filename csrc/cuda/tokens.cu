@@ -1,12 +1,12 @@
 // The token kernel: ratio, objective, KL, weights, reduction and every metric, with the derivative, from log-probs.
 //
-// One launch. A block takes a piece of a sequence and leaves its sums behind; the one that arrives last adds them up, in
-// the order of the pieces. A sequence's own sums, which pooled ratios ask for, stay in the block where one piece is the
-// whole sequence. A longer one goes through three phases, each a block a piece: what is pooled, the tokens, and the
+// One launch. A block takes a piece of a sequence and leaves its sums behind; the one that arrives last adds them up,
+// in the order of the pieces. A sequence's own sums, which pooled ratios ask for, stay in the block where one piece is
+// the whole sequence. A longer one goes through three phases, each a block a piece: what is pooled, the tokens, and the
 // pooled derivative back to them; a phase waits for the sequence's pieces of the one before, which come first.
 #include "finish.cuh"
 #include "group.cuh"
-#include "launch.cuh"
+#include "launch.h"
 #include "pieces.cuh"
 #include "token_sums.cuh"
 
@@ -67,7 +67,8 @@ class TokenBlock {
       const float logp = read(p.logps, piece.row, t, 0);
       const TokenInputs in = inputs(t, logp);
       const float count = count_of(in);
-      sums = sums.merge({count * term(in, logp).value, count, 1, in.adv, log_(in.pooled_weight + float(kGmpoWeightFloor))});
+      sums = sums.merge(
+          {count * term(in, logp).value, count, 1, in.adv, log_(in.pooled_weight + float(kGmpoWeightFloor))});
     });
     return block_merge(sums);
   }
@@ -75,7 +76,8 @@ class TokenBlock {
   __device__ Sequence sequence_of(const PoolSums& sums) const {
     const float share = form.pooling() == Pooling::sum ? 1 : 1 / max_(sums.counted, 1.0f), n = max_(sums.tokens, 1.0f);
     const float raw = sums.ratio * share, log_ratio = pooled_limit(form, raw, s);
-    return {{log_ratio, sums.adv / n, p.in.pooled_weights.data ? exp_(sums.log_weight / n) : 1}, share,
+    return {{log_ratio, sums.adv / n, p.in.pooled_weights.data ? exp_(sums.log_weight / n) : 1},
+            share,
             inside(raw, log_ratio)};
   }
 
@@ -214,7 +216,7 @@ void token_policy(const TokenParams& p, Stream stream) {
   const int64_t pieces = piece_count(p.batch, p.tokens, p.cu_seqlens, p.sequences);
   const bool many = p.cu_seqlens || p.tokens > kTokensAPiece, pooled = p.in.form.pooling() != Pooling::none;
   TokenArgs args{p, real_scalars(p.in.scalars), float(p.in.advantage_eps), pieces, many && pooled ? 3 : 1};
-  launch("token_kernel", token_kernel, grid_of(pieces * args.phases, kThreads), stream, args);
+  launch("token_kernel", token_kernel, {pieces * args.phases, kThreads}, stream, args);
 }
 
 }  // namespace gk

@@ -1,7 +1,7 @@
 // The clipped value loss with its derivative and metrics, in one launch.
 #include "../math/value.h"
 #include "finish.cuh"
-#include "launch.cuh"
+#include "launch.h"
 #include "policy_inputs.cuh"
 #include "spans.cuh"
 
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) value_kernel(ValueArgs a) {
 
 void value_loss(const ValueParams& p, Stream stream) {
   const ValueArgs args{p, float(p.clip), span_count(p.batch, p.tokens)};
-  launch("value_kernel", value_kernel, grid_of(args.pieces, kThreads), stream, args);
+  launch("value_kernel", value_kernel, {args.pieces, kThreads}, stream, args);
 }
 
 }  // namespace gk

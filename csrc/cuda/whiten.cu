@@ -1,6 +1,6 @@
 // Whitening: the moments of the active values in one launch, and x -> (x - shift) * factor + offset in another.
 #include "finish.cuh"
-#include "launch.cuh"
+#include "launch.h"
 #include "policy_inputs.cuh"
 #include "spans.cuh"
 
@@ -90,12 +90,12 @@ __global__ void __launch_bounds__(kThreads) whiten_kernel(WhitenArgs a) {
 
 void masked_moments(const WhitenParams& p, Stream stream) {
   const WhitenArgs args{p, span_count(p.batch, p.tokens)};
-  launch("moments_kernel", moments_kernel, grid_of(args.pieces, kThreads), stream, args);
+  launch("moments_kernel", moments_kernel, {args.pieces, kThreads}, stream, args);
 }
 
 void whiten(const WhitenParams& p, Stream stream) {
   const WhitenArgs args{p, span_count(p.batch, p.tokens)};
-  launch("whiten_kernel", whiten_kernel, grid_of(args.pieces, kThreads), stream, args);
+  launch("whiten_kernel", whiten_kernel, {args.pieces, kThreads}, stream, args);
 }
 
 }  // namespace gk
