@@ -29,7 +29,7 @@ struct Scratch {
 };
 constexpr int64_t kTokensAPiece = 2048;                       // of a block
 constexpr int kTokenSums = 23, kPoolSums = 5, kPullSums = 1;  // floats a piece, in TokenParams::scratch
-constexpr int kGaeSums = 5, kValueSums = 5, kMomentSums = 5;  // likewise
+constexpr int kGaeSums = 5, kValueSums = 5, kMomentSums = 6;  // likewise
 constexpr int64_t kTokensInTable = 4096;                      // of a sample that needs no DiversityParams::tables
 
 // z = softcap(logit_scale * logit) / temperature, softcap(v) = c tanh(v / c); softcap == 0: none.

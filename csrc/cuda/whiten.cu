@@ -9,14 +9,21 @@ namespace {
 
 constexpr int kThreads = 256, kTokensAThread = int(kTokensAPiece) / kThreads;
 
+// The mean is a sum of two: what `mean` has lost by rounding would be much beside a small spread on a large offset.
 struct MaskedMoments {
-  float count = 0, mean = 0, squares = 0, low = INFINITY, high = -INFINITY;  // squares: about the mean
+  float count = 0, mean = 0, rest = 0, squares = 0, low = INFINITY, high = -INFINITY;  // squares: about the mean
 
   __device__ MaskedMoments merge(const MaskedMoments& o) const {
     if (o.count == 0) return *this;
     if (count == 0) return o;
-    const float gap = o.mean - mean, all = count + o.count, share = o.count / all;
-    return {all, mean + gap * share, squares + o.squares + gap * gap * count * share, fminf(low, o.low),
+    const float gap = (o.mean - mean) + (o.rest - rest), all = count + o.count, share = o.count / all;
+    const float step = gap * share, moved = mean + step, taken = moved - mean;
+    const float lost = (mean - (moved - taken)) + (step - taken);
+    return {all,
+            moved,
+            rest + lost,
+            squares + o.squares + gap * gap * count * share,
+            fminf(low, o.low),
             fmaxf(high, o.high)};
   }
 };
@@ -32,9 +39,9 @@ struct Active {  // of a piece
   __device__ float mean() const { return low <= high ? clamp_(sum / float(count), low, high) : sum / float(count); }
 };
 
-struct Squares {
-  float value = 0;
-  __device__ Squares merge(const Squares& o) const { return {value + o.value}; }
+struct Deviations {  // from the mean
+  float sum = 0, squares = 0;
+  __device__ Deviations merge(const Deviations& o) const { return {sum + o.sum, squares + o.squares}; }
 };
 
 struct WhitenArgs {
@@ -60,11 +67,13 @@ __device__ MaskedMoments moments_of_piece(const WhitenParams& p) {
   active = block_merge(active);
   if (active.count == 0) return {};
   const float mean = active.mean();
-  Squares squares;
+  Deviations d;
 #pragma unroll
   for (int k = 0; k < kTokensAThread; ++k)
-    if (on >> k & 1) squares.value += (x[k] - mean) * (x[k] - mean);
-  return {float(active.count), mean, block_merge(squares).value, active.low, active.high};
+    if (on >> k & 1) d = d.merge({x[k] - mean, (x[k] - mean) * (x[k] - mean)});
+  d = block_merge(d);
+  const float n = float(active.count), rest = d.sum / n;
+  return {n, mean, rest, d.squares - rest * d.sum, active.low, active.high};
 }
 
 __global__ void __launch_bounds__(kThreads) moments_kernel(WhitenArgs a) {
@@ -74,15 +83,17 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(WhitenArgs a) {
   moments = sum_left(left, a.pieces);
   if (threadIdx.x > 0) return;
   double* out = a.p.moments;
-  out[0] = moments.count, out[1] = moments.mean, out[2] = moments.squares, out[3] = moments.low, out[4] = moments.high;
+  out[0] = moments.count, out[1] = double(moments.mean) + moments.rest, out[2] = moments.squares;
+  out[3] = moments.low, out[4] = moments.high;
 }
 
 __global__ void __launch_bounds__(kThreads) whiten_kernel(WhitenArgs a) {
   const WhitenParams& p = a.p;
-  const float shift = float(p.coefficients[0]), factor = float(p.coefficients[1]), offset = float(p.coefficients[2]);
+  const double* c = p.coefficients;
+  const float shift = float(c[0]), rest = float(c[0] - shift), factor = float(c[1]), offset = float(c[2]);
   for_each_in_piece(p.batch, p.tokens, [&](int64_t i, Place at) {
     const bool on = is_active(p.active, at.row, at.t);
-    static_cast<float*>(p.whitened)[i] = on ? (read(p.values, at.row, at.t, 0) - shift) * factor + offset : 0;
+    static_cast<float*>(p.whitened)[i] = on ? ((read(p.values, at.row, at.t, 0) - shift) - rest) * factor + offset : 0;
   });
 }
 
