@@ -33,18 +33,20 @@ template <typename Monoid> __device__ __forceinline__ Monoid warp_merge(Monoid v
   return value;
 }
 
-// The same for blocks of whole warps. `scratch`: shared memory for a value a warp, in use until the block's next
-// barrier.
-template <typename Monoid> __device__ __forceinline__ Monoid block_merge(Monoid value, Monoid* scratch) {
+// The same for `warps` whole warps, which `sync` waits for. `scratch`: shared memory for a value a warp, in use until they
+// have met again.
+template <typename Monoid, typename Sync>
+__device__ __forceinline__ Monoid warps_merge(Monoid value, Monoid* scratch, int warps, const Sync& sync) {
   value = warp_merge(value);
   if (lane_of_thread() == 0) scratch[warp_of_thread()] = value;
-  __syncthreads();
-  return warp_merge(lane_of_thread() < int(blockDim.x) / kWarp ? scratch[lane_of_thread()] : Monoid{});
+  sync();
+  return warp_merge(lane_of_thread() < warps ? scratch[lane_of_thread()] : Monoid{});
 }
 
+// The same for a block of whole warps.
 template <typename Monoid> __device__ __forceinline__ Monoid block_merge(Monoid value) {
   __shared__ __align__(16) unsigned char scratch[kWarp * sizeof(Monoid)];
-  value = block_merge(value, reinterpret_cast<Monoid*>(scratch));
+  value = warps_merge(value, reinterpret_cast<Monoid*>(scratch), int(blockDim.x) / kWarp, [] { __syncthreads(); });
   __syncthreads();  // scratch may be used by the next call
   return value;
 }

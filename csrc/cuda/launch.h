@@ -30,7 +30,7 @@ struct Machine {
 
 #ifdef GK_EMULATED
 
-inline Machine machine() {
+template <typename Kernel> Machine machine(Kernel) {
   const emulation::Machine& m = emulation::machine();
   return {m.multiprocessors, m.shared_bytes, m.threads, m.bulk_copies};
 }
@@ -51,14 +51,15 @@ inline void check(const char* name, cudaError_t error) {
   throw std::runtime_error(std::string("kernel ") + name + ": " + cudaGetErrorString(error));
 }
 
-// Of the current device; a few attributes that the driver keeps, no synchronisation.
-inline Machine machine() {
-  int device = 0, multiprocessors = 0, shared_bytes = 0, major = 0;
+// Of the current device, for a kernel: what it was compiled for decides what it can use. No synchronisation.
+template <typename Kernel> Machine machine(Kernel kernel) {
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  cudaFuncAttributes compiled;
   check("machine", cudaGetDevice(&device));
   check("machine", cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   check("machine", cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  check("machine", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return {multiprocessors, shared_bytes, 512, major >= 9};
+  check("machine", cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)));
+  return {multiprocessors, shared_bytes, 512, compiled.ptxVersion >= 90};
 }
 
 __device__ __forceinline__ unsigned char* dynamic_shared() {

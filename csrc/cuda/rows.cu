@@ -1,51 +1,61 @@
-// The row kernel: softmax statistics of a row, in one launch.
-#include "../math/softmax.h"
-#include "block.cuh"
-#include "policy_inputs.cuh"
-#include "vec.cuh"
+// The row kernel's launches.
+#include <limits>
+#include <stdexcept>
+
+#include "row_kernel.cuh"
 
 namespace gk {
 namespace {
 
-constexpr int kThreads = 256;
+RowArgs row_args(const Rows& p, const RowStats& stats) {
+  if (p.vocab > std::numeric_limits<int>::max()) throw std::invalid_argument("a vocabulary of more than 2^31 - 1");
+  RowArgs args{};
+  args.logits = p.logits, args.targets = p.targets, args.active = p.active, args.temperature = p.temperature;
+  args.rows = p.batch * p.tokens, args.tokens = p.tokens, args.vocab = int(p.vocab);
+  args.inv_temperature = float(p.inv_temperature), args.logit_scale = float(p.logit_scale);
+  args.softcap = float(p.softcap);
+  args.logps = static_cast<float*>(stats.logps), args.entropy = static_cast<float*>(stats.entropy);
+  args.max = static_cast<float*>(stats.max), args.log_sum = static_cast<float*>(stats.log_sum);
+  args.sum_p2 = static_cast<float*>(stats.sum_p2);
+  return args;
+}
 
-struct RowStatsArgs {
-  Rows p;
-  RowStats stats;
-};
-
-struct Partial {
-  Softmax<float> softmax;
-  float unit = 1;
-  __device__ Partial merge(const Partial& o) const { return {softmax.merge(o.softmax, unit), unit}; }
-};
-
-template <typename T> __global__ void __launch_bounds__(kThreads) row_kernel(RowStatsArgs args) {
-  const Rows& p = args.p;
-  const int64_t row = blockIdx.x;
-  const T* logits = static_cast<const T*>(p.logits.data) + p.logits.offset(row, p.tokens);
-  Partial partial;
-  partial.unit = float(p.inv_temperature * p.logit_scale * kLog2e);
-  for (int64_t i = threadIdx.x; i < p.vocab; i += blockDim.x)
-    partial = partial.merge({{to_float(logits[i]), 1, 0, 1}, partial.unit});
-  partial = block_merge(partial);
-  const int64_t target = static_cast<const int64_t*>(p.targets.data)[p.targets.offset(row, p.tokens)];
-  if (threadIdx.x > 0) return;
-  const Softmax<float>& s = partial.softmax;
-  static_cast<float*>(args.stats.logps)[row] =
-      (to_float(logits[target]) - s.max) * partial.unit * float(kLn2) - s.log_sum();
-  static_cast<float*>(args.stats.entropy)[row] = s.entropy();
-  static_cast<float*>(args.stats.max)[row] = s.max;
-  static_cast<float*>(args.stats.log_sum)[row] = s.log_sum();
+void launch_rows(RowArgs args, DType dtype, Stream stream, const char* name) {
+  if (args.rows == 0) return;
+  const Machine m = machine(row_kernel<float, false, false>);
+  const bool twice = args.statistics && args.gradient.data;
+  const RowPlan plan = row_plan(m, int64_t(args.vocab) * (dtype == DType::f32 ? 4 : 2), twice);
+  args.slots = plan.slots, args.resident = plan.resident, args.bulk_copies = m.bulk_copies;
+  const int64_t at_once = max_(m.multiprocessors * plan.blocks_per_multiprocessor / plan.cluster, 1);
+  const Grid grid{min_(args.rows, at_once) * plan.cluster, plan.threads + kWarp, plan.shared_bytes(), plan.cluster};
+  if (plan.cluster > 1)
+    launch_clusters(args, dtype, grid, stream, name);
+  else
+    launch_kernel<false>(args, dtype, grid, stream, name);
 }
 
 }  // namespace
 
 void row_forward(const Rows& p, const RowStats& stats, Stream stream) {
-  const auto kernel = p.dtype == DType::f32    ? row_kernel<float>
-                      : p.dtype == DType::bf16 ? row_kernel<bf16>
-                                               : row_kernel<f16>;
-  launch("row_kernel", kernel, {p.batch * p.tokens, kThreads}, stream, RowStatsArgs{p, stats});
+  RowArgs args = row_args(p, stats);
+  args.statistics = true;
+  launch_rows(args, p.dtype, stream, "row_forward");
+}
+
+void row_backward(const Rows& p, const RowStats& saved, const void* g_logps, const void* g_entropy,
+                  const View& gradient, Stream stream) {
+  RowArgs args = row_args(p, saved);
+  args.gradient = gradient;
+  args.g_logps = static_cast<const float*>(g_logps), args.g_entropy = static_cast<const float*>(g_entropy);
+  launch_rows(args, p.dtype, stream, "row_backward");
+}
+
+void row_policy(const Rows& p, const RowStats& stats, const PolicyInputs& in, const View& gradient, Stream stream) {
+  RowArgs args = row_args(p, stats);
+  args.statistics = args.policy = true;
+  args.gradient = gradient;
+  args.in = in, args.scalars = real_scalars(in.scalars);
+  launch_rows(args, p.dtype, stream, "row_policy");
 }
 
 }  // namespace gk

@@ -54,8 +54,10 @@ class Scheduler {
       for (Thread& thread : block.threads) start(thread);
     live = ready.size();
     while (live > 0) {
-      if (ready.empty()) land_or_fail();
-      resume(*next());
+      if (ready.empty())
+        land_or_fail();
+      else
+        resume(*next());
     }
     if (failed) std::rethrow_exception(failed);
   }

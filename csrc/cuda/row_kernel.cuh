@@ -1,0 +1,366 @@
+// The row kernel. A block, or a cluster of them, takes rows in turn. One warp brings a row's chunks into shared memory as
+// slots become free, the next row's behind this one's; the others sweep them for the statistics, ask the epilogue for
+// d loss / d logp and d loss / d entropy, and sweep them again for the gradient: memory is read once and written once.
+#pragma once
+#include "block.cuh"
+#include "ring.cuh"
+#include "row_sweep.cuh"
+
+namespace gk {
+
+struct Partial {  // of the statistics
+  Softmax<float> softmax;
+  float unit = 0;
+  __device__ Partial merge(const Partial& o) const {
+    return {softmax.merge(o.softmax, max_(unit, o.unit)), max_(unit, o.unit)};
+  }
+};
+
+struct RowResult {  // what the epilogue says, and the statistics it is about
+  float logp, entropy, max, log_sum, g_logp, g_entropy;
+  __device__ bool none() const { return g_logp == 0 && g_entropy == 0; }  // a NaN is something
+};
+
+// Shared memory behind the slots and their barriers.
+struct Control {
+  Mbarrier exchanged[2];
+  Partial of_block[2][kMaxCluster];  // by the parity of the row: a block may be one row ahead of the others
+  Partial of_warp[kMaxThreads / kWarp];
+  RowResult result;
+};
+static_assert(sizeof(Control) + 2 * 32 * sizeof(Mbarrier) <= kControlBytes);
+
+template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
+ public:
+  __device__ RowBlock(const RowArgs& args, unsigned char* shared)
+      : args(args),
+        twice(args.statistics && args.gradient.data),
+        computing(int(blockDim.x) - kWarp),
+        ring(shared, args.slots, args.resident, computing * kVectorsAThread * kVectorBytes),
+        control(static_cast<Control*>(ring.control())) {
+    if (kCluster) rank = cluster_rank(), cluster = cluster_size();
+    if (threadIdx.x == 0) {
+      for (int slot = 0; slot < args.slots; ++slot) {
+        init_barrier(&ring.full[slot], args.bulk_copies ? 1 : kWarp);
+        init_barrier(&ring.empty[slot], computing / kWarp);
+      }
+      for (Mbarrier& barrier : control->exchanged) init_barrier(&barrier, cluster);
+      publish_barriers();
+    }
+    meet();
+  }
+
+  __device__ void run() {
+    for (int64_t row = blockIdx.x / cluster; row < args.rows; row += gridDim.x / cluster) {
+      if (int(threadIdx.x) >= computing)
+        load_row(row);
+      else
+        compute_row(row);
+    }
+    if (int(threadIdx.x) >= computing) wait_for_own_copies();
+    meet();  // nobody leaves while another block may still write here
+  }
+
+ private:
+  const RowArgs& args;
+  const bool twice;
+  const int computing;  // threads
+  Ring ring;
+  Control* const control;
+  int rank = 0, cluster = 1;
+  int exchanges = 0;
+
+  __device__ void meet() const {
+    if constexpr (kCluster)
+      cluster_sync();
+    else
+      __syncthreads();
+  }
+  __device__ void meet_computing() const { sync_threads(1, computing); }
+
+  __device__ Share<T> share_of(int64_t row) const {
+    const T* logits = static_cast<const T*>(args.logits.data) + args.logits.offset(row, args.tokens);
+    return Share<T>(logits, args.vocab, computing * kVectorsAThread, rank, cluster);
+  }
+  __device__ Order order_of(const Share<T>& share) const {
+    return Order(share.chunks, args.slots, args.resident, twice);
+  }
+  // Whether anything is read of a row; else its gradient is 0.
+  __device__ bool needed(int64_t row) const {
+    const View& active = args.active;
+    if (active.data && !static_cast<const uint8_t*>(active.data)[active.offset(row, args.tokens)]) return false;
+    return args.statistics || args.g_logps[row] != 0 || (args.g_entropy && args.g_entropy[row] != 0);
+  }
+
+  // ---- the warp that loads ----
+
+  __device__ void load_row(int64_t row) {
+    if (!needed(row)) return;
+    const Share<T> share = share_of(row);
+    const Order order = order_of(share);
+    const int loads = share.chunks + (twice ? order.again() : 0);
+    for (int i = 0; i < loads; ++i) {
+      const int chunk = order.load(i), slot = ring.slot_of(chunk, order, ring.next);
+      wait(&ring.empty[slot], ring.phase(slot) ^ 1);
+      ring.flip(slot);
+      load_chunk(share, chunk, slot);
+    }
+  }
+
+  __device__ void load_chunk(const Share<T>& share, int chunk, int slot) {
+    const int first = chunk * computing * kVectorsAThread;
+    const int bytes = min_(computing * kVectorsAThread, share.own_vectors - first) * kVectorBytes;
+    const T* from = share.logits + share.column(first);
+    unsigned char* to = ring.at(slot);
+    if (args.bulk_copies) {
+#if defined(GK_EMULATED) || GK_SM90
+      if (lane_of_thread() > 0) return;
+      arrive_expecting(&ring.full[slot], bytes);
+      bulk_copy(to, from, bytes, &ring.full[slot]);
+#endif
+    } else {
+      const unsigned char* source = reinterpret_cast<const unsigned char*>(from);
+      for (int at = lane_of_thread() * kVectorBytes; at < bytes; at += kWarp * kVectorBytes)
+        async_copy16(to + at, source + at);
+      arrive_when_copied(&ring.full[slot]);
+    }
+  }
+
+  // ---- the warps that compute ----
+
+  struct Edge {  // this thread's one scalar of the head or the tail
+    int column;  // vocab: none
+    float logit;
+  };
+
+  __device__ void release(int slot) {
+    __syncwarp();
+    if (lane_of_thread() == 0) arrive(&ring.empty[slot]);
+    ring.flip(slot);
+  }
+
+  // fn(column, vector) for this thread's vectors of a chunk.
+  template <typename Fn> __device__ __forceinline__ void for_vectors(const Share<T>& share, int chunk, int slot, Fn fn) {
+    wait(&ring.full[slot], ring.phase(slot));
+#pragma unroll
+    for (int k = 0; k < kVectorsAThread; ++k) {
+      const int in_chunk = k * computing + int(threadIdx.x), vector = chunk * computing * kVectorsAThread + in_chunk;
+      if (vector < share.own_vectors)
+        fn(share.column(vector), Vector<T>::unpack(load16(ring.at(slot) + in_chunk * kVectorBytes)));
+    }
+  }
+
+  __device__ void compute_row(int64_t row) {
+    const Share<T> share = share_of(row);
+    const Edge edge = edge_of(share);
+    if (!needed(row)) {
+      if (args.gradient.data) clear(row, share, edge);
+      if (args.statistics && is_writer()) store(row, {}, 0);
+      return;
+    }
+    const Order order = order_of(share);
+    const Transform f = transform(row);
+    const int64_t target = static_cast<const int64_t*>(args.targets.data)[args.targets.offset(row, args.tokens)];
+    const bool legal = target >= 0 && target < args.vocab;
+    const RowResult result =
+        args.statistics ? statistics(row, share, order, edge, f, legal ? int(target) : -1) : saved(row);
+    if (args.gradient.data) write_gradient(row, share, order, edge, f, result, legal ? int(target) : -1);
+    ring.next = ring.behind(ring.next, order.through_ring() + (twice ? order.again() : 0));
+  }
+
+  __device__ bool is_writer() const { return threadIdx.x == 0 && rank == 0; }
+
+  __device__ Edge edge_of(const Share<T>& share) const {
+    const int column = rank == 0 ? share.edge_column(int(threadIdx.x)) : args.vocab;
+    return {column, column < args.vocab ? to_float(share.logits[column]) : 0.0f};
+  }
+
+  __device__ Transform transform(int64_t row) const {
+    const View& given = args.temperature;
+    const float inv_t = given.data ? 1 / static_cast<const float*>(given.data)[given.offset(row, args.tokens)]
+                                   : args.inv_temperature;
+    const float slope = args.logit_scale * inv_t, natural = kSoftcap ? inv_t : slope;
+    return {natural, natural * float(kLog2e), slope, kSoftcap ? args.logit_scale / args.softcap : 1, args.softcap};
+  }
+
+  __device__ RowResult saved(int64_t row) const {
+    const float g_entropy = args.g_entropy ? args.g_entropy[row] : 0;
+    return {args.logps[row], args.entropy[row], args.max[row], args.log_sum[row], args.g_logps[row], g_entropy};
+  }
+
+  __device__ RowResult statistics(int64_t row, const Share<T>& share, const Order& order, const Edge& edge,
+                                  const Transform& f, int target) {
+    // Read before the first barrier: after it another warp may overwrite it.
+    const float of_target = target >= 0 ? to_float(share.logits[target]) : NAN;
+    Partial partial{args.sum_p2 ? first_sweep<true>(share, order, edge, f) : first_sweep<false>(share, order, edge, f),
+                    f.unit};
+    partial = warps_merge(partial, control->of_warp, computing / kWarp, [this] { meet_computing(); });
+    if (kCluster) partial = cluster_merge(partial);
+    if (warp_of_thread() == 0) finish(row, partial.softmax, f, of_target);
+    meet_computing();
+    return control->result;
+  }
+
+  template <bool kSquares>
+  __device__ Softmax<float> first_sweep(const Share<T>& share, const Order& order, const Edge& edge,
+                                        const Transform& f) {
+    Softmax<float> s;
+    int cursor = ring.next;
+    for (int chunk = 0; chunk < order.chunks; ++chunk) {
+      const int slot = ring.slot_of(chunk, order, cursor);
+      for_vectors(share, chunk, slot,
+                  [&](int, const Vector<T>& v) { add_statistics<kSoftcap, kSquares>(s, v.values, f); });
+      if (!twice || order.lost(chunk)) release(slot);
+    }
+    const float alone[1] = {edge.logit};
+    if (edge.column < args.vocab) add_statistics<kSoftcap, kSquares>(s, alone, f);
+    return s;
+  }
+
+  // Every block tells every block, and all add up in the order of their ranks.
+  __device__ Partial cluster_merge(Partial partial) {
+#if defined(GK_EMULATED) || GK_SM90
+    const int parity = exchanges % 2, phase = exchanges / 2 % 2;
+    ++exchanges;
+    if (int(threadIdx.x) < cluster) {
+      *at_rank(&control->of_block[parity][rank], int(threadIdx.x)) = partial;
+      arrive_remote(&control->exchanged[parity], int(threadIdx.x));
+    }
+    wait_cluster(&control->exchanged[parity], phase);
+    partial = control->of_block[parity][0];
+    for (int other = 1; other < cluster; ++other) partial = partial.merge(control->of_block[parity][other]);
+#endif
+    return partial;
+  }
+
+  // By one warp: the row's statistics, and what the loss pulls with.
+  __device__ void finish(int64_t row, Softmax<float> s, const Transform& f, float of_target) {
+    if (s.max == -INFINITY) s.sum = NAN;  // every logit is -inf: no distribution
+    const float log_sum = s.log_sum(), logp = (z_of<kSoftcap>(of_target, f) - s.max) * f.natural - log_sum;
+    RowResult result{min_(logp, 0.0f), s.entropy(), s.max, log_sum, 0, 0};
+    if (args.policy) pull(row, result);
+    if (threadIdx.x > 0) return;
+    control->result = result;
+    if (rank == 0) store(row, result, s.sum_p2());
+  }
+
+  __device__ void pull(int64_t row, RowResult& result) const {
+    const int64_t b = row / args.tokens, t = row % args.tokens;
+    const Scalars<float>& s = args.scalars;
+    const TokenInputs token = read_token(args.in, b, t, result.logp);
+    const float raw = result.logp - token.old, log_ratio = clamp_(raw, -s.log_ratio_clamp, s.log_ratio_clamp);
+    const TokenLoss<float> loss = token_loss(args.in.form, token_values(token, result.logp, log_ratio, {}), s);
+    result.g_logp = token.weight * (loss.d_logp + (inside(raw, log_ratio) ? loss.d_log_ratio : 0));
+    result.g_entropy = -s.entropy_coef * token.entropy_mask * token.entropy_weight;
+  }
+
+  __device__ void store(int64_t row, const RowResult& result, float sum_p2) const {
+    args.logps[row] = result.logp;
+    args.entropy[row] = result.entropy;
+    args.max[row] = result.max;
+    args.log_sum[row] = result.log_sum;
+    if (args.sum_p2) args.sum_p2[row] = sum_p2;
+  }
+
+  // ---- the gradient ----
+
+  struct Output {
+    T* row;
+    bool wide;  // its vectors are aligned as the logits' are
+    int target;
+    float of_target;  // the gradient there, softcap' apart
+
+    __device__ __forceinline__ void write(int column, const Vector<T>& v) const {
+      const uint4 packed = v.packed();
+      if (wide) return store_streaming(row + column, packed);
+#pragma unroll
+      for (int i = 0; i < Vector<T>::kCount; ++i) row[column + i] = from_float(v.values[i], T{});
+    }
+  };
+
+  __device__ Output output(int64_t row, const Share<T>& share, int target, float of_target) const {
+    T* to = static_cast<T*>(args.gradient.data) + args.gradient.offset(row, args.tokens);
+    return {to, is_aligned16(to + share.head), target, of_target};
+  }
+
+  // From logits to their gradient; the target's is put in its place before the vector is stored.
+  template <int kCount, typename Fn>
+  __device__ __forceinline__ void replace(float (&values)[kCount], int column, const Transform& f, const Output& out,
+                                          const Fn& fn) const {
+    if (out.target < column || out.target >= column + kCount) return fn(values);
+    float logit = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) logit = column + i == out.target ? values[i] : logit;
+    fn(values);
+    const float t = kSoftcap ? tanhf(logit * f.inner) : 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      values[i] = column + i == out.target ? out.of_target * fmaf(-t, t, 1.0f) : values[i];
+  }
+
+  __device__ void clear(int64_t row, const Share<T>& share, const Edge& edge) const {
+    const Output out = output(row, share, -1, 0);
+    for (int v = int(threadIdx.x); v < share.own_vectors; v += computing) out.write(share.column(v), Vector<T>{});
+    if (edge.column < args.vocab) out.row[edge.column] = from_float(0, T{});
+  }
+
+  __device__ void write_gradient(int64_t row, const Share<T>& share, const Order& order, const Edge& edge,
+                                 const Transform& f, const RowResult& r, int target) {
+    const RowGradient<float> g = RowGradient<float>::of(r.g_logp, r.g_entropy, r.log_sum, r.entropy);
+    const Slopes slopes{r.max, g.a * f.slope, g.b * f.slope};
+    const Output out =
+        output(row, share, target, f.slope * target_gradient(r.g_logp, r.g_entropy, r.logp, r.entropy));
+    const auto sweep = [&](auto fn) { second_sweep(share, order, edge, f, out, fn); };
+    if (r.none()) {
+      second_sweep(share, order, edge, f, output(row, share, -1, 0), [](auto& values) {
+#pragma unroll
+        for (float& value : values) value = 0;
+      });
+    } else if (slopes.b == 0) {
+      sweep([&](auto& values) { to_gradient<kSoftcap, false>(values, f, slopes); });
+    } else {
+      sweep([&](auto& values) { to_gradient<kSoftcap, true>(values, f, slopes); });
+    }
+  }
+
+  template <typename Fn>
+  __device__ __forceinline__ void second_sweep(const Share<T>& share, const Order& order, const Edge& edge,
+                                               const Transform& f, const Output& out, const Fn& fn) {
+    int cursor = ring.behind(ring.next, order.through_ring() - order.kept);
+    for (int i = 0; i < order.chunks; ++i) {
+      const int chunk = order.second_use(i), slot = ring.slot_of(chunk, order, cursor);
+      for_vectors(share, chunk, slot, [&](int column, Vector<T> v) {
+        replace(v.values, column, f, out, fn);
+        out.write(column, v);
+      });
+      release(slot);
+    }
+    if (edge.column >= args.vocab) return;
+    float alone[1] = {edge.logit};
+    replace(alone, edge.column, f, out, fn);
+    out.row[edge.column] = from_float(alone[0], T{});
+  }
+};
+
+template <typename T, bool kSoftcap, bool kCluster>
+__global__ void __launch_bounds__(kMaxThreads + kWarp) row_kernel(const __grid_constant__ RowArgs args) {
+#if defined(GK_EMULATED) || GK_SM90
+  RowBlock<T, kSoftcap, kCluster>(args, dynamic_shared()).run();
+#else
+  if constexpr (!kCluster) RowBlock<T, kSoftcap, false>(args, dynamic_shared()).run();
+#endif
+}
+
+template <bool kCluster>
+void launch_kernel(const RowArgs& args, DType dtype, const Grid& grid, Stream stream, const char* name) {
+  const auto go = [&](auto softcap) {
+    constexpr bool kSoftcap = decltype(softcap)::value;
+    const auto kernel = dtype == DType::f32    ? row_kernel<float, kSoftcap, kCluster>
+                        : dtype == DType::bf16 ? row_kernel<bf16, kSoftcap, kCluster>
+                                               : row_kernel<f16, kSoftcap, kCluster>;
+    launch(name, kernel, grid, stream, args);
+  };
+  args.softcap > 0 ? go(std::true_type{}) : go(std::false_type{});
+}
+
+}  // namespace gk
