@@ -25,6 +25,7 @@ namespace {
 
 using Address = uintptr_t;                                             // 0: not given
 using ViewArg = std::optional<std::tuple<Address, int64_t, int64_t>>;  // address, strides over batch and tokens
+using ScratchArg = std::array<Address, 2>;                             // counters, partial results
 using Release = py::call_guard<py::gil_scoped_release>;
 
 template <typename T = void> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
@@ -43,6 +44,8 @@ gk::Rows rows(const ViewArg& logits, const ViewArg& targets, const ViewArg& acti
 gk::RowStats stats(const std::array<Address, 5>& a) {
   return {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]), pointer(a[4])};
 }
+
+gk::Scratch scratch_of(const ScratchArg& a) { return {pointer<int32_t>(a[0]), pointer(a[1])}; }
 
 constexpr int kPolicyViews = 10;
 using PolicyViews = std::array<ViewArg, kPolicyViews>;
@@ -98,24 +101,22 @@ PYBIND11_MODULE(GK_MODULE, m) {
       },
       Release());
 #endif
-#if defined(GK_CPU) || __has_include("cuda/tokens.cu")
   m.def(
       "token_policy",
       [](const PolicyViews& inputs, const Group& group, const FormCodes& form, const ScalarValues& scalars,
          const ViewArg& logps, const ViewArg& entropy, const ViewArg& active, std::array<int64_t, 2> shape,
          Address cu_seqlens, int64_t sequences, bool is_double, const std::array<Address, 5>& out, int threads,
-         Address stream) {
-        gk::token_policy({policy(inputs, group, form, scalars), view(logps), view(entropy), view(active), shape[0],
-                          shape[1], pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]),
-                          pointer(out[1]), pointer(out[2]), pointer(out[3]), pointer(out[4]), threads},
-                         pointer(stream));
+         const ScratchArg& scratch, Address stream) {
+        gk::token_policy(
+            {policy(inputs, group, form, scalars), view(logps), view(entropy), view(active), shape[0], shape[1],
+             pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]), pointer(out[1]), pointer(out[2]),
+             pointer(out[3]), pointer(out[4]), threads, scratch_of(scratch)},
+            pointer(stream));
       },
       Release());
-#endif
-#if defined(GK_CPU) || __has_include("cuda/advantages.cu")
   m.def(
       "group_advantages",
-      [](std::array<Address, 6> in, std::array<int64_t, 2> shape, int64_t group_size, int baseline, int scale, int ddof,
+      [](std::array<Address, 9> in, std::array<int64_t, 2> shape, int64_t group_size, int baseline, int scale, int ddof,
          std::array<double, 4> numbers, bool single_raw, bool is_double, std::array<Address, 4> out, int threads,
          Address stream) {
         const gk::AdvantageForm form{
@@ -123,58 +124,61 @@ PYBIND11_MODULE(GK_MODULE, m) {
             single_raw};
         gk::group_advantages({pointer(in[0]), pointer<double>(in[1]), pointer<uint8_t>(in[2]), pointer<int64_t>(in[3]),
                               pointer<double>(in[4]), pointer<double>(in[5]), shape[0], shape[1], form, is_double,
-                              pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer<uint8_t>(out[3]), threads},
+                              pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer<uint8_t>(out[3]), threads,
+                              pointer<int64_t>(in[6]), pointer<int64_t>(in[7]), pointer(in[8])},
                              pointer(stream));
       },
       Release());
-#endif
-#if defined(GK_CPU) || __has_include("cuda/diversity.cu")
   m.def(
       "group_diversity",
-      [](const ViewArg& token_ids, const ViewArg& active, std::array<Address, 2> in, bool narrow,
-         std::array<int64_t, 4> sizes, double threshold, std::array<Address, 3> out, int threads, Address stream) {
+      [](const ViewArg& token_ids, const ViewArg& active, std::array<Address, 6> in, bool narrow,
+         std::array<int64_t, 4> sizes, double threshold, std::array<Address, 3> out, int threads,
+         const ScratchArg& scratch, Address stream) {
         gk::group_diversity({view(token_ids), view(active), pointer<int64_t>(in[0]), pointer<int64_t>(in[1]), narrow,
                              sizes[0], sizes[1], sizes[2], sizes[3], threshold, pointer<uint8_t>(out[0]),
-                             pointer<float>(out[1]), pointer<float>(out[2]), threads},
+                             pointer<float>(out[1]), pointer<float>(out[2]), threads, pointer<int64_t>(in[2]),
+                             pointer<int64_t>(in[3]), pointer(in[4]), pointer(in[5]), scratch_of(scratch)},
                             pointer(stream));
       },
       Release());
-#endif
-#if defined(GK_CPU) || __has_include("cuda/gae.cu")
   m.def(
       "gae",
       [](const std::array<ViewArg, 3>& in, std::array<int64_t, 2> shape, Address cu_seqlens, int64_t sequences,
-         double gamma, double lam, bool is_double, std::array<Address, 2> out, int threads, Address stream) {
+         double gamma, double lam, bool is_double, std::array<Address, 2> out, int threads, const ScratchArg& scratch,
+         Address stream) {
         gk::gae({view(in[0]), view(in[1]), view(in[2]), shape[0], shape[1], pointer<int64_t>(cu_seqlens), sequences,
-                 gamma, lam, is_double, pointer(out[0]), pointer(out[1]), threads},
+                 gamma, lam, is_double, pointer(out[0]), pointer(out[1]), threads, scratch_of(scratch)},
                 pointer(stream));
       },
       Release());
-#endif
-#if defined(GK_CPU) || __has_include("cuda/value_loss.cu")
   m.def(
       "value_loss",
       [](const std::array<ViewArg, 5>& in, std::array<int64_t, 2> shape, double clip, bool is_double,
-         std::array<Address, 4> out, int threads, Address stream) {
-        gk::value_loss({view(in[0]), view(in[1]), view(in[2]), view(in[3]), view(in[4]), shape[0], shape[1], clip,
-                        is_double, pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer(out[3]), threads},
-                       pointer(stream));
+         std::array<Address, 4> out, int threads, const ScratchArg& scratch, Address stream) {
+        gk::value_loss(
+            {view(in[0]), view(in[1]), view(in[2]), view(in[3]), view(in[4]), shape[0], shape[1], clip, is_double,
+             pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer(out[3]), threads, scratch_of(scratch)},
+            pointer(stream));
       },
       Release());
-#endif
 
-#if defined(GK_CPU) || __has_include("cuda/whiten.cu")
   const auto whitening = [](auto kernel) {
     return [kernel](const std::array<ViewArg, 2>& in, std::array<int64_t, 2> shape, bool is_double,
-                    std::array<Address, 3> data, int threads, Address stream) {
+                    std::array<Address, 3> data, int threads, const ScratchArg& scratch, Address stream) {
       kernel({view(in[0]), view(in[1]), shape[0], shape[1], is_double, pointer<double>(data[0]),
-              pointer<double>(data[1]), pointer(data[2]), threads},
+              pointer<double>(data[1]), pointer(data[2]), threads, scratch_of(scratch)},
              pointer(stream));
     };
   };
   m.def("masked_moments", whitening(gk::masked_moments), Release());
   m.def("whiten", whitening(gk::whiten), Release());
-#endif
+
+  m.attr("TOKENS_A_PIECE") = gk::kTokensAPiece;
+  m.attr("TOKEN_SUMS") = gk::kTokenSums + gk::kPoolSums + gk::kPullSums;
+  m.attr("GAE_SUMS") = gk::kGaeSums;
+  m.attr("VALUE_SUMS") = gk::kValueSums;
+  m.attr("MOMENT_SUMS") = gk::kMomentSums;
+  m.attr("TOKENS_IN_TABLE") = gk::kTokensInTable;
 
 #ifdef GK_CPU
   m.def("prefer_huge_pages", [](Address data, int64_t bytes) { gk::prefer_huge_pages(pointer(data), bytes); });

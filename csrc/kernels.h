@@ -22,6 +22,16 @@ struct View {  // [batch, tokens]; strides in elements; data == nullptr: not giv
   GK_HD int64_t offset(int64_t row, int64_t tokens) const { return row / tokens * stride_b + row % tokens * stride_t; }
 };
 
+// What a GPU's blocks leave for each other; the CPU needs none. Its size: backends/native.py.
+struct Scratch {
+  int32_t* counters;  // zeros
+  void* partial;
+};
+constexpr int64_t kTokensAPiece = 2048;                       // of a block
+constexpr int kTokenSums = 23, kPoolSums = 5, kPullSums = 1;  // floats a piece, in TokenParams::scratch
+constexpr int kGaeSums = 5, kValueSums = 5, kMomentSums = 6;  // likewise
+constexpr int64_t kTokensInTable = 4096;                      // of a sample that needs no DiversityParams::tables
+
 // z = softcap(logit_scale * logit) / temperature, softcap(v) = c tanh(v / c); softcap == 0: none.
 struct Rows {
   View logits;       // dtype, [batch, tokens, vocab], the vocabulary dense
@@ -90,6 +100,7 @@ struct TokenParams {
   bool is_double;
   void *loss, *per_token, *g_logps, *g_entropy, *metrics;  // real [1], [rows], [rows], [rows] or null, [kMetricCount]
   int threads;
+  Scratch scratch;
 };
 
 struct AdvantageParams {
@@ -105,6 +116,8 @@ struct AdvantageParams {
   void *advantages, *mean, *std;  // real [samples]
   uint8_t* informative;           // [samples]
   int threads;
+  const int64_t *order, *ends;  // a GPU's, instead of ids: samples by group; where each one's group ends there
+  void* batch_std;              // real [1], a GPU's for Scale::batch
 };
 
 struct GaeParams {
@@ -116,6 +129,7 @@ struct GaeParams {
   bool is_double;
   void *advantages, *returns;  // real [batch * tokens]; returns may be null
   int threads;
+  Scratch scratch;
 };
 
 enum ValueMetric : int { kValueTokens, kValueClipped, kValueMean, kReturnMean, kValueMetricCount };  // VALUE_METRICS
@@ -128,6 +142,7 @@ struct ValueParams {
   bool is_double;
   void *loss, *per_token, *g_values, *metrics;  // real [1], [rows], [rows], [kValueMetricCount]
   int threads;
+  Scratch scratch;
 };
 
 struct WhitenParams {
@@ -138,6 +153,7 @@ struct WhitenParams {
   const double* coefficients;  // [3]: shift, factor, offset
   void* whitened;              // real [batch * tokens]; 0 where not active
   int threads;
+  Scratch scratch;
 };
 
 struct DiversityParams {
@@ -151,6 +167,9 @@ struct DiversityParams {
   uint8_t* keep;                // [samples]
   float *similarity, *weights;  // [samples]
   int threads;
+  const int64_t *order, *first;  // a GPU's, instead of ids: samples by group; where each one's group begins there
+  void *hashes, *tables;         // a GPU's: a 64-bit integer a token; two, zeros, or null where kTokensInTable suffice
+  Scratch scratch;
 };
 
 void row_forward(const Rows&, const RowStats&, Stream);

@@ -145,7 +145,7 @@ def linear_token_logps(
         weight: ``[V, H]`` of the lm_head, same dtype (under autocast both are cast).
         targets: ``[...]`` integer token ids.
         bias: ``[V]`` or None.
-        chunk_rows: rows of logits held at a time; None: as many as fit 128 MiB.
+        chunk_rows: rows of logits held at a time; None: as many as fit 128 MiB (1 GiB on a GPU).
         mask, temperature, logit_scale, softcap, ignore_index, validate, return_entropy, return_sum_p2, backend: as in
             ``token_logps``.
 

@@ -21,6 +21,7 @@ template <typename T>
 struct GroupStatistics {  // of the valid rewards; shift: of the length-weighted mean from the plain
   T count, mean, shift;
   bool constant;
+  T residual = 0;  // added to the mean: what it has lost by rounding
 };
 
 // A reward on its group's own baseline; exactly 0 where all are equal.
@@ -28,7 +29,7 @@ template <typename T> GK_HD T centred(const AdvantageForm& form, T reward, const
   if (group.count == 1) return form.single_raw ? reward : T(0);
   if (form.baseline == Baseline::none) return reward;
   if (group.constant) return 0;
-  const T d = reward - group.mean;
+  const T d = reward - group.mean - group.residual;
   return form.baseline == Baseline::leave_one_out ? d * group.count / (group.count - 1) : d - group.shift;
 }
 
@@ -40,7 +41,10 @@ GK_HD T advantage(const AdvantageForm& form, T reward, T critic, T std, const Gr
   const bool judged = critic == critic;
   if (judged) a = (1 - T(form.critic_weight)) * a + T(form.critic_weight) * (reward - critic);
   if (form.scale == Scale::none || (group.count == 1 && !judged)) return a;
-  if (form.scale == Scale::mean) return group.mean > 0 ? a / group.mean : T(0);
+  if (form.scale == Scale::mean) {
+    const T mean = group.mean + group.residual;
+    return mean > 0 ? a / mean : T(0);
+  }
   return std > 0 ? a / (std + T(form.eps)) : a;
 }
 

@@ -14,7 +14,7 @@ from ..layout import PolicyInputs, Rows, RowStats
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 # Where a launch costs more than to read a group's rewards again for each row, up to groups of this size.
-GROUPS_IN_LAUNCH = ("cuda", "triton")
+GROUPS_IN_LAUNCH = ("cuda", "triton", "emulated")
 LARGEST_GROUP_IN_LAUNCH = 1024
 TESTS_ONLY = ("emulated",)  # the CUDA kernels on CPU tensors, where a test has built them
 NOT_IMPORTED = {

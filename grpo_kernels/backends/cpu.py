@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]
 from .native import Kernels
+from .scratch import NoMemory
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")  # in the order of gk::Isa
 
@@ -49,7 +50,7 @@ def launch(kernel: Callable[..., None], _: torch.device, *args: object) -> None:
     kernel(*args, 0)  # no stream
 
 
-KERNELS = Kernels(_cpu, launch, new_matrix)
+KERNELS = Kernels(_cpu, launch, new_matrix, NoMemory())
 row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
 token_policy, group_advantages, gae = KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
 value_loss, masked_moments, whiten = KERNELS.value_loss, KERNELS.masked_moments, KERNELS.whiten

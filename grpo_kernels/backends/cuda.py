@@ -8,6 +8,7 @@ import torch
 
 from .. import _cuda  # type: ignore[attr-defined]
 from .native import Kernels, plain_matrix
+from .scratch import GpuMemory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # compute capability: asynchronous copies
@@ -37,7 +38,7 @@ def _launch(kernel: Callable[..., None], device: torch.device, *args: object) ->
 
 
 new_matrix = plain_matrix
-KERNELS = Kernels(_cuda, _launch, plain_matrix)
+KERNELS = Kernels(_cuda, _launch, plain_matrix, GpuMemory(_cuda))
 row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
 token_policy, group_advantages, gae = KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
 value_loss, masked_moments, whiten = KERNELS.value_loss, KERNELS.masked_moments, KERNELS.whiten

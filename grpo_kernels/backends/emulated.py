@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from .. import _emulated  # type: ignore[attr-defined]
 from . import cpu
 from .native import Kernels, plain_matrix
+from .scratch import GpuMemory
 
 SCHEDULES = ("round_robin", "one_warp_ahead", "shuffled")  # in the order of gk::emulation::Schedule
 
@@ -26,7 +27,7 @@ def machine(
 
 
 new_matrix = plain_matrix
-KERNELS = Kernels(_emulated, cpu.launch, plain_matrix)
+KERNELS = Kernels(_emulated, cpu.launch, plain_matrix, GpuMemory(_emulated))
 row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
 token_policy, group_advantages, gae = KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
 value_loss, masked_moments, whiten = KERNELS.value_loss, KERNELS.masked_moments, KERNELS.whiten

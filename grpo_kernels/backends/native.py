@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import METRICS, Form
 from ..grouping import BASELINES, SCALES, VALUE_METRICS, AdvantageForm, Samples
 from ..layout import PolicyInputs, Rows, RowStats, real_dtype
+from .scratch import NoMemory, Scratch
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -56,11 +57,13 @@ class Kernels:
     """The functions of a `Backend` on one native module.
 
     `new_matrix` makes memory that may be as large as the logits; `launch(kernel, device, *arguments)` calls a kernel
-    with the stream behind its arguments.
+    with the stream behind its arguments; `memory` is what a GPU's kernels need beside.
     """
 
-    def __init__(self, module: Any, launch: Callable[..., None], new_matrix: Callable[..., Tensor]) -> None:
-        self._module, self._launch, self.new_matrix = module, launch, new_matrix
+    def __init__(
+        self, module: Any, launch: Callable[..., None], new_matrix: Callable[..., Tensor], memory: NoMemory
+    ) -> None:
+        self._module, self._launch, self.new_matrix, self._memory = module, launch, new_matrix, memory
 
     def _rows(self, r: Rows) -> Any:
         shape = (*r.targets.shape, r.logits.shape[-1])
@@ -116,11 +119,11 @@ class Kernels:
         g_entropy = _empty(logps, logps.shape if entropy is not None else (0,))
         cu_seqlens, sequences = _sequences(logps, cu_seqlens)
         outputs = [*map(_address, (loss, per_token, g_logps, None if entropy is None else g_entropy, metrics))]
+        scratch = self._memory.tokens(logps, cu_seqlens, sequences)
         self._launch(
             self._module.token_policy, logps.device,
             *_policy(inputs), _view(logps), _view(entropy), _view(active), tuple(logps.shape), _address(cu_seqlens),
-            sequences,
-            logps.dtype == torch.float64, outputs, torch.get_num_threads(),
+            sequences, logps.dtype == torch.float64, outputs, torch.get_num_threads(), scratch.addresses,
         )  # fmt: skip
         return loss, per_token, g_logps, g_entropy, metrics
 
@@ -128,9 +131,10 @@ class Kernels:
         dense = Samples(*(None if x is None else x.contiguous() for x in samples))  # type: ignore[arg-type]
         outputs = [_empty(dense.rewards, dense.rewards.shape[:1]) for _ in range(3)]
         informative = _empty(dense.rewards, dense.rewards.shape[:1], torch.bool)
+        beside = self._memory.advantages(dense.rewards, dense.group_ids)
         self._launch(
             self._module.group_advantages, dense.rewards.device,
-            [*map(_address, dense)], tuple(dense.rewards.shape), form.group_size, BASELINES.index(form.baseline),
+            [*map(_address, (*dense, *beside))], tuple(dense.rewards.shape), form.group_size, BASELINES.index(form.baseline),
             SCALES.index(form.scale), form.ddof, [form.eps, form.critic_weight, form.clip_low, form.clip_high],
             form.single_raw, dense.rewards.dtype == torch.float64, [*map(_address, (*outputs, informative))],
             torch.get_num_threads(),
@@ -150,11 +154,12 @@ class Kernels:
         advantages = self.new_matrix(rewards, rewards.shape, dtype)
         returns = self.new_matrix(rewards, (0,) if values is None else rewards.shape, dtype)
         cu_seqlens, sequences = _sequences(rewards, cu_seqlens)
+        scratch = self._memory.gae(rewards, cu_seqlens)
         self._launch(
             self._module.gae, rewards.device,
             [*map(_view, (rewards, values, active))], tuple(rewards.shape), _address(cu_seqlens), sequences, gamma, lam,
             dtype == torch.float64, [_address(advantages), _address(None if values is None else returns)],
-            torch.get_num_threads(),
+            torch.get_num_threads(), scratch.addresses,
         )  # fmt: skip
         return advantages, returns
 
@@ -163,17 +168,18 @@ class Kernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         loss, metrics = _empty(values, ()), _empty(values, (len(VALUE_METRICS),))
         per_token, g_values = (self.new_matrix(values, values.shape, real_dtype(values.dtype)) for _ in range(2))
+        scratch = self._memory.value_loss(values)
         self._launch(
             self._module.value_loss, values.device,
             [*map(_view, (values, old_values, returns, weights, active))], tuple(values.shape), clip,
             values.dtype == torch.float64, [*map(_address, (loss, per_token, g_values, metrics))],
-            torch.get_num_threads(),
+            torch.get_num_threads(), scratch.addresses,
         )  # fmt: skip
         return loss, per_token, g_values, metrics
 
     def masked_moments(self, values: Tensor, active: Tensor) -> Tensor:
         moments = _empty(values, (5,), torch.float64)
-        self._whitening("masked_moments", values, active, [_address(moments), 0, 0])
+        self._whitening("masked_moments", values, active, [_address(moments), 0, 0], self._memory.moments(values))
         return moments
 
     def whiten(self, values: Tensor, active: Tensor, coefficients: Tensor) -> Tensor:
@@ -181,14 +187,15 @@ class Kernels:
             self.new_matrix(values, values.shape, real_dtype(values.dtype)),
             coefficients.contiguous(),
         )
-        self._whitening("whiten", values, active, [0, _address(coefficients), _address(whitened)])
+        self._whitening("whiten", values, active, [0, _address(coefficients), _address(whitened)], Scratch())
         return whitened
 
-    def _whitening(self, kernel: str, values: Tensor, active: Tensor, data: list[int]) -> None:
+    def _whitening(self, kernel: str, values: Tensor, active: Tensor, data: list[int], scratch: Scratch) -> None:
         views = [_view(values), _view(active)]
         self._launch(
             getattr(self._module, kernel), values.device,
             views, tuple(values.shape), values.dtype == torch.float64, data, torch.get_num_threads(),
+            scratch.addresses,
         )  # fmt: skip
 
     def group_diversity(
@@ -199,10 +206,11 @@ class Kernels:
         group_ids = None if group_ids is None else group_ids.contiguous()
         keep = _empty(token_ids, (samples,), torch.bool)
         similarity, weights = (_empty(token_ids, (samples,), torch.float32) for _ in range(2))
+        beside, scratch = self._memory.diversity(token_ids, samples, group_ids)
         self._launch(
             self._module.group_diversity, token_ids.device,
-            _view(token_ids), _view(active), [_address(cu_seqlens), _address(group_ids)],
-            token_ids.dtype == torch.int32, [samples, token_ids.shape[1], group_size, ngram], threshold, [*map(_address, (keep, similarity, weights))],
-            torch.get_num_threads(),
+            _view(token_ids), _view(active), [*map(_address, (cu_seqlens, group_ids, *beside))],
+            token_ids.dtype == torch.int32, [samples, token_ids.shape[1], group_size, ngram], threshold,
+            [*map(_address, (keep, similarity, weights))], torch.get_num_threads(), scratch.addresses,
         )  # fmt: skip
         return keep, similarity, weights

@@ -1,0 +1,44 @@
+// Hash tables of 64-bit n-gram hashes, open addressing; 0 is a free slot, so a hash of 0 counts as 1.
+#pragma once
+#include "../kernels.h"
+
+namespace gk {
+
+using Hash = unsigned long long;  // what atomicCAS takes
+
+__device__ inline Hash mix(Hash x) {  // a bijection: single tokens never collide
+  x = (x ^ x >> 32) * 0xd6e8feb86659fd93;
+  x = (x ^ x >> 32) * 0xd6e8feb86659fd93;
+  return x ^ x >> 32;
+}
+
+// Of n tokens that follow each other.
+__device__ inline Hash ngram_hash(const Hash* mixed, int64_t n) {
+  Hash h = Hash(n);
+  for (int64_t k = 0; k < n; ++k) h = h * 0x9e3779b97f4a7c15 + mixed[k];
+  return h ? h : 1;
+}
+
+struct NgramTable {
+  Hash* slots;
+  uint32_t count;  // of slots, more than there are hashes
+
+  __device__ bool insert(Hash h) const {  // false: was there
+    for (uint32_t at = home(h);; at = next(at)) {
+      const Hash before = atomicCAS(slots + at, Hash(0), h);
+      if (before == 0 || before == h) return before == 0;
+    }
+  }
+  __device__ bool has(Hash h) const {
+    for (uint32_t at = home(h);; at = next(at)) {
+      const Hash found = slots[at];
+      if (found == 0 || found == h) return found == h;
+    }
+  }
+
+ private:
+  __device__ uint32_t home(Hash h) const { return uint32_t((h >> 32) * count >> 32); }
+  __device__ uint32_t next(uint32_t at) const { return at + 1 < count ? at + 1 : 0; }
+};
+
+}  // namespace gk

@@ -1,0 +1,28 @@
+// A [batch, tokens] grid as one run of tokens, in pieces of equal size, whatever the rows are.
+#pragma once
+#include "pieces.cuh"
+
+namespace gk {
+
+struct Place {
+  int64_t row, t;
+};
+
+// A 64-bit division takes a hundred instructions.
+__device__ inline Place place_of(int64_t index, int64_t tokens) {
+  if ((index | tokens) >> 32 == 0) {
+    const uint32_t row = uint32_t(index) / uint32_t(tokens);
+    return {row, int64_t(uint32_t(index) - row * uint32_t(tokens))};
+  }
+  return {index / tokens, index % tokens};
+}
+
+// fn(index, place) for this thread's tokens of the block's piece.
+template <typename Fn> __device__ void for_each_in_piece(int64_t batch, int64_t tokens, const Fn& fn) {
+  const int64_t begin = blockIdx.x * kTokensAPiece, end = min_(begin + kTokensAPiece, batch * tokens);
+  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) fn(i, place_of(i, tokens));
+}
+
+inline int64_t span_count(int64_t batch, int64_t tokens) { return pieces_of_row(batch * tokens); }  // at least 1
+
+}  // namespace gk

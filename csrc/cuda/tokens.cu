@@ -1,0 +1,222 @@
+// The token kernel: ratio, objective, KL, weights, reduction and every metric, with the derivative, from log-probs.
+//
+// One launch. A block takes a piece of a sequence and leaves its sums behind; the one that arrives last adds them up,
+// in the order of the pieces. A sequence's own sums, which pooled ratios ask for, stay in the block where one piece is
+// the whole sequence. A longer one goes through three phases, each a block a piece: what is pooled, the tokens, and the
+// pooled derivative back to them; a phase waits for the sequence's pieces of the one before, which come first.
+#include "finish.cuh"
+#include "group.cuh"
+#include "launch.h"
+#include "pieces.cuh"
+#include "token_sums.cuh"
+
+namespace gk {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct PoolSums {
+  float ratio = 0, counted = 0, tokens = 0, adv = 0, log_weight = 0;
+  __device__ PoolSums merge(const PoolSums& o) const {
+    return {ratio + o.ratio, counted + o.counted, tokens + o.tokens, adv + o.adv, log_weight + o.log_weight};
+  }
+};
+static_assert(sizeof(PoolSums) == kPoolSums * sizeof(float));
+
+struct Pull {  // d loss / d the pooled log-ratio
+  float value = 0;
+  __device__ Pull merge(const Pull& o) const { return {value + o.value}; }
+};
+
+// What a sequence's tokens share: the pooled log-ratio with the factor that takes its derivative back to each token,
+// whether the bound on it passes the gradient, and what gmpo asks of the sequence.
+struct Sequence {
+  Pooled<float> pooled{0, 0, 1};
+  float share = 0;
+  bool open = true;
+};
+
+struct TokenArgs {
+  TokenParams p;
+  Scalars<float> s;
+  float advantage_eps;
+  int64_t pieces;
+  int phases;  // 3 where a sequence may have several pieces and pools its ratios
+
+  __device__ TokenSums* sums() const { return static_cast<TokenSums*>(p.scratch.partial); }
+  __device__ PoolSums* pools() const { return reinterpret_cast<PoolSums*>(sums() + pieces); }
+  __device__ Pull* pulls() const { return reinterpret_cast<Pull*>(pools() + pieces); }
+  __device__ int32_t* ticket() const { return p.scratch.counters; }
+  __device__ int32_t* finished() const { return p.scratch.counters + 1; }
+  __device__ int32_t* arrived(int phase, int64_t sequence) const {
+    return p.scratch.counters + 2 + phase * p.sequences + sequence;
+  }
+  __device__ TokenCounts* counts() const {
+    return reinterpret_cast<TokenCounts*>(p.scratch.counters + 2 + 2 * p.sequences);
+  }
+};
+
+class TokenBlock {
+ public:
+  __device__ TokenBlock(const TokenArgs& a, const Piece& piece)
+      : a(a), p(a.p), s(a.s), form(p.in.form), piece(piece), adv(sequence_advantage()) {}
+
+  __device__ PoolSums pool() const {
+    PoolSums sums;
+    for_each_active([&](int64_t t) {
+      const float logp = read(p.logps, piece.row, t, 0);
+      const TokenInputs in = inputs(t, logp);
+      const float count = count_of(in);
+      sums = sums.merge(
+          {count * term(in, logp).value, count, 1, in.adv, log_(in.pooled_weight + float(kGmpoWeightFloor))});
+    });
+    return block_merge(sums);
+  }
+
+  __device__ Sequence sequence_of(const PoolSums& sums) const {
+    const float share = form.pooling() == Pooling::sum ? 1 : 1 / max_(sums.counted, 1.0f), n = max_(sums.tokens, 1.0f);
+    const float raw = sums.ratio * share, log_ratio = pooled_limit(form, raw, s);
+    return {{log_ratio, sums.adv / n, p.in.pooled_weights.data ? exp_(sums.log_weight / n) : 1},
+            share,
+            inside(raw, log_ratio)};
+  }
+
+  // Stores the tokens' results and leaves the sums; returns the derivative in the sequence's pooled log-ratio.
+  __device__ Pull tokens(const Sequence& sequence) const {
+    TokenSums sums;
+    Pull pull;
+    for (int64_t t = piece.begin + threadIdx.x; t < piece.end; t += blockDim.x)
+      if (active(t))
+        pull.value += token(t, sequence, sums);
+      else
+        store(t, 0, 0, 0);
+    sums = block_merge(sums);
+    if (threadIdx.x == 0) leave(sums);
+    return block_merge(pull);
+  }
+
+  // The same threads as in `tokens` add to what they stored, or others do in a later phase.
+  __device__ void push_back(const Sequence& sequence, const Pull& pull) const {
+    if (!sequence.open || pull.value == 0) return;  // a NaN is something
+    for_each_active([&](int64_t t) {
+      const float logp = read(p.logps, piece.row, t, 0);
+      const TokenInputs in = inputs(t, logp);
+      if (!term(in, logp).open) return;
+      float* g = static_cast<float*>(p.g_logps) + piece.row * p.tokens + t;
+      *g = left_by_other(g) + count_of(in) * sequence.share * pull.value;
+    });
+  }
+
+ private:
+  const TokenArgs& a;
+  const TokenParams& p;
+  const Scalars<float>& s;
+  const Form form;
+  const Piece piece;
+  const float adv;  // of the whole sequence, where rewards are given
+
+  __device__ float sequence_advantage() const {
+    if (form.advantages == Advantages::given || piece.size() == 0) return 0;
+    return sample_advantage(BlockTeam{}, p.in.advantages, form.advantages, piece.row, p.in.group_size, a.advantage_eps);
+  }
+  __device__ bool active(int64_t t) const { return piece.inside && is_active(p.active, piece.row, t); }
+  template <typename Fn> __device__ void for_each_active(const Fn& fn) const {
+    for (int64_t t = piece.begin + threadIdx.x; t < piece.end; t += blockDim.x)
+      if (active(t)) fn(t);
+  }
+  __device__ TokenInputs inputs(int64_t t, float logp) const {
+    TokenInputs in = read_token(p.in, piece.row, t, logp);
+    if (form.advantages != Advantages::given) in.adv = adv;
+    return in;
+  }
+  __device__ PooledTerm<float> term(const TokenInputs& in, float logp) const {
+    return pooled_term(form, logp - in.old, in.adv, in.pooled_weight, s);
+  }
+  // How much a token counts in a pooled mean: gmpo leaves out what the entropy mask does.
+  __device__ float count_of(const TokenInputs& in) const {
+    return form.objective == Objective::gmpo ? in.token_weight : 1;
+  }
+  __device__ void store(int64_t t, float value, float g_logp, float g_entropy) const {
+    const int64_t at = piece.row * p.tokens + t;
+    static_cast<float*>(p.per_token)[at] = value;
+    static_cast<float*>(p.g_logps)[at] = g_logp;
+    if (p.g_entropy) static_cast<float*>(p.g_entropy)[at] = g_entropy;
+  }
+
+  __device__ float token(int64_t t, const Sequence& sequence, TokenSums& sums) const {
+    const float logp = read(p.logps, piece.row, t, 0), entropy = read(p.entropy, piece.row, t, 0);
+    const TokenInputs in = inputs(t, logp);
+    const RatioLevel level = form.ratio_level;
+    const float raw = logp - in.old, clamped = clamp_(raw, -s.log_ratio_clamp, s.log_ratio_clamp);
+    const float log_ratio = level == RatioLevel::token ? clamped : sequence.pooled.log_ratio;
+    const TokenLoss<float> loss = token_loss(form, token_values(in, logp, log_ratio, sequence.pooled), s);
+    const bool own =
+        level == RatioLevel::token ? inside(raw, clamped) : level == RatioLevel::sequence_token && sequence.open;
+    const bool shared = level == RatioLevel::sequence || level == RatioLevel::sequence_product;
+    const float bonus = s.entropy_coef * in.entropy_mask;
+    store(t, loss.value(s) - bonus * entropy, in.weight * (loss.d_logp + (own ? loss.d_log_ratio : 0)),
+          -bonus * in.entropy_weight);
+    sums = sums.merge(sums_of(in, s, logp, exp_(log_ratio), entropy, bonus, loss));
+    return in.weight * (loss.d_pooled + (shared ? loss.d_log_ratio : 0));
+  }
+
+  __device__ void leave(const TokenSums& sums) const {
+    a.sums()[piece.first + piece.index] = sums;
+    if (!piece.inside) return;
+    TokenCounts& counts = a.counts()[piece.sequence];
+    atomicAdd(&counts.tokens, int32_t(sums.tokens));
+    atomicAdd(&counts.low, int32_t(sums.low));
+    atomicAdd(&counts.high, int32_t(sums.high));
+  }
+};
+
+// The last block to have left its sums makes the loss and the metrics.
+__device__ void finish(const TokenArgs& a) {
+  if (!arrive(a.finished(), a.pieces)) return;
+  const TokenSums sums = sum_left(a.sums(), a.pieces);
+  ClipShares shares;
+  for (int64_t i = threadIdx.x; i < a.p.sequences; i += blockDim.x)
+    shares = shares.merge(ClipShares::of(left_by_other(a.counts() + i)));
+  shares = block_merge(shares);
+  if (threadIdx.x == 0) store_metrics(sums, shares, static_cast<float*>(a.p.loss), static_cast<float*>(a.p.metrics));
+}
+
+__global__ void __launch_bounds__(kThreads) token_kernel(TokenArgs a) {
+  const int64_t ticket = a.phases > 1 ? take_ticket(a.ticket()) : blockIdx.x, slot = ticket % a.pieces;
+  const int phase = int(ticket / a.pieces);
+  const Piece piece = Pieces{a.p.cu_seqlens, a.p.sequences, a.p.tokens}[slot];
+  const bool pooled = a.p.in.form.pooling() != Pooling::none, alone = piece.siblings <= 1 || !pooled || !piece.inside;
+  if (phase > 0 && (alone || piece.size() == 0)) return;
+  const TokenBlock block(a, piece);
+  if (alone || piece.size() == 0) {
+    const Sequence sequence = pooled ? block.sequence_of(block.pool()) : Sequence{};
+    block.push_back(sequence, block.tokens(sequence));
+    finish(a);
+  } else if (phase == 0) {
+    const PoolSums sums = block.pool();
+    if (threadIdx.x == 0) a.pools()[slot] = sums;
+    arrive(a.arrived(0, piece.sequence), piece.siblings);
+  } else {
+    wait_for(a.arrived(phase - 1, piece.sequence), piece.siblings);
+    const Sequence sequence = block.sequence_of(sum_left(a.pools() + piece.first, piece.siblings));
+    if (phase == 2) {
+      block.push_back(sequence, sum_left(a.pulls() + piece.first, piece.siblings));
+      return;
+    }
+    const Pull pull = block.tokens(sequence);
+    if (threadIdx.x == 0) a.pulls()[slot] = pull;
+    arrive(a.arrived(1, piece.sequence), piece.siblings);
+    finish(a);
+  }
+}
+
+}  // namespace
+
+void token_policy(const TokenParams& p, Stream stream) {
+  const int64_t pieces = piece_count(p.batch, p.tokens, p.cu_seqlens, p.sequences);
+  const bool many = p.cu_seqlens || p.tokens > kTokensAPiece, pooled = p.in.form.pooling() != Pooling::none;
+  TokenArgs args{p, real_scalars(p.in.scalars), float(p.in.advantage_eps), pieces, many && pooled ? 3 : 1};
+  launch("token_kernel", token_kernel, {pieces * args.phases, kThreads}, stream, args);
+}
+
+}  // namespace gk
