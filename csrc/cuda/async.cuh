@@ -52,7 +52,8 @@ __device__ __forceinline__ void wait(Mbarrier* barrier, int phase) {
 
 // 16 bytes past L1; the thread's copies so far then count as one arrival when they are done.
 __device__ __forceinline__ void async_copy16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from))
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
+               "l"(__cvta_generic_to_global(from))
                : "memory");
 }
 __device__ __forceinline__ void arrive_when_copied(Mbarrier* barrier) {
@@ -71,10 +72,10 @@ __device__ __forceinline__ void store_streaming(void* aligned, uint4 v) { __stcs
 #if GK_SM90
 
 __device__ __forceinline__ void arrive_expecting(Mbarrier* barrier, int bytes) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 // Addresses and size in whole 16 bytes.
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, Mbarrier* barrier) {

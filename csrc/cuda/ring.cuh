@@ -1,4 +1,5 @@
-// A row on its way through shared memory: which part of it is this block's, in which order its chunks come and are used.
+// A row on its way through shared memory: which part of it is this block's, in which order its chunks come and are
+// used.
 #pragma once
 #include "async.cuh"
 #include "row_args.h"
@@ -6,8 +7,8 @@
 
 namespace gk {
 
-// The row [logits, logits + vocab) as a scalar head, whole 16-byte vectors, and a scalar tail; the vectors in chunks, of
-// which each block of the cluster takes a run. The first block takes head and tail.
+// The row [logits, logits + vocab) as a scalar head, whole 16-byte vectors, and a scalar tail; the vectors in chunks,
+// of which each block of the cluster takes a run. The first block takes head and tail.
 template <typename T> struct Share {
   const T* logits;
   int vocab, head, vectors;       // of the row
@@ -31,9 +32,9 @@ template <typename T> struct Share {
   }
 };
 
-// The order in which a row's chunks are loaded and, in the second sweep, used. The ring's chunks come one after the other
-// through its slots; the last `kept` of them are still there for the second sweep, which therefore begins with them, goes
-// on with those it has to load again, backwards, and ends with the residents. A row that fits is all kept.
+// The order in which a row's chunks are loaded and, in the second sweep, used. The ring's chunks come one after the
+// other through its slots; the last `kept` of them are still there for the second sweep, which therefore begins with
+// them, goes on with those it has to load again, backwards, and ends with the residents. A row that fits is all kept.
 struct Order {
   int chunks, resident, kept;
   __device__ Order(int chunks, int slots, int resident_slots, bool twice) : chunks(chunks) {

@@ -1,6 +1,7 @@
-// The row kernel. A block, or a cluster of them, takes rows in turn. One warp brings a row's chunks into shared memory as
-// slots become free, the next row's behind this one's; the others sweep them for the statistics, ask the epilogue for
-// d loss / d logp and d loss / d entropy, and sweep them again for the gradient: memory is read once and written once.
+// The row kernel. A block, or a cluster of them, takes rows in turn. One warp brings a row's chunks into shared memory
+// as slots become free, the next row's behind this one's; the others sweep them for the statistics, ask the epilogue
+// for d loss / d logp and d loss / d entropy, and sweep them again for the gradient: memory is read once and written
+// once.
 #pragma once
 #include "block.cuh"
 #include "ring.cuh"
@@ -140,7 +141,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   }
 
   // fn(column, vector) for this thread's vectors of a chunk.
-  template <typename Fn> __device__ __forceinline__ void for_vectors(const Share<T>& share, int chunk, int slot, Fn fn) {
+  template <typename Fn>
+  __device__ __forceinline__ void for_vectors(const Share<T>& share, int chunk, int slot, Fn fn) {
     wait(&ring.full[slot], ring.phase(slot));
 #pragma unroll
     for (int k = 0; k < kVectorsAThread; ++k) {
@@ -177,8 +179,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   __device__ Transform transform(int64_t row) const {
     const View& given = args.temperature;
-    const float inv_t = given.data ? 1 / static_cast<const float*>(given.data)[given.offset(row, args.tokens)]
-                                   : args.inv_temperature;
+    const float inv_t =
+        given.data ? 1 / static_cast<const float*>(given.data)[given.offset(row, args.tokens)] : args.inv_temperature;
     const float slope = args.logit_scale * inv_t, natural = kSoftcap ? inv_t : slope;
     return {natural, natural * float(kLog2e), slope, kSoftcap ? args.logit_scale / args.softcap : 1, args.softcap};
   }
@@ -308,8 +310,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
                                  const Transform& f, const RowResult& r, int target) {
     const RowGradient<float> g = RowGradient<float>::of(r.g_logp, r.g_entropy, r.log_sum, r.entropy);
     const Slopes slopes{r.max, g.a * f.slope, g.b * f.slope};
-    const Output out =
-        output(row, share, target, f.slope * target_gradient(r.g_logp, r.g_entropy, r.logp, r.entropy));
+    const Output out = output(row, share, target, f.slope * target_gradient(r.g_logp, r.g_entropy, r.logp, r.entropy));
     const auto sweep = [&](auto fn) { second_sweep(share, order, edge, f, out, fn); };
     if (r.none()) {
       second_sweep(share, order, edge, f, output(row, share, -1, 0), [](auto& values) {
