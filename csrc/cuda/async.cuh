@@ -13,6 +13,7 @@ namespace gk {
 #else
 #define GK_SM90 0
 #endif
+constexpr bool kSm90 = GK_SM90;  // bulk copies and clusters
 
 struct Mbarrier {
   uint64_t state;
@@ -122,6 +123,17 @@ __device__ __forceinline__ void wait_cluster(Mbarrier* barrier, int phase) {
         : "r"(shared_address(barrier)), "r"(phase)
         : "memory");
 }
+
+#else  // never called: behind `if constexpr (kSm90)`
+
+__device__ void arrive_expecting(Mbarrier*, int);
+__device__ void bulk_copy(void*, const void*, int, Mbarrier*);
+__device__ int cluster_rank();
+__device__ int cluster_size();
+__device__ void cluster_sync();
+template <typename T> __device__ T* at_rank(T*, int);
+__device__ void arrive_remote(Mbarrier*, int);
+__device__ void wait_cluster(Mbarrier*, int);
 
 #endif
 

@@ -11,9 +11,10 @@ constexpr int kMaxThreads = 512;    // that compute; a warp more brings the row
 constexpr int kMaxCluster = 8;
 constexpr int kControlBytes = 2048;  // of shared memory, behind the slots
 
-// Where a row lies on chip. Chunks of it go through `ring` slots; where a row that is needed twice does not fit, its first
-// `resident` chunks have slots of their own and stay, and what the ring has lost is read again, the last part first, as
-// that is what L2 still has. All of it follows from the vocabulary, so that a row's sums have one order in every launch.
+// Where a row lies on chip. Chunks of it go through `ring` slots; where a row that is needed twice does not fit, its
+// first `resident` chunks have slots of their own and stay, and what the ring has lost is read again, the last part
+// first, as that is what L2 still has. All of it follows from the vocabulary, so that a row's sums have one order in
+// every launch.
 struct RowPlan {
   int threads, cluster, slots;
   int resident;  // of the slots; the others are the ring

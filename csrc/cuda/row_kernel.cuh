@@ -39,7 +39,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
         computing(int(blockDim.x) - kWarp),
         ring(shared, args.slots, args.resident, computing * kVectorsAThread * kVectorBytes),
         control(static_cast<Control*>(ring.control())) {
-    if (kCluster) rank = cluster_rank(), cluster = cluster_size();
+    if constexpr (kCluster) rank = cluster_rank(), cluster = cluster_size();
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < args.slots; ++slot) {
         init_barrier(&ring.full[slot], args.bulk_copies ? 1 : kWarp);
@@ -113,18 +113,17 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     const int bytes = min_(computing * kVectorsAThread, share.own_vectors - first) * kVectorBytes;
     const T* from = share.logits + share.column(first);
     unsigned char* to = ring.at(slot);
-    if (args.bulk_copies) {
-#if defined(GK_EMULATED) || GK_SM90
-      if (lane_of_thread() > 0) return;
-      arrive_expecting(&ring.full[slot], bytes);
-      bulk_copy(to, from, bytes, &ring.full[slot]);
-#endif
-    } else {
-      const unsigned char* source = reinterpret_cast<const unsigned char*>(from);
-      for (int at = lane_of_thread() * kVectorBytes; at < bytes; at += kWarp * kVectorBytes)
-        async_copy16(to + at, source + at);
-      arrive_when_copied(&ring.full[slot]);
-    }
+    if constexpr (kSm90)
+      if (args.bulk_copies) {
+        if (lane_of_thread() > 0) return;
+        arrive_expecting(&ring.full[slot], bytes);
+        bulk_copy(to, from, bytes, &ring.full[slot]);
+        return;
+      }
+    const unsigned char* source = reinterpret_cast<const unsigned char*>(from);
+    for (int at = lane_of_thread() * kVectorBytes; at < bytes; at += kWarp * kVectorBytes)
+      async_copy16(to + at, source + at);
+    arrive_when_copied(&ring.full[slot]);
   }
 
   // ---- the warps that compute ----
@@ -197,7 +196,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     Partial partial{args.sum_p2 ? first_sweep<true>(share, order, edge, f) : first_sweep<false>(share, order, edge, f),
                     f.unit};
     partial = warps_merge(partial, control->of_warp, computing / kWarp, [this] { meet_computing(); });
-    if (kCluster) partial = cluster_merge(partial);
+    if constexpr (kCluster) partial = cluster_merge(partial);
     if (warp_of_thread() == 0) finish(row, partial.softmax, f, of_target);
     meet_computing();
     return control->result;
@@ -221,7 +220,6 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   // Every block tells every block, and all add up in the order of their ranks.
   __device__ Partial cluster_merge(Partial partial) {
-#if defined(GK_EMULATED) || GK_SM90
     const int parity = exchanges % 2, phase = exchanges / 2 % 2;
     ++exchanges;
     if (int(threadIdx.x) < cluster) {
@@ -231,7 +229,6 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     wait_cluster(&control->exchanged[parity], phase);
     partial = control->of_block[parity][0];
     for (int other = 1; other < cluster; ++other) partial = partial.merge(control->of_block[parity][other]);
-#endif
     return partial;
   }
 
@@ -344,12 +341,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 };
 
 template <typename T, bool kSoftcap, bool kCluster>
-__global__ void __launch_bounds__(kMaxThreads + kWarp) row_kernel(const __grid_constant__ RowArgs args) {
-#if defined(GK_EMULATED) || GK_SM90
-  RowBlock<T, kSoftcap, kCluster>(args, dynamic_shared()).run();
-#else
-  if constexpr (!kCluster) RowBlock<T, kSoftcap, false>(args, dynamic_shared()).run();
-#endif
+__global__ void __launch_bounds__(kMaxThreads + kWarp, 1) row_kernel(const __grid_constant__ RowArgs args) {
+  if constexpr (kSm90 || !kCluster) RowBlock<T, kSoftcap, kCluster>(args, dynamic_shared()).run();
 }
 
 template <bool kCluster>

@@ -6,6 +6,8 @@
 
 namespace gk {
 
+constexpr bool kSm90 = true;
+
 struct Mbarrier {  // 8 bytes, as there
   uint16_t arrivals, expected;
   int16_t phase;
