@@ -50,6 +50,7 @@ struct RowArgs {
   const float *g_logps, *g_entropy;  // the epilogue "given"
   PolicyInputs in;                   // the epilogue "policy"
   Scalars<float> scalars;
+  float advantage_eps;
 };
 
 template <typename T, bool kSoftcap, bool kCluster> __global__ void row_kernel(const __grid_constant__ RowArgs args);
