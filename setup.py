@@ -34,13 +34,15 @@ CXX_FLAGS = shlex.split(
 )
 DEFAULT_ARCHS = ("80", "90", "100", "120")
 
+# nvcc's -fmad=false: a product and a sum fused in one kernel and not in another would make two results of one row; the
+# sweeps ask for fmaf where they want it.
 RULES = """
 rule cxx
   command = {cxx} -MMD -MF $out.d {flags} $flags -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = nvcc -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {archs} {include} $flags -c $in -o $out
+  command = nvcc -O3 -std=c++17 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden {archs} {include} $flags -c $in -o $out
 rule emulate
   command = {cxx} -MMD -MF $out.d {flags} $flags -Wno-unknown-pragmas -x c++ -include {emulation} -c $in -o $out
   depfile = $out.d

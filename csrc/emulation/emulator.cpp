@@ -1,7 +1,5 @@
 #include "emulator.h"
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -13,6 +11,9 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -23,8 +24,46 @@ constexpr size_t kStackBytes = 128 << 10;
 
 struct Stop {};  // unwinds a thread whose grid has failed
 
+#ifdef __x86_64__
+
+// What a call preserves goes on the stack; ucontext would make two system calls a switch.
+asm(".text\n"
+    ".type gk_switch_stack, @function\n"
+    "gk_switch_stack:\n"
+    "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
+    "  movq %rsp, (%rdi)\n"
+    "  movq %rsi, %rsp\n"
+    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
+    "  ret\n");
+extern "C" void gk_switch_stack(void** from, void* to);
+
+struct Context {
+  void* top = nullptr;
+  void start(char* stack, size_t size, void (*entry)()) {
+    void** frame = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + size) / 16 * 16) - 8;
+    std::fill(frame, frame + 8, nullptr);  // six registers, where to return to, and from there to nowhere
+    frame[6] = reinterpret_cast<void*>(entry);
+    top = frame;
+  }
+  void switch_to(const Context& other) { gk_switch_stack(&top, other.top); }
+};
+
+#else
+
+struct Context {
+  ucontext_t registers;
+  void start(char* stack, size_t size, void (*entry)()) {
+    getcontext(&registers);
+    registers.uc_stack.ss_sp = stack, registers.uc_stack.ss_size = size, registers.uc_link = nullptr;
+    makecontext(&registers, entry, 0);
+  }
+  void switch_to(const Context& other) { swapcontext(&registers, &other.registers); }
+};
+
+#endif
+
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
 };
 
@@ -89,7 +128,7 @@ class Scheduler {
   std::deque<std::function<void()>> pending;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::mt19937 draw{7};
-  ucontext_t home;
+  Context home;
   const void* home_stack = nullptr;
   size_t home_size = 0;
   size_t live = 0;
@@ -99,11 +138,7 @@ class Scheduler {
   void start(Thread& thread) {
     const size_t i = number(thread);
     while (fibers.size() <= i) fibers.push_back(std::make_unique<Fiber>());
-    ucontext_t& context = fibers[i]->context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = fibers[i]->stack.get(), context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = nullptr;
-    makecontext(&context, [] { scheduler().main(); }, 0);
+    fibers[i]->context.start(fibers[i]->stack.get(), kStackBytes, [] { scheduler().main(); });
     ready.push_back(&thread);
   }
 
@@ -121,13 +156,13 @@ class Scheduler {
     threadIdx = thread.index, blockIdx = thread.block->index;
     {
       StackSwitch to(fibers[number(thread)]->stack.get(), kStackBytes, false);
-      swapcontext(&home, &fibers[number(thread)]->context);
+      home.switch_to(fibers[number(thread)]->context);
     }
     live -= thread.done;
   }
   void suspend() {
     StackSwitch to(home_stack, home_size, running->done);
-    swapcontext(&fibers[number(*running)]->context, &home);
+    fibers[number(*running)]->context.switch_to(home);
   }
 
   void main() {

@@ -65,6 +65,10 @@ class BackendUnavailable(RuntimeError):
         self.reason = reason
 
 
+class DtypeUnsupported(TypeError):
+    """Asked for a backend that has no kernels for this dtype."""
+
+
 @functools.cache
 def implementation(name: str) -> Backend:
     """The module of a backend.
@@ -116,12 +120,10 @@ def _check_runs_on(module: Any, backend: str, device: torch.device, dtype: torch
             f"backend 'triton' needs tensors on a GPU, or Triton's interpreter (TRITON_INTERPRET=1, set before "
             f"Triton is imported); got {device}"
         )
-    if backend == "cuda" and not module.runs_on(device, dtype):
-        raise ValueError(
-            f"backend 'cuda' needs float32, bfloat16 or float16 on an NVIDIA GPU of sm_80 or later; got {dtype} on {device}"
-        )
-    if backend == "emulated" and dtype == torch.float64:
-        raise ValueError("backend 'emulated' has no float64, as 'cuda' has not")
+    if backend == "cuda" and not module.runs_on(device, None):
+        raise ValueError(f"backend 'cuda' needs tensors on an NVIDIA GPU of sm_80 or later; got {device}")
+    if backend in ("cuda", "emulated") and dtype == torch.float64:
+        raise DtypeUnsupported(f"backend {backend!r} has no float64; 'triton' and 'cpu' have")
 
 
 def available_backends() -> dict[str, str]:
