@@ -33,6 +33,7 @@ WORK = ROOT / "build" / "gpu_check"  # wheels unpacked, benchmark files: nothing
 PARTS = ("build", "test", "sanitize", "bench")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 DRAM = ("dram__bytes_read.sum", "dram__bytes_write.sum")
+KERNELS_COUNTED = r"\w*row\w*"
 OUT_OF_TIME = 3
 TAIL = 1500  # characters of a failure's output that are kept
 
@@ -103,19 +104,18 @@ def build(run: Run) -> None:
         done = run.execute(sys.executable, *pip, *files)
         return outcome(*done, installed=[Path(f).name for f in files])
 
-    def native(_: str) -> dict[str, Any] | None:
+    def module(name: str) -> dict[str, Any] | None:
         if run.dry:
             return outcome(*run.execute(sys.executable, "-c", "import grpo_kernels"))
         major, minor = run.state["device"]["capability"]
-        return outcome(
-            *run.execute(
-                sys.executable, "setup.py", "build_ext", "--inplace", GRPO_KERNELS_CUDA="1",
-                GRPO_KERNELS_CUDA_ARCHS=f"{major}{minor}",
-            )
-        )  # fmt: skip
+        wanted = {"GRPO_KERNELS_EMULATED": "1"} if name == "emulated" else {"GRPO_KERNELS_CUDA": "1"}
+        archs = {"GRPO_KERNELS_CUDA_ARCHS": f"{major}{minor}"}
+        return outcome(*run.execute(sys.executable, "setup.py", "-q", "build_ext", "--inplace", **wanted, **archs))
 
     run.state["parts"].pop("build", None)  # a machine may be as bare as the last one was
-    run.pieces("build", ["wheels", "native"], lambda name: {"wheels": wheels, "native": native}[name](name))
+    run.pieces(
+        "build", ["wheels", "native", "emulated"], lambda name: wheels(name) if name == "wheels" else module(name)
+    )
 
 
 def test(run: Run) -> None:
@@ -179,7 +179,7 @@ def dram(run: Run) -> dict[str, Any] | None:
         return {"ok": False, "output": "ncu is not on the PATH"}
     status, output, seconds = run.execute(
         tool, "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(DRAM),
-        "--kernel-name", "regex:row", sys.executable, "-m", "benchmarks.gpu_cases", "--traffic",
+        "--kernel-name", f"regex:{KERNELS_COUNTED}", sys.executable, "-m", "benchmarks.gpu_cases", "--traffic",
     )  # fmt: skip
     return outcome(status, output, seconds, bytes_per_logit=bytes_per_logit(output) if status == 0 else None)
 
@@ -193,7 +193,8 @@ def bytes_per_logit(output: str) -> dict[str, list[float]]:
     for row in table:
         if row["ID"]:  # the line of units has none
             total = sum(float(row[metric].replace(",", "")) for metric in DRAM)
-            found.setdefault(row["Kernel Name"].split("(")[0], []).append(round(total / logits, 3))
+            name = re.search(KERNELS_COUNTED, row["Kernel Name"])
+            found.setdefault(name[0] if name else row["Kernel Name"], []).append(round(total / logits, 3))
     return found
 
 

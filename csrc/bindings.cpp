@@ -103,6 +103,14 @@ PYBIND11_MODULE(GK_MODULE, m) {
       },
       Release());
 #endif
+#ifndef GK_CPU
+  m.def(
+      "scale",
+      [](const ViewArg& matrix, int dtype, std::array<int64_t, 3> shape, Address factor, Address stream) {
+        gk::scale({view(matrix), gk::DType(dtype), shape[0], shape[1], shape[2], pointer(factor)}, pointer(stream));
+      },
+      Release());
+#endif
   m.def(
       "token_policy",
       [](const PolicyViews& inputs, const Group& group, const FormCodes& form, const ScalarValues& scalars,

@@ -61,6 +61,13 @@ struct PolicyInputs {
   Scalars<double> scalars;
 };
 
+struct ScaleParams {  // matrix *= factor, real [1]; not touched where that is 1
+  View matrix;        // dtype, [batch, tokens, columns], the columns dense
+  DType dtype;
+  int64_t batch, tokens, columns;
+  const void* factor;
+};
+
 enum Metric : int {  // the order of METRICS in grpo_kernels/config.py
   kPolicyLoss,
   kKlLoss,
@@ -178,6 +185,7 @@ void row_backward(const Rows&, const RowStats& saved, const void* g_logps, const
                   Stream);
 // One launch: log-probs, the policy loss's derivative in them, and the gradient of the logits.
 void row_policy(const Rows&, const RowStats&, const PolicyInputs&, const View& gradient, Stream);
+void scale(const ScaleParams&, Stream);  // a GPU's: the factor is never read on the host
 void token_policy(const TokenParams&, Stream);
 void group_advantages(const AdvantageParams&, Stream);
 // Greedy near-duplicate removal by the Jaccard similarity of n-gram sets; n-grams are compared by a 64-bit hash.

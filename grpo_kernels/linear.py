@@ -71,6 +71,7 @@ class LinearSinglePass(torch.autograd.Function):
         )
         loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], cu_seqlens, *inputs, backend)
         ctx.save_for_backward(*gradients)
+        ctx.inplace, ctx.lent, ctx.backend = False, False, backend
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
         return loss, logps, entropy, per_token, metrics
 
@@ -78,9 +79,7 @@ class LinearSinglePass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:
         needs = ctx.needs_input_grad[:3]
-        gradients = [
-            scaled(x, g, inplace=False) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
-        ]
+        gradients = [scaled(ctx, x, g) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)]
         return *gradients, *[None] * (4 + N_ROWS + N_INPUTS)
 
 

@@ -68,5 +68,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def real(backend: str) -> torch.dtype:
+    """The widest type of the backend."""
+    return torch.float32 if backend in ("cuda", "emulated") else torch.float64
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -81,7 +81,7 @@ def near(logps, others):
     return {k: logps + 0.003 * (v - logps) if k == "old_logps" else v for k, v in others.items()}
 
 
-SHAPES = [(1, 2 * PIECE + 3), (2, PIECE), (2, PIECE + 1), (40, 1), (3, 255)]
+SHAPES = [(1, 2 * PIECE + 3), (2, PIECE), (9, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -152,6 +152,22 @@ def test_advantages_of_rewards_in_the_launch(backend):
     torch.testing.assert_close(made.per_token_loss, told.per_token_loss, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [1, 4096, 4096 + 24, 4099])
+def test_scale(backend, dtype, columns):
+    g = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 4, columns + 8, generator=g).to(dtype)
+    expected = whole.clone()
+    expected[:, 1:3, :columns] *= 0.3
+    moved = on_device(whole.clone(), backend)
+    for factor in (1.0, 0.3):
+        HERE[backend].scale(moved[:, 1:3, :columns], on_device(torch.tensor(factor), backend))
+        assert torch.equal(moved.cpu(), whole if factor == 1 else expected)
+    one = on_device(torch.tensor([math.inf, 2.0, math.nan], dtype=dtype), backend)
+    HERE[backend].scale(one, on_device(torch.tensor(1.0), backend))
+    assert torch.equal(one.cpu()[:2], torch.tensor([math.inf, 2.0], dtype=dtype))
+
+
 # ---- returns ----
 
 
@@ -211,7 +227,7 @@ def test_equal_values_whiten_to_exactly_zero(backend, value, count):
 
 def samples(count, seed=1):
     g = torch.Generator().manual_seed(seed)
-    rewards = torch.randn(count, 2, generator=g)
+    rewards = torch.randn(count, 2, generator=g) + 2  # a mean away from 0, by which one scale divides
     rewards[::7, 0], rewards[3] = math.nan, math.nan
     critic = torch.randn(count, generator=g)
     critic[::5] = math.nan

@@ -26,7 +26,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
 def test_a_dry_run_stops_in_time_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     late = gpu_check("--dry", "--part", "build", "--limit", "0", "--out", str(out))
-    assert late.returncode == 3 and json.loads(out.read_text())["missing"]["build"] == ["native"]
+    assert late.returncode == 3 and json.loads(out.read_text())["missing"]["build"] == ["native", "emulated"]
     first = gpu_check("--dry", "--out", str(out))
     assert first.returncode == 0, first.stdout + first.stderr
     state = json.loads(out.read_text())
@@ -46,9 +46,9 @@ def test_the_bytes_of_a_profile_by_kernel() -> None:
             '{"logits": 1000}',
             '"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"',
             '"","","byte","byte"',
-            '"0","row_forward(Params)","2,048","16"',
+            '"0","void gk::(anonymous namespace)::row_kernel<float, (bool)1>(gk::RowArgs)","2,048","16"',
             '"1","row_policy(Params)","2000","2000"',
             '"2","row_policy(Params)","2000","0"',
         ]
     )
-    assert bytes_per_logit(profile) == {"row_forward": [2.064], "row_policy": [4.0, 2.0]}
+    assert bytes_per_logit(profile) == {"row_kernel": [2.064], "row_policy": [4.0, 2.0]}

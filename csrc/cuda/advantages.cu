@@ -119,7 +119,7 @@ template <typename Team> class GroupKernel {
 
 // A team a group of group_size samples. With ids, a team for each of the sorted samples, of which the first of each
 // group works.
-template <typename Team> __global__ void __launch_bounds__(kThreads) advantage_kernel(AdvantageArgs a) {
+template <typename Team> __global__ void __launch_bounds__(kThreads, 4) advantage_kernel(AdvantageArgs a) {
   const int teams = kThreads / Team{}.size();
   const int64_t team = int64_t(blockIdx.x) * teams + threadIdx.x / Team{}.size();
   int64_t begin = team, end = team;
@@ -133,7 +133,7 @@ template <typename Team> __global__ void __launch_bounds__(kThreads) advantage_k
   GroupKernel<Team>(a, begin, end).run();
 }
 
-__global__ void __launch_bounds__(kBatchThreads) batch_kernel(AdvantageArgs a) {
+__global__ void __launch_bounds__(kBatchThreads, 1) batch_kernel(AdvantageArgs a) {
   RewardSource source = a.source();
   source.order = nullptr;
   const RewardStatistics all = statistics(BlockTeam{}, source, 0, a.p.samples, a.p.form.ddof);

@@ -35,6 +35,7 @@ struct RewardSource {
     if (valid && !valid[k]) return NAN;
     float sum = 0;
     bool any = false;
+#pragma unroll 1
     for (int64_t c = 0; c < components; ++c) {
       const float r = rewards[k * stride + c];
       if (r != r) continue;

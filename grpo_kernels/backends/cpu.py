@@ -50,6 +50,11 @@ def launch(kernel: Callable[..., None], _: torch.device, *args: object) -> None:
     kernel(*args, 0)  # no stream
 
 
+def scale(matrix: Tensor, factor: Tensor) -> None:
+    if factor != 1:
+        matrix.mul_(factor)  # of a 0-d factor, which keeps its precision and the matrix's dtype
+
+
 KERNELS = Kernels(_cpu, launch, new_matrix, NoMemory())
 row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
 token_policy, group_advantages, gae = KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae

@@ -45,6 +45,6 @@ def machine(
 new_matrix = plain_matrix
 KERNELS = Kernels(_emulated, cpu.launch, plain_matrix, GpuMemory(_emulated))
 row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
-token_policy, group_advantages, gae = KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
+scale, token_policy, group_advantages, gae = KERNELS.scale, KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
 value_loss, masked_moments, whiten = KERNELS.value_loss, KERNELS.masked_moments, KERNELS.whiten
 group_diversity = KERNELS.group_diversity

@@ -111,6 +111,12 @@ class Kernels:
         )
         return stats
 
+    def scale(self, matrix: Tensor, factor: Tensor) -> None:
+        """[B, T, V] with any strides of the first two, [R, V] or [R]."""
+        x = matrix.view(1, 1, -1) if matrix.is_contiguous() and matrix.dim() < 3 else matrix
+        factor = factor.to(real_dtype(x.dtype))
+        self._launch(self._module.scale, x.device, _view(x), _DTYPES.index(x.dtype), tuple(x.shape), _address(factor))
+
     def token_policy(
         self, logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, inputs: PolicyInputs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -134,8 +140,8 @@ class Kernels:
         beside = self._memory.advantages(dense.rewards, dense.group_ids)
         self._launch(
             self._module.group_advantages, dense.rewards.device,
-            [*map(_address, (*dense, *beside))], tuple(dense.rewards.shape), form.group_size, BASELINES.index(form.baseline),
-            SCALES.index(form.scale), form.ddof, [form.eps, form.critic_weight, form.clip_low, form.clip_high],
+            [*map(_address, (*dense, *beside))], tuple(dense.rewards.shape), form.group_size,
+            BASELINES.index(form.baseline), SCALES.index(form.scale), form.ddof, [form.eps, form.critic_weight, form.clip_low, form.clip_high],
             form.single_raw, dense.rewards.dtype == torch.float64, [*map(_address, (*outputs, informative))],
             torch.get_num_threads(),
         )  # fmt: skip

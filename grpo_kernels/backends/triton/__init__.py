@@ -21,6 +21,7 @@ from .policy_inputs import form_args, policy_args, view_args
 from .returns import gae as gae
 from .returns import value_loss as value_loss
 from .row import gradient_kernel, policy_kernel, stats_kernel
+from .scale import scale as scale
 from .token import token_policy as token_policy
 
 

@@ -201,5 +201,6 @@ def greedy(similar: Tensor, sizes: Tensor, threshold: float) -> tuple[Tensor, Te
     with on_device_of(similar):
         greedy_kernel[(shape[0],)](
             similar, sizes, keep, leader, best, shape[1], bits(threshold, torch.float64), BLOCK=BLOCK, num_warps=WARPS,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return keep, leader, best
