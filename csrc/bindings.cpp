@@ -198,9 +198,8 @@ PYBIND11_MODULE(GK_MODULE, m) {
 #endif
 #ifdef GK_EMULATED
   m.def("row_plan", [](int shared_bytes, int threads, bool bulk_copies, int64_t row_bytes, bool twice) {
-    const gk::RowPlan plan = gk::row_plan({1, shared_bytes, threads, bulk_copies}, row_bytes, twice);
-    return std::make_tuple(plan.threads, plan.cluster, plan.slots, plan.resident, plan.blocks_per_multiprocessor,
-                           plan.shared_bytes());
+    const gk::RowPlan plan = gk::row_plan({shared_bytes, threads, bulk_copies}, row_bytes, twice);
+    return std::make_tuple(plan.threads, plan.cluster, plan.slots, plan.resident, plan.shared_bytes());
   });
   m.def("use_machine", [](int multiprocessors, int threads, int shared_bytes, bool bulk_copies, int schedule) {
     gk::emulation::machine() = {multiprocessors, threads, shared_bytes, bulk_copies, gk::emulation::Schedule(schedule)};

@@ -31,7 +31,7 @@ def plan(vocab, size=2, bulk=True, twice=True):
 
 def test_the_vocabularies_reach_every_way():
     plans = [plan(v) for v in VOCABULARIES]
-    assert {p.cluster for p in plans} >= {1, 2, 8} and {p.blocks for p in plans} == {1, 2}
+    assert {p.cluster for p in plans} >= {1, 2, 8} and {p.threads for p in plans} == {32, 64}
     assert {(p.cluster > 1, p.resident > 0) for p in plans} == {(a, b) for a in (False, True) for b in (False, True)}
     assert not any(plan(v, bulk=False).cluster > 1 for v in VOCABULARIES)
     assert not any(plan(v, twice=False).resident for v in VOCABULARIES)
@@ -44,8 +44,8 @@ def test_plans_for_real_gpus(vocab, shared):
         bulk = shared == H100
         once, twice = (emulated.row_plan(shared, 512, bulk, vocab * size, t) for t in (False, True))
         assert once[:3] == twice[:3]  # or one pass and two would sum in two orders
-        chunk = twice.threads * 32
-        assert twice.blocks * (twice.shared_bytes + 1024) <= shared + 1024  # each block's own kilobyte is the system's
+        chunk, blocks = twice.threads * 32, 512 // twice.threads
+        assert blocks * (twice.shared_bytes + 1024) <= shared + 1024  # each block's own kilobyte is the system's
         assert 4 <= twice.slots <= 32 and twice.slots - twice.resident >= 2
         share = vocab * size / twice.cluster
         fits = share <= twice.slots * chunk

@@ -23,16 +23,23 @@ struct Grid {
 };
 
 struct Machine {
-  int multiprocessors, shared_bytes;  // dynamic shared memory of a block; two blocks have half of it each
-  int threads;                        // of a block that has a multiprocessor for itself
-  bool bulk_copies;                   // sm_90 and later: bulk copies and clusters
+  int shared_bytes;  // dynamic shared memory of a block; two blocks have half of it each
+  int threads;       // of a block that has a multiprocessor for itself
+  bool bulk_copies;  // sm_90 and later: bulk copies and clusters
 };
 
 #ifdef GK_EMULATED
 
 template <typename Kernel> Machine machine(const char*, Kernel) {
   const emulation::Machine& m = emulation::machine();
-  return {m.multiprocessors, m.shared_bytes, m.threads, m.bulk_copies};
+  return {m.shared_bytes, m.threads, m.bulk_copies};
+}
+
+// How many clusters of this shape run side by side.
+template <typename Kernel> int64_t clusters_at_once(const char*, Kernel, const Grid& grid) {
+  const emulation::Machine& m = emulation::machine();
+  const int64_t on_one = m.shared_bytes / grid.shared_bytes;
+  return max_<int64_t>(m.multiprocessors * on_one / grid.cluster, 1);
 }
 
 inline unsigned char* dynamic_shared() { return emulation::self().block->shared.get(); }
@@ -53,13 +60,12 @@ inline void check(const char* name, cudaError_t error) {
 
 // Of the current device, for a kernel: what it was compiled for decides what it can use. No synchronisation.
 template <typename Kernel> Machine machine(const char* name, Kernel kernel) {
-  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  int device = 0, shared_bytes = 0;
   cudaFuncAttributes compiled;
   check(name, cudaGetDevice(&device));
-  check(name, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   check(name, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check(name, cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)));
-  return {multiprocessors, shared_bytes, 512, compiled.ptxVersion >= 90};
+  return {shared_bytes, 512, compiled.ptxVersion >= 90};
 }
 
 __device__ __forceinline__ unsigned char* dynamic_shared() {
@@ -67,23 +73,49 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return memory;
 }
 
+class LaunchConfig {
+ public:
+  LaunchConfig(const char* name, const void* kernel, const Grid& grid, Stream stream) {
+    if (grid.shared_bytes > 48 << 10)
+      check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)));
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = unsigned(grid.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(unsigned(grid.blocks));
+    config.blockDim = dim3(unsigned(grid.threads));
+    config.dynamicSmemBytes = size_t(grid.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &cluster;
+    config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;  // points into itself
+  const cudaLaunchConfig_t* get() const { return &config; }
+
+ private:
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config{};
+};
+
+// How many clusters of this shape, or blocks, run side by side; grid.blocks is not looked at. A cluster lies in one
+// group of multiprocessors, so there are fewer than their number would allow.
+template <typename Kernel> int64_t clusters_at_once(const char* name, Kernel kernel, const Grid& grid) {
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  const LaunchConfig config(name, address, {grid.cluster, grid.threads, grid.shared_bytes, grid.cluster}, nullptr);
+  int count = 0, device = 0, multiprocessors = 1;
+  if (grid.cluster > 1) {
+    check(name, cudaOccupancyMaxActiveClusters(&count, kernel, config.get()));
+  } else {
+    check(name, cudaGetDevice(&device));
+    check(name, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, grid.threads, size_t(grid.shared_bytes)));
+  }
+  return max_<int64_t>(int64_t(count) * multiprocessors, 1);
+}
+
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), const Grid& grid, Stream stream, const Args&... args) {
-  if (grid.shared_bytes > 48 << 10)
-    check(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     int(grid.shared_bytes)));
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = unsigned(grid.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(grid.blocks));
-  config.blockDim = dim3(unsigned(grid.threads));
-  config.dynamicSmemBytes = size_t(grid.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
-  check(name, cudaLaunchKernelEx(&config, kernel, Params(args)...));
+  const LaunchConfig config(name, reinterpret_cast<const void*>(kernel), grid, stream);
+  check(name, cudaLaunchKernelEx(config.get(), kernel, Params(args)...));
 }
 
 #endif

@@ -18,7 +18,6 @@ constexpr int kControlBytes = 2048;  // of shared memory, behind the slots
 struct RowPlan {
   int threads, cluster, slots;
   int resident;  // of the slots; the others are the ring
-  int blocks_per_multiprocessor;
   int chunk_bytes() const { return threads * kVectorsAThread * 16; }
   int64_t shared_bytes() const { return int64_t(slots) * chunk_bytes() + kControlBytes; }
 };
@@ -26,8 +25,7 @@ struct RowPlan {
 inline RowPlan row_plan(const Machine& m, int64_t row_bytes, bool twice) {
   const int64_t whole = m.shared_bytes - kControlBytes, half = m.shared_bytes / 2 - kControlBytes;
   RowPlan plan{};
-  const bool small = row_bytes <= half;
-  plan.blocks_per_multiprocessor = small ? 2 : 1;
+  const bool small = row_bytes <= half;  // two blocks a multiprocessor
   plan.threads = small ? m.threads / 2 : m.threads;
   plan.cluster = 1;
   const int64_t space = small ? half : whole;

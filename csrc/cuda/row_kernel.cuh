@@ -299,12 +299,13 @@ __global__ void __launch_bounds__(kMaxThreads + kWarp, 1) row_kernel(const __gri
 }
 
 template <bool kCluster>
-void launch_kernel(const RowArgs& args, DType dtype, const Grid& grid, Stream stream, const char* name) {
-  const auto go = [&](auto softcap) {
+void launch_kernel(const RowArgs& args, DType dtype, Grid grid, Stream stream, const char* name) {
+  const auto go = [&](auto softcap) {  // blocks: as many as run side by side, which take the rows in turn
     constexpr bool kSoftcap = decltype(softcap)::value;
     const auto kernel = dtype == DType::f32    ? row_kernel<float, kSoftcap, kCluster>
                         : dtype == DType::bf16 ? row_kernel<bf16, kSoftcap, kCluster>
                                                : row_kernel<f16, kSoftcap, kCluster>;
+    grid.blocks = min_(args.rows, clusters_at_once(name, kernel, grid)) * grid.cluster;
     launch(name, kernel, grid, stream, args);
   };
   args.softcap > 0 ? go(std::true_type{}) : go(std::false_type{});

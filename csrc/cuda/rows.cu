@@ -26,8 +26,7 @@ void launch_rows(RowArgs args, DType dtype, Stream stream, const char* name) {
   const bool twice = args.statistics && args.gradient.data;
   const RowPlan plan = row_plan(m, int64_t(args.vocab) * (dtype == DType::f32 ? 4 : 2), twice);
   args.slots = plan.slots, args.resident = plan.resident, args.bulk_copies = m.bulk_copies;
-  const int64_t at_once = max_(m.multiprocessors * plan.blocks_per_multiprocessor / plan.cluster, 1);
-  const Grid grid{min_(args.rows, at_once) * plan.cluster, plan.threads + kWarp, plan.shared_bytes(), plan.cluster};
+  const Grid grid{0, plan.threads + kWarp, plan.shared_bytes(), plan.cluster};
   if (plan.cluster > 1)
     launch_clusters(args, dtype, grid, stream, name);
   else

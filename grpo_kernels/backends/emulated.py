@@ -19,7 +19,6 @@ class RowPlan(NamedTuple):
     cluster: int
     slots: int
     resident: int
-    blocks: int  # on a multiprocessor
     shared_bytes: int
 
 
