@@ -192,7 +192,7 @@ def test_gae_over_more_pieces_than_a_block_has_threads(backend):
     mine = gk.gae(rewards, values, mask, gamma=gamma, lam=1.0, backend=backend)
     exact = gk.gae(rewards.double().cpu(), values.double().cpu(), mask.cpu(), gamma=gamma, lam=1.0, backend="cpu")
     for a, b in zip(mine, exact, strict=True):
-        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-2)  # of sums of up to 2e5
+        assert (a.cpu().double() - b).abs().max() < 1e-4 * b.abs().max()
 
 
 def test_packed_gae_is_each_sequence_alone(backend):
