@@ -32,17 +32,20 @@ if X86:
 CXX_FLAGS = shlex.split(
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
 )
+# No fused multiply-adds but those that a kernel asks for: fused in one kernel and not in another, a product and a sum
+# would make two results of one row.
+NVCC_FLAGS = "-O3 -std=c++17 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
 DEFAULT_ARCHS = ("80", "90", "100", "120")
 
-# nvcc's -fmad=false: a product and a sum fused in one kernel and not in another would make two results of one row; the
-# sweeps ask for fmaf where they want it.
 RULES = """
 rule cxx
   command = {cxx} -MMD -MF $out.d {flags} $flags -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = nvcc -O3 -std=c++17 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden {archs} {include} $flags -c $in -o $out
+  command = nvcc -MMD -MF $out.d {nvcc} {archs} {include} $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
 rule emulate
   command = {cxx} -MMD -MF $out.d {flags} $flags -Wno-unknown-pragmas -x c++ -include {emulation} -c $in -o $out
   depfile = $out.d
@@ -81,7 +84,8 @@ class NinjaBuild(build_ext):
 
     def build_with_ninja(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / ext.name
+        # A folder that stays: build_temp is a new one for every editable installation, and ninja would start again.
+        build = ROOT.resolve() / "build" / f"{sys.implementation.cache_tag}-{platform.machine()}" / ext.name
         target.parent.mkdir(parents=True, exist_ok=True)
         build.mkdir(parents=True, exist_ok=True)
         module = ext.name.rpartition(".")[2]
@@ -97,8 +101,8 @@ class NinjaBuild(build_ext):
         archs = cuda_architectures() if cuda else ""
         cxx = compiler()
         link = f"nvcc -ccbin {cxx} -cudart static" if cuda else cxx  # nvcc knows where its libraries are
-        emulation = ROOT.resolve() / "csrc/emulation/cuda_on_cpu.h"
-        lines = [RULES.format(cxx=cxx, link=link, flags=flags, archs=archs, include=include, emulation=emulation)]
+        rules = {"cxx": cxx, "nvcc": NVCC_FLAGS, "link": link, "flags": flags, "archs": archs, "include": include}
+        lines = [RULES.format(**rules, emulation=ROOT.resolve() / "csrc/emulation/cuda_on_cpu.h")]
         objects = []
 
         def add(rule: str, source: str, suffix: str = "", extra: str = "") -> None:

@@ -16,7 +16,9 @@
 #include "cpu/sweep.h"
 #endif
 #ifdef GK_EMULATED
-#include "emulation/emulator.h"
+#include "emulation/cuda_on_cpu.h"
+// Behind what it stands on.
+#include "cuda/row_args.h"
 #endif
 
 namespace py = pybind11;
@@ -195,6 +197,11 @@ PYBIND11_MODULE(GK_MODULE, m) {
   m.def("use_isa", [](int isa) { gk::use_isa(gk::Isa(isa)); });
 #endif
 #ifdef GK_EMULATED
+  m.def("row_plan", [](int shared_bytes, int threads, bool bulk_copies, int64_t row_bytes, bool twice) {
+    const gk::RowPlan plan = gk::row_plan({1, shared_bytes, threads, bulk_copies}, row_bytes, twice);
+    return std::make_tuple(plan.threads, plan.cluster, plan.slots, plan.resident, plan.blocks_per_multiprocessor,
+                           plan.shared_bytes());
+  });
   m.def("use_machine", [](int multiprocessors, int threads, int shared_bytes, bool bulk_copies, int schedule) {
     gk::emulation::machine() = {multiprocessors, threads, shared_bytes, bulk_copies, gk::emulation::Schedule(schedule)};
   });

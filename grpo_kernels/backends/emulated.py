@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from .. import _emulated  # type: ignore[attr-defined]
 from . import cpu
 from .native import Kernels, plain_matrix
 from .scratch import GpuMemory
+
+class RowPlan(NamedTuple):
+    """gk::RowPlan: how a row is cut up on a GPU."""
+
+    threads: int
+    cluster: int
+    slots: int
+    resident: int
+    blocks: int  # on a multiprocessor
+    shared_bytes: int
+
+
+def row_plan(shared_bytes: int, threads: int, bulk_copies: bool, row_bytes: int, twice: bool) -> RowPlan:
+    return RowPlan(*_emulated.row_plan(shared_bytes, threads, bulk_copies, row_bytes, twice))
+
 
 SCHEDULES = ("round_robin", "one_warp_ahead", "shuffled")  # in the order of gk::emulation::Schedule
 

@@ -1,0 +1,206 @@
+"""The CUDA row kernel, emulated: every way a row is cut up, under every schedule of the threads, to the bit; and that the
+emulation notices a barrier that is not there."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BACKENDS_HERE, ROOT
+
+import grpo_kernels as gk
+from grpo_kernels.testing.compare import assert_as_accurate
+
+if "emulated" not in BACKENDS_HERE:
+    pytest.skip("needs the source tree, whose CUDA kernels the tests emulate", allow_module_level=True)
+
+from grpo_kernels.backends import emulated
+
+MACHINE = {"shared_bytes": 10 << 10, "threads": 64}
+# What a row of so many bf16 logits is on that machine: vectors and scalars, two blocks or one a multiprocessor, a tail
+# that is read again, clusters of 2 and 8, the last with a tail too.
+VOCABULARIES = (1, 7, 31, 257, 1500, 3000, 5003, 6000, 8001, 21000, 45000)
+H100, A100 = 227 << 10, 163 << 10
+
+
+def plan(vocab, size=2, bulk=True, twice=True):
+    return emulated.row_plan(MACHINE["shared_bytes"], MACHINE["threads"], bulk, vocab * size, twice)
+
+
+def test_the_vocabularies_reach_every_way():
+    plans = [plan(v) for v in VOCABULARIES]
+    assert {p.cluster for p in plans} >= {1, 2, 8} and {p.blocks for p in plans} == {1, 2}
+    assert {(p.cluster > 1, p.resident > 0) for p in plans} == {(a, b) for a in (False, True) for b in (False, True)}
+    assert not any(plan(v, bulk=False).cluster > 1 for v in VOCABULARIES)
+    assert not any(plan(v, twice=False).resident for v in VOCABULARIES)
+
+
+@pytest.mark.parametrize("vocab", [32000, 50257, 110_000, 128_256, 151_936, 202_048, 262_144, 1_000_000])
+@pytest.mark.parametrize("shared", [H100, A100])
+def test_plans_for_real_gpus(vocab, shared):
+    for size in (2, 4):
+        bulk = shared == H100
+        once, twice = (emulated.row_plan(shared, 512, bulk, vocab * size, t) for t in (False, True))
+        assert once[:3] == twice[:3]  # or one pass and two would sum in two orders
+        chunk = twice.threads * 32
+        assert twice.blocks * (twice.shared_bytes + 1024) <= shared + 1024  # each block's own kilobyte is the system's
+        assert 4 <= twice.slots <= 32 and twice.slots - twice.resident >= 2
+        share = vocab * size / twice.cluster
+        fits = share <= twice.slots * chunk
+        assert fits == (twice.resident == 0) or share > (twice.slots - 1) * chunk
+        if size == 2 and bulk:
+            assert fits == (vocab not in (128_256, 151_936, 1_000_000))
+            assert twice.cluster == {202_048: 2, 262_144: 4, 1_000_000: 8}.get(vocab, 1)
+
+
+class Case:
+    """Logits of [2, 3, V] with one position more than targets, a masked row, given derivatives; peaked on one target."""
+
+    def __init__(self, vocab, dtype, seed=0, shift=0):
+        g = torch.Generator().manual_seed(seed)
+        room = torch.zeros(2 * 4 * vocab + shift)
+        room[shift:] = 3 * torch.randn(2 * 4 * vocab, generator=g)
+        self.logits = room.to(dtype)[shift:].view(2, 4, vocab)  # shift: not on 16 bytes
+        self.targets = torch.randint(vocab, (2, 3), generator=g)
+        self.mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+        self.logits[0, 2] = torch.nan  # masked
+        self.logits[1, 1, self.targets[1, 1]] = 40.0
+        self.g_logps, self.g_entropy = torch.randn(2, 3, generator=g), 0.1 * torch.randn(2, 3, generator=g)
+        self.advantages, self.old = torch.randn(2, generator=g), -5 * torch.rand(2, 3, generator=g)
+
+    def two_passes(self, backend="emulated", wide=False, entropy=True, inplace=False, **options):
+        x = self.logits.clone().to(torch.float64 if wide else self.logits.dtype).requires_grad_()
+        out = gk.token_logps(
+            x * 1 if inplace else x, self.targets, mask=self.mask, return_entropy=True, return_sum_p2=True, backend=backend,
+            inplace_backward=inplace, **options,
+        )  # fmt: skip
+        loss = (out.logps * self.g_logps).sum() + ((out.entropy * self.g_entropy).sum() if entropy else 0)
+        (gradient,) = torch.autograd.grad(loss, x)
+        return out.logps.detach(), out.entropy.detach(), out.sum_p2, gradient
+
+    def loss(self, backend="emulated", single_pass=True, inplace=False, **options):
+        x = self.logits.clone().requires_grad_()
+        out = gk.grpo_loss(
+            x * 1 if inplace else x, self.targets, self.advantages, self.mask, old_logps=self.old, backend=backend,
+            single_pass=single_pass, inplace=inplace, **options,
+        )  # fmt: skip
+        return out.loss.detach(), out.logps, torch.autograd.grad(out.loss, x)[0]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("bulk", [True, False])
+def test_accuracy_at_every_vocabulary(dtype, bulk):
+    options = {"temperature": torch.tensor([0.7, 1.3])}
+    with emulated.machine(**MACHINE, bulk_copies=bulk):
+        for vocab in VOCABULARIES if dtype == torch.bfloat16 else VOCABULARIES[::3]:
+            for softcap in (None, 5.0) if vocab in (257, 6000) else (None,):
+                case = Case(vocab, dtype, shift=1)
+                mine = case.two_passes(softcap=softcap, **options)
+                eager = case.two_passes("reference", softcap=softcap, **options)
+                exact = case.two_passes("reference", wide=True, softcap=softcap, **options)
+                for name, *values in zip(("logps", "entropy", "sum_p2", "gradient"), mine, eager, exact, strict=True):
+                    assert_as_accurate(*values, what=f"{name} of {vocab}, softcap {softcap}")
+                rows, columns = torch.arange(6).view(2, 3), case.targets
+                at_target = [g[:, :3].reshape(6, -1)[rows.flatten(), columns.flatten()] for g in (mine[3], exact[3])]
+                torch.testing.assert_close(at_target[0].double(), at_target[1], rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_neither_schedule_nor_copies_nor_passes_change_a_bit(vocab):
+    """A schedule that finds a race gives other bits, or NaNs; late copies give what the slot held before."""
+    config = gk.LossConfig(kl_coef=0.0, entropy_coef=0.1)
+    case, results = Case(vocab, torch.bfloat16, shift=vocab % 3), []
+    for schedule in emulated.SCHEDULES:
+        with emulated.machine(**MACHINE, schedule=schedule):
+            results.append((*case.two_passes(), *case.loss(config=config)))
+    assert same(results[0], results[1]) and same(results[0], results[2])
+    assert same(case.two_passes(inplace=True), case.two_passes())
+    one = case.loss(config=config)
+    assert same(case.loss(config=config, inplace=True), one)
+    assert same(case.loss(config=config, single_pass=False), one)
+    with emulated.machine(**MACHINE, bulk_copies=False, schedule="one_warp_ahead"):
+        assert plan(vocab).cluster > 1 or same(case.loss(config=config), one)
+
+
+@pytest.mark.parametrize("vocab", [31, 5003, 8001])
+def test_a_row_depends_on_nothing_but_the_row(vocab):
+    """Its place in the batch, how many multiprocessors there are, and what it shares them with; at one alignment."""
+    vocab = vocab // 8 * 8
+    case = Case(vocab, torch.bfloat16)
+    whole = case.two_passes()
+    with emulated.machine(**MACHINE, multiprocessors=5):
+        assert same(case.two_passes(), whole)
+    case.logits, case.targets, case.mask = case.logits[1:, 1:2], case.targets[1:, 1:2], case.mask[1:, 1:2]
+    case.g_logps, case.g_entropy = case.g_logps[1:, 1:2], case.g_entropy[1:, 1:2]
+    for alone, row in zip(case.two_passes(), whole, strict=True):
+        assert torch.equal(alone, row[1:, 1:2])
+
+
+@pytest.mark.parametrize("vocab", [31, 5003, 8001])
+def test_rows_without_a_distribution_or_a_pull(vocab):
+    case = Case(vocab, torch.float32)
+    case.logits[0, 0] = -torch.inf
+    case.logits[0, 1, 1:] = -torch.inf
+    case.targets[0, 1] = 0
+    case.g_logps[1] = case.g_entropy[1] = 0
+    case.logits[1, 2, 3] = torch.nan
+    logps, entropy, _, gradient = case.two_passes()
+    assert logps[0, 0].isnan() and gradient[0, 0].isnan().all()
+    assert logps[0, 1] == 0 and entropy[0, 1] == 0 and gradient[0, 1].count_nonzero() == 0
+    assert logps[1, 2].isnan() and gradient[1].count_nonzero() == 0  # not even NaN * 0
+    assert gradient[0, 2].count_nonzero() == 0 and gradient[:, 3].count_nonzero() == 0
+
+
+# ---- the emulation's teeth ----
+
+MUTANTS = {  # what is removed from the kernels: file, text, what takes its place
+    "the barrier after the epilogue": ("row_kernel.cuh", "meet_computing();\n    return", "return"),
+    "the barrier of the reduction": ("block.cuh", "  sync();\n", ""),
+    "the wait for a chunk": ("row_kernel.cuh", "wait(&ring.full[slot], ring.phase(slot));", ""),
+    "the wait for a free slot": ("row_kernel.cuh", "wait(&ring.empty[slot], ring.phase(slot) ^ 1);", ""),
+    "the release of a slot": ("row_kernel.cuh", "if (lane_of_thread() == 0) arrive(&ring.empty[slot]);", ""),
+    "the wait for the cluster": ("row_kernel.cuh", "wait_cluster(&control->exchanged[parity], phase);", ""),
+    "nothing": ("row_kernel.cuh", "", ""),
+}
+
+
+def build_probe(folder, mutant):
+    name, old, new = MUTANTS[mutant]
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    source = folder / "csrc/cuda" / name
+    text = source.read_text()
+    assert old in text
+    source.write_text(text.replace(old, new, 1))
+    shutil.copy(Path(__file__).parent / "rows_probe.cpp", folder)
+    library = folder / "probe.so"
+    include = ["-include", folder / "csrc/emulation/cuda_on_cpu.h", "-I", folder / "csrc"]
+    flags = "c++ -std=c++17 -O0 -fPIC -shared -w -DGK_EMULATED".split()
+    subprocess.run([*flags, *include, "-o", library, folder / "rows_probe.cpp"], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_missing_barrier_is_noticed(mutant, tmp_path):
+    probe = build_probe(tmp_path, mutant).probe
+    probe.restype = ctypes.c_int
+    outcomes = set()
+    for vocab in (5003, 8001):
+        logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0))
+        exact = logits[:, 3] - logits.logsumexp(1)
+        gradients = []
+        for schedule in range(len(emulated.SCHEDULES)):
+            gradient, logps = torch.zeros_like(logits), torch.zeros(5)
+            addresses = map(ctypes.c_void_p, (logits.data_ptr(), gradient.data_ptr(), logps.data_ptr()))
+            if probe(*addresses, 5, vocab, schedule):
+                outcomes.add("error")
+            elif not torch.allclose(logps, exact, atol=1e-4):
+                outcomes.add("wrong")
+            gradients.append(gradient)
+        outcomes.add("same" if same(gradients[:1] * 3, gradients) else "races")
+    assert (outcomes == {"same"}) == (mutant == "nothing"), outcomes
