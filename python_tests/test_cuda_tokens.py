@@ -188,11 +188,11 @@ def test_gae_over_several_blocks(backend, length, gamma, lam):
 def test_gae_over_more_pieces_than_a_block_has_threads(backend):
     values, mask, others = tokens((300 * PIECE,))
     rewards, values, mask = (on_device(x[None], backend) for x in (others["ref_logps"].float(), values.float(), mask))
-    gamma = 1 - 2**-17  # exact in float32: over so many tokens its rounding would show
+    gamma = 1 - 2**-11  # a sum reaches over several pieces; exact in float32, as its rounding would show
     mine = gk.gae(rewards, values, mask, gamma=gamma, lam=1.0, backend=backend)
     exact = gk.gae(rewards.double().cpu(), values.double().cpu(), mask.cpu(), gamma=gamma, lam=1.0, backend="cpu")
     for a, b in zip(mine, exact, strict=True):
-        assert (a.cpu().double() - b).abs().max() < 1e-4 * b.abs().max()
+        assert (a.cpu().double() - b).abs().max() < 1e-5 * b.abs().max()
 
 
 def test_packed_gae_is_each_sequence_alone(backend):
