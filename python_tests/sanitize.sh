@@ -1,5 +1,6 @@
 #!/bin/sh
-# Builds the native module with AddressSanitizer and UBSan into a copy of the tree and runs the kernel tests on it.
+# Builds the CPU's native module and the emulated CUDA kernels with AddressSanitizer and UBSan into a copy of the tree and
+# runs the kernel tests on them.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(cd "$root" && command -v "${PYTHON:-python3}")
@@ -10,9 +11,11 @@ cp -r "$root/setup.py" "$root/pyproject.toml" "$root/csrc" "$root/grpo_kernels" 
 rm -f "$work"/grpo_kernels/*.so
 cd "$work"
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g"
-CXXFLAGS="$flags" LDFLAGS="-fsanitize=address,undefined" "$python" setup.py -q build_ext --inplace
+export CXXFLAGS="$flags" LDFLAGS="-fsanitize=address,undefined" GRPO_KERNELS_CUDA=0
+"$python" setup.py -q build_ext --inplace
+GRPO_KERNELS_EMULATED=1 "$python" setup.py -q build_ext --inplace
 runtime=$(${CXX:-c++} -print-file-name=libasan.so):$(${CXX:-c++} -print-file-name=libubsan.so)
 # Leaks are off: the interpreter's own would drown ours.
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$work "$python" -m pytest -q -m "not slow" \
   python_tests/test_logps.py python_tests/test_losses.py python_tests/test_linear.py python_tests/test_edges.py python_tests/test_advantages.py \
-  python_tests/test_diversity.py python_tests/test_returns.py
+  python_tests/test_diversity.py python_tests/test_returns.py python_tests/test_cuda_rows.py python_tests/test_cuda_tokens.py

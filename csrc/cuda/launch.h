@@ -30,7 +30,7 @@ struct Machine {
 
 #ifdef GK_EMULATED
 
-template <typename Kernel> Machine machine(Kernel) {
+template <typename Kernel> Machine machine(const char*, Kernel) {
   const emulation::Machine& m = emulation::machine();
   return {m.multiprocessors, m.shared_bytes, m.threads, m.bulk_copies};
 }
@@ -52,13 +52,13 @@ inline void check(const char* name, cudaError_t error) {
 }
 
 // Of the current device, for a kernel: what it was compiled for decides what it can use. No synchronisation.
-template <typename Kernel> Machine machine(Kernel kernel) {
+template <typename Kernel> Machine machine(const char* name, Kernel kernel) {
   int device = 0, multiprocessors = 0, shared_bytes = 0;
   cudaFuncAttributes compiled;
-  check("machine", cudaGetDevice(&device));
-  check("machine", cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  check("machine", cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  check("machine", cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)));
+  check(name, cudaGetDevice(&device));
+  check(name, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  check(name, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check(name, cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)));
   return {multiprocessors, shared_bytes, 512, compiled.ptxVersion >= 90};
 }
 

@@ -22,7 +22,7 @@ RowArgs row_args(const Rows& p, const RowStats& stats) {
 
 void launch_rows(RowArgs args, DType dtype, Stream stream, const char* name) {
   if (args.rows == 0) return;
-  const Machine m = machine(row_kernel<float, false, false>);
+  const Machine m = machine(name, row_kernel<float, false, false>);
   const bool twice = args.statistics && args.gradient.data;
   const RowPlan plan = row_plan(m, int64_t(args.vocab) * (dtype == DType::f32 ? 4 : 2), twice);
   args.slots = plan.slots, args.resident = plan.resident, args.bulk_copies = m.bulk_copies;
