@@ -11,6 +11,7 @@ from . import cpu
 from .native import Kernels, plain_matrix
 from .scratch import GpuMemory
 
+
 class RowPlan(NamedTuple):
     """gk::RowPlan: how a row is cut up on a GPU."""
 
