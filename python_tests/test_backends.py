@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,28 @@ def test_triton_without_a_gpu_and_without_its_interpreter():
 @pytest.mark.skipif(gk.available_backends()["triton"] != "ok", reason="no Triton")
 def test_triton_is_what_a_gpu_gets():
     assert backends.resolve("auto", torch.device("cuda")) == "triton"
+
+
+def test_a_gpu_gets_cuda_where_it_has_kernels(monkeypatch):
+    """Built, the GPU new enough and the dtype there; inside a compiled graph too."""
+    cuda = SimpleNamespace(runs_on=lambda device, dtype: device.index != 1 and dtype != torch.float64)
+    others = SimpleNamespace(runs_on=lambda device: True)
+    monkeypatch.setattr(backends, "implementation", lambda name: cuda if name == "cuda" else others)
+
+    def names():
+        devices = torch.device("cuda"), torch.device("cuda:1")  # the second is too old
+        return [backends.resolve("auto", d, t) for d in devices for t in (None, torch.bfloat16, torch.float64)]
+
+    assert names() == ["cuda", "cuda", "triton", "triton", "triton", "triton"]
+
+    def in_a_graph(x):
+        return x + len(backends.resolve("auto", torch.device("cuda"), torch.bfloat16))
+
+    assert torch.compile(in_a_graph, fullgraph=True, backend="eager")(torch.zeros(1)) == len("cuda")
+    with pytest.raises(ValueError, match="sm_80 or later; got cuda:1"):
+        backends.resolve("cuda", torch.device("cuda:1"), torch.bfloat16)
+    with pytest.raises(TypeError, match="'cuda' has no float64; 'triton' and 'cpu' have"):
+        backends.resolve("cuda", torch.device("cuda"), torch.float64)
 
 
 def test_a_missing_native_module_says_how_to_build_it(monkeypatch):

@@ -3,34 +3,11 @@
 // for d loss / d logp and d loss / d entropy, and sweep them again for the gradient: memory is read once and written
 // once.
 #pragma once
-#include "block.cuh"
 #include "group.cuh"
 #include "ring.cuh"
-#include "row_sweep.cuh"
+#include "row_parts.cuh"
 
 namespace gk {
-
-struct Partial {  // of the statistics
-  Softmax<float> softmax;
-  float unit = 0;
-  __device__ Partial merge(const Partial& o) const {
-    return {softmax.merge(o.softmax, max_(unit, o.unit)), max_(unit, o.unit)};
-  }
-};
-
-struct RowResult {  // what the epilogue says, and the statistics it is about
-  float logp, entropy, max, log_sum, g_logp, g_entropy;
-  __device__ bool none() const { return g_logp == 0 && g_entropy == 0; }  // a NaN is something
-};
-
-// Shared memory behind the slots and their barriers.
-struct Control {
-  Mbarrier exchanged[2];
-  Partial of_block[2][kMaxCluster];  // by the parity of the row: a block may be one row ahead of the others
-  Partial of_warp[kMaxThreads / kWarp];
-  RowResult result;
-};
-static_assert(sizeof(Control) + 2 * 32 * sizeof(Mbarrier) <= kControlBytes);
 
 template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
  public:
@@ -267,42 +244,13 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   // ---- the gradient ----
 
-  struct Output {
-    T* row;
-    bool wide;  // its vectors are aligned as the logits' are
-    int target;
-    float of_target;  // the gradient there, softcap' apart
-
-    __device__ __forceinline__ void write(int column, const Vector<T>& v) const {
-      const uint4 packed = v.packed();
-      if (wide) return store_streaming(row + column, packed);
-#pragma unroll
-      for (int i = 0; i < Vector<T>::kCount; ++i) row[column + i] = from_float(v.values[i], T{});
-    }
-  };
-
-  __device__ Output output(int64_t row, const Share<T>& share, int target, float of_target) const {
+  __device__ Output<T> output(int64_t row, const Share<T>& share, int target, float of_target) const {
     T* to = static_cast<T*>(args.gradient.data) + args.gradient.offset(row, args.tokens);
     return {to, is_aligned16(to + share.head), target, of_target};
   }
 
-  // From logits to their gradient; the target's is put in its place before the vector is stored.
-  template <int kCount, typename Fn>
-  __device__ __forceinline__ void replace(float (&values)[kCount], int column, const Transform& f, const Output& out,
-                                          const Fn& fn) const {
-    if (out.target < column || out.target >= column + kCount) return fn(values);
-    float logit = 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) logit = column + i == out.target ? values[i] : logit;
-    fn(values);
-    const float t = kSoftcap ? tanhf(logit * f.inner) : 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      values[i] = column + i == out.target ? out.of_target * fmaf(-t, t, 1.0f) : values[i];
-  }
-
   __device__ void clear(int64_t row, const Share<T>& share, const Edge& edge) const {
-    const Output out = output(row, share, -1, 0);
+    const Output<T> out = output(row, share, -1, 0);
     for (int v = int(threadIdx.x); v < share.own_vectors; v += computing) out.write(share.column(v), Vector<T>{});
     if (edge.column < args.vocab) out.row[edge.column] = from_float(0, T{});
   }
@@ -311,7 +259,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
                                  const Transform& f, const RowResult& r, int target) {
     const RowGradient<float> g = RowGradient<float>::of(r.g_logp, r.g_entropy, r.log_sum, r.entropy);
     const Slopes slopes{r.max, g.a * f.slope, g.b * f.slope};
-    const Output out = output(row, share, target, f.slope * target_gradient(r.g_logp, r.g_entropy, r.logp, r.entropy));
+    const Output<T> out =
+        output(row, share, target, f.slope * target_gradient(r.g_logp, r.g_entropy, r.logp, r.entropy));
     const auto sweep = [&](auto fn) { second_sweep(share, order, edge, f, out, fn); };
     if (r.none()) {
       second_sweep(share, order, edge, f, output(row, share, -1, 0), [](auto& values) {
@@ -327,19 +276,19 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   template <typename Fn>
   __device__ __forceinline__ void second_sweep(const Share<T>& share, const Order& order, const Edge& edge,
-                                               const Transform& f, const Output& out, const Fn& fn) {
+                                               const Transform& f, const Output<T>& out, const Fn& fn) {
     int cursor = ring.behind(ring.next, order.through_ring() - order.kept);
     for (int i = 0; i < order.chunks; ++i) {
       const int chunk = order.second_use(i), slot = ring.slot_of(chunk, order, cursor);
       for_vectors(share, chunk, slot, [&](int column, Vector<T> v) {
-        replace(v.values, column, f, out, fn);
+        replace<kSoftcap>(v.values, column, f, out, fn);
         out.write(column, v);
       });
       release(slot);
     }
     if (edge.column >= args.vocab) return;
     float alone[1] = {edge.logit};
-    replace(alone, edge.column, f, out, fn);
+    replace<kSoftcap>(alone, edge.column, f, out, fn);
     out.row[edge.column] = from_float(alone[0], T{});
   }
 };

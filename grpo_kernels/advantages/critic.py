@@ -174,8 +174,8 @@ def whiten(
     if x.dim() != 2:
         x, active = x.reshape(1, -1), active.reshape(1, -1)
     whitened = whitened_grid(
-        x, active, resolve(backend, x.device, x.dtype), dp_group, shift_mean=shift_mean, divide=divide, ddof=ddof, eps=eps,
-        eps_mode=eps_mode,
+        x, active, resolve(backend, x.device, x.dtype), dp_group,
+        shift_mean=shift_mean, divide=divide, ddof=ddof, eps=eps, eps_mode=eps_mode,
     )  # fmt: skip
     return whitened.view(values.shape)
 

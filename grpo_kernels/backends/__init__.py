@@ -111,7 +111,7 @@ def _of_gpu(index: int | None, dtype: torch.dtype | None) -> str:
         module: Any = implementation("cuda")
     except BackendUnavailable:
         return "triton"
-    return "cuda" if module.runs_on(torch.device("cuda", index), dtype) else "triton"
+    return "cuda" if module.runs_on(torch.device("cuda" if index is None else f"cuda:{index}"), dtype) else "triton"
 
 
 def _check_runs_on(module: Any, backend: str, device: torch.device, dtype: torch.dtype | None) -> None:

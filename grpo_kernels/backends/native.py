@@ -142,8 +142,9 @@ class Kernels:
             self._module.group_advantages, dense.rewards.device,
             [*map(_address, (*dense, *beside))], tuple(dense.rewards.shape), form.group_size,
             BASELINES.index(form.baseline), SCALES.index(form.scale), form.ddof,
-            [form.eps, form.critic_weight, form.clip_low, form.clip_high], form.single_raw, dense.rewards.dtype == torch.float64,
-            [*map(_address, (*outputs, informative))], torch.get_num_threads(),
+            [form.eps, form.critic_weight, form.clip_low, form.clip_high], form.single_raw,
+            dense.rewards.dtype == torch.float64, [*map(_address, (*outputs, informative))],
+            torch.get_num_threads(),
         )  # fmt: skip
         return outputs[0], outputs[1], outputs[2], informative
 

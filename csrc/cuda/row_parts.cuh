@@ -1,0 +1,60 @@
+// What the row kernel leaves in shared memory beside the row, and how a vector of its gradient is written.
+#pragma once
+#include "async.cuh"
+#include "block.cuh"
+#include "row_args.h"
+#include "row_sweep.cuh"
+
+namespace gk {
+
+struct Partial {  // of the statistics
+  Softmax<float> softmax;
+  float unit = 0;
+  __device__ Partial merge(const Partial& o) const {
+    return {softmax.merge(o.softmax, max_(unit, o.unit)), max_(unit, o.unit)};
+  }
+};
+
+struct RowResult {  // what the epilogue says, and the statistics it is about
+  float logp, entropy, max, log_sum, g_logp, g_entropy;
+  __device__ bool none() const { return g_logp == 0 && g_entropy == 0; }  // a NaN is something
+};
+
+// Shared memory behind the slots and their barriers.
+struct Control {
+  Mbarrier exchanged[2];
+  Partial of_block[2][kMaxCluster];  // by the parity of the row: a block may be one row ahead of the others
+  Partial of_warp[kMaxThreads / kWarp];
+  RowResult result;
+};
+static_assert(sizeof(Control) + 2 * 32 * sizeof(Mbarrier) <= kControlBytes);
+
+template <typename T> struct Output {
+  T* row;
+  bool wide;  // its vectors are aligned as the logits' are
+  int target;
+  float of_target;  // the gradient there, softcap' apart
+
+  __device__ __forceinline__ void write(int column, const Vector<T>& v) const {
+    const uint4 packed = v.packed();
+    if (wide) return store_streaming(row + column, packed);
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kCount; ++i) row[column + i] = from_float(v.values[i], T{});
+  }
+};
+
+// From logits to their gradient, by fn; the target's is put in its place before the vector is stored.
+template <bool kSoftcap, typename T, int kCount, typename Fn>
+__device__ __forceinline__ void replace(float (&values)[kCount], int column, const Transform& f, const Output<T>& out,
+                                        const Fn& fn) {
+  if (out.target < column || out.target >= column + kCount) return fn(values);
+  float logit = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) logit = column + i == out.target ? values[i] : logit;
+  fn(values);
+  const float t = kSoftcap ? tanhf(logit * f.inner) : 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = column + i == out.target ? out.of_target * fmaf(-t, t, 1.0f) : values[i];
+}
+
+}  // namespace gk
