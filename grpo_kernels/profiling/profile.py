@@ -48,7 +48,7 @@ class MemoryProfile:
     def __init__(self, device: str, sizes: Mapping[str, int] | None = None) -> None:
         self.device = device
         self.cuda: CudaCounters | None = None
-        self._sizes = sizes
+        self.sizes = sizes
         self._recording: Recording | None = None
 
     def fill(self, recording: Recording) -> None:
@@ -115,7 +115,7 @@ class MemoryProfile:
 
     def holdings(self, step: int) -> list[Holding]:
         """What was alive after the memory event `step`."""
-        alive = [(label(b, self._sizes), b.nbytes) for b in self.blocks if b.alive(step)]
+        alive = [(label(b, self.sizes), b.nbytes) for b in self.blocks if b.alive(step)]
         return [Holding(*pair) for pair in grouped(alive)]
 
     @functools.cached_property

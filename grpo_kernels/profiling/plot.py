@@ -1,0 +1,128 @@
+"""Timelines as a picture: bytes alive, stacked by what holds them, the peak labelled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .labels import grouped, label
+
+if TYPE_CHECKING:
+    from .profile import MemoryProfile
+
+OTHERS = "others"
+_SHARE = 0.04  # of the peak: what is smaller is drawn as one
+_LAYERS = 7
+_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One timeline: `layers` are the bytes of each label after each of `times`, `phases` (name, begin, end)."""
+
+    times: Sequence[float]
+    layers: Mapping[str, Sequence[int]]
+    phases: Sequence[tuple[str, float, float]]
+    xlabel: str
+
+    @property
+    def totals(self) -> list[int]:
+        return [sum(values) for values in zip(*self.layers.values(), strict=True)]
+
+
+def panel_of(profile: MemoryProfile) -> Panel:
+    """Of a measured profile, in milliseconds."""
+    steps = len(profile.times)
+    kept = layers_worth_drawing(profile.at_peak)
+    changes = {name: [0] * steps for name in [*kept, OTHERS]}
+    for block in profile.blocks:
+        name = label(block, profile.sizes)
+        change = changes[name if name in kept else OTHERS]
+        change[block.born] += block.nbytes
+        if block.died is not None:
+            change[block.died] -= block.nbytes
+    layers: dict[str, list[int]] = {}
+    for name, change in changes.items():
+        total = 0
+        layers[name] = [total := total + delta for delta in change]
+    times = [1e3 * seconds for seconds in profile.times]
+    phases = [(p.name, 1e3 * p.begin, 1e3 * p.end) for p in profile.phases]
+    return Panel(times, layers, phases, "ms")
+
+
+def layers_worth_drawing(at_peak: Sequence[tuple[str, int]]) -> list[str]:
+    peak = sum(nbytes for _, nbytes in at_peak)
+    return [name for name, nbytes in grouped(list(at_peak)) if nbytes >= _SHARE * peak][:_LAYERS]
+
+
+def save_profiles(profiles: Mapping[str, MemoryProfile], path: str | Path, title: str | None = None) -> None:
+    """One panel a profile, by title, on one scale."""
+    save_panels({name: panel_of(profile) for name, profile in profiles.items()}, path, title)
+
+
+def save_panels(panels: Mapping[str, Panel], path: str | Path, title: str | None = None) -> None:
+    figures = _pyplot()
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, grid = figures.subplots(
+        rows, columns, figsize=(1.2 + 4.6 * columns, 0.6 + 3.6 * rows), dpi=110, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    highest = max((max(panel.totals, default=0) for panel in panels.values()), default=0)
+    scale, unit = next(((size, name) for size, name in _UNITS if highest >= size), (1, "bytes"))
+    colours: dict[str, Any] = {}
+    cells = list(grid.flat)
+    for cell, (name, panel) in zip(cells, panels.items(), strict=False):
+        _draw(cell, name, panel, scale, unit, colours)
+        cell.set_ylim(0, 1.18 * max(highest, 1) / scale)
+    for cell in cells[len(panels) :]:
+        cell.set_axis_off()
+    for row in grid:
+        row[0].set_ylabel(f"tensors alive, {unit}")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+    figures.close(figure)
+
+
+def _draw(axes: Any, name: str, panel: Panel, scale: int, unit: str, colours: dict[str, Any]) -> None:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab20"].colors
+    layers = {key: [value / scale for value in values] for key, values in panel.layers.items() if any(values)}
+    for key in layers:
+        colours.setdefault(key, "0.75" if key == OTHERS else palette[len(colours) % len(palette)])
+    axes.stackplot(
+        panel.times, *layers.values(), labels=list(layers), colors=[colours[key] for key in layers], step="post",
+        linewidth=0,
+    )  # fmt: skip
+    totals = panel.totals
+    if totals:
+        step = totals.index(max(totals))
+        at, height = panel.times[step], totals[step] / scale
+        axes.plot([at], [height], "v", color="black", markersize=5)
+        late = at > (panel.times[0] + panel.times[-1]) / 2
+        axes.annotate(
+            f"peak {height:,.3g} {unit}", (at, height), (-6 if late else 6, 5), textcoords="offset points", fontsize=9,
+            ha="right" if late else "left", fontweight="bold",
+        )  # fmt: skip
+    for phase, begin, end in panel.phases:
+        axes.axvspan(begin, end, ymin=0.965, ymax=1, color="0.88", zorder=0)
+        axes.axvline(begin, color="0.6", linewidth=0.6, linestyle=":")
+        axes.text(begin, 0.97, f" {phase}", transform=axes.get_xaxis_transform(), fontsize=7, va="bottom")
+    axes.set_title(name, fontsize=10)
+    axes.set_xlabel(panel.xlabel, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, -0.42), ncols=1, frameon=False)
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: F401
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(f"a plot needs matplotlib ({error}): run `pip install 'grpo-kernels[bench]'`") from error
+    return pyplot
