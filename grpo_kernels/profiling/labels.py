@@ -32,6 +32,7 @@ _WORDS = {
     "aten::scaled_dot_product_attention": "attention",
     "aten::embedding": "embedding",
 }
+_GRADIENTS_OF = {"Gather": "gradient of log-softmax", "LogSoftmax": "gradient of logits", "ToCopy": "gradient of logits"}
 _MATMULS = frozenset(name for name, words in _WORDS.items() if words == "matmul")
 _COPIES = frozenset(("aten::_to_copy", "aten::clone", "aten::copy_"))
 
@@ -113,7 +114,7 @@ def _logits_role(block: Block) -> str:
         return "logits, then their gradient" if "linear" in ours else "gradient of logits"
     if block.node is not None:
         node = block.node.removesuffix("Backward0")
-        return f"gradient through {node}"
+        return _GRADIENTS_OF.get(node, f"gradient through {node}")
     if operator in _MATMULS:
         return "logits"
     if operator in _COPIES:

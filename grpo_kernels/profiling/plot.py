@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .labels import grouped, label
+from .labels import label
 
 if TYPE_CHECKING:
     from .profile import MemoryProfile
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 OTHERS = "others"
 _SHARE = 0.04  # of the peak: what is smaller is drawn as one
 _LAYERS = 7
+_NAMED_PHASE = 0.08  # of the width: a narrower one has no room for its name
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -35,27 +37,24 @@ class Panel:
 
 def panel_of(profile: MemoryProfile) -> Panel:
     """Of a measured profile, in milliseconds."""
-    steps = len(profile.times)
-    kept = layers_worth_drawing(profile.at_peak)
-    changes = {name: [0] * steps for name in [*kept, OTHERS]}
+    changes: dict[str, list[int]] = {}
     for block in profile.blocks:
-        name = label(block, profile.sizes)
-        change = changes[name if name in kept else OTHERS]
+        change = changes.setdefault(label(block, profile.sizes), [0] * len(profile.times))
         change[block.born] += block.nbytes
         if block.died is not None:
             change[block.died] -= block.nbytes
-    layers: dict[str, list[int]] = {}
-    for name, change in changes.items():
-        total = 0
-        layers[name] = [total := total + delta for delta in change]
+    layers = {name: list(itertools.accumulate(change)) for name, change in changes.items()}
     times = [1e3 * seconds for seconds in profile.times]
     phases = [(p.name, 1e3 * p.begin, 1e3 * p.end) for p in profile.phases]
-    return Panel(times, layers, phases, "ms")
+    return Panel(times, worth_drawing(layers, profile.peak), phases, "ms")
 
 
-def layers_worth_drawing(at_peak: Sequence[tuple[str, int]]) -> list[str]:
-    peak = sum(nbytes for _, nbytes in at_peak)
-    return [name for name, nbytes in grouped(list(at_peak)) if nbytes >= _SHARE * peak][:_LAYERS]
+def worth_drawing(layers: Mapping[str, Sequence[int]], peak: int) -> dict[str, list[int]]:
+    """The layers that grow to a visible height, in the order of appearance; the sum of the others on top."""
+    large = sorted((name for name in layers if max(layers[name]) >= _SHARE * peak), key=lambda name: -max(layers[name]))
+    kept = {name: list(layers[name]) for name in layers if name in large[:_LAYERS]}
+    small = [values for name, values in layers.items() if name not in kept]
+    return {**kept, OTHERS: [sum(values) for values in zip(*small, strict=True)]} if small else kept
 
 
 def save_profiles(profiles: Mapping[str, MemoryProfile], path: str | Path, title: str | None = None) -> None:
@@ -68,7 +67,7 @@ def save_panels(panels: Mapping[str, Panel], path: str | Path, title: str | None
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, grid = figures.subplots(
-        rows, columns, figsize=(1.2 + 4.6 * columns, 0.6 + 3.6 * rows), dpi=110, sharey=True, squeeze=False,
+        rows, columns, figsize=(0.8 + 4.2 * columns, 0.4 + 4.4 * rows), dpi=110, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     highest = max((max(panel.totals, default=0) for panel in panels.values()), default=0)
@@ -109,14 +108,16 @@ def _draw(axes: Any, name: str, panel: Panel, scale: int, unit: str, colours: di
             f"peak {height:,.3g} {unit}", (at, height), (-6 if late else 6, 5), textcoords="offset points", fontsize=9,
             ha="right" if late else "left", fontweight="bold",
         )  # fmt: skip
+    width = panel.times[-1] - panel.times[0] if panel.times else 0.0
     for phase, begin, end in panel.phases:
-        axes.axvspan(begin, end, ymin=0.965, ymax=1, color="0.88", zorder=0)
+        axes.axvspan(begin, end, ymin=0.95, ymax=1, color="0.9", zorder=0)
         axes.axvline(begin, color="0.6", linewidth=0.6, linestyle=":")
-        axes.text(begin, 0.97, f" {phase}", transform=axes.get_xaxis_transform(), fontsize=7, va="bottom")
+        if end - begin > _NAMED_PHASE * width:
+            axes.text(begin, 0.96, f" {phase}", transform=axes.get_xaxis_transform(), fontsize=7, va="bottom")
     axes.set_title(name, fontsize=10)
     axes.set_xlabel(panel.xlabel, fontsize=8)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, -0.42), ncols=1, frameon=False)
+    axes.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=1, frameon=False)
 
 
 def _pyplot() -> Any:
