@@ -84,7 +84,7 @@ def _language_model(console: Console) -> Policy:
 @app.command()
 def doctor() -> None:
     """Versions, devices, backends, a self-test, and one line to paste into a bug report."""
-    from .demo.doctor import print_diagnosis
+    from .doctor import print_diagnosis
 
     if not print_diagnosis(Console()):
         raise typer.Exit(1)
