@@ -1,0 +1,114 @@
+"""A whole training state in bytes: PPO with its critic beside GRPO without, from the parameters of the model.
+
+What is counted, and why:
+
+- per trained model, its weights, gradients and optimizer state; per frozen one (the reference), its weights;
+- the activations kept for the backward with full checkpointing, the least there is: one hidden state a layer and token;
+- the peak of the loss step: everything from the last hidden states on (see ``predict``), at its own moment, when the
+  activations are still there. The gradient of lm_head in it is the micro-batch's own, beside the accumulated one.
+
+Not counted: attention's scratch memory, the CUDA context, fragmentation, the sampler's KV cache, a reward model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .predict import LossShape, predict
+from .profile import Holding
+
+
+class Bytes(NamedTuple):
+    """Bytes a parameter."""
+
+    weight: int
+    gradient: int
+    optimizer: int  # moments, and the float32 copy of the weights where there is one
+
+    @property
+    def trained(self) -> int:
+        return sum(self)
+
+
+# Mixed precision as ZeRO counts it (Rajbhandari et al. 2020, section 3.1): 2 + 2 + 12 bytes.
+PRECISIONS = {
+    "bf16_adam": Bytes(weight=2, gradient=2, optimizer=4 + 4 + 4),
+    "bf16_only": Bytes(weight=2, gradient=2, optimizer=2 + 2),
+    "fp32_adam": Bytes(weight=4, gradient=4, optimizer=4 + 4),
+}
+_VALUES_PER_TOKEN = 10 * 4  # values, old values, rewards, advantages, returns, weights, loss terms and their gradient
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A language model: its parameters in all, how many of them are an lm_head of its own, its width and depth."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    own_lm_head: int = 0  # V * H; 0 where it shares the embedding's matrix
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes by what they are for, of one method."""
+
+    method: str
+    holdings: tuple[Holding, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(h.nbytes for h in self.holdings)
+
+
+def training_memory(
+    model: TrainedModel,
+    loss: LossShape,
+    *,
+    method: str,
+    provider: str,
+    reference: bool = True,
+    precision: str = "bf16_adam",
+) -> TrainingMemory:
+    """What one GPU holds at the peak of a step, unsharded.
+
+    Args:
+        method: "grpo", or "ppo": a critic of the same size with a value head instead of lm_head, trained beside it.
+        provider: whose loss, a name of ``FORMULAS``.
+        reference: a frozen copy for the KL penalty.
+        precision: of ``PRECISIONS``.
+
+    Raises:
+        ValueError: for a name that is none of those.
+    """
+    if method not in ("grpo", "ppo"):
+        raise ValueError(f"method must be 'grpo' or 'ppo'; got {method!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
+    each = PRECISIONS[precision]
+    hidden_state = loss.rows * model.hidden * loss.dtype.itemsize
+    checkpoints = (model.layers + 1) * hidden_state
+    holdings = [
+        *_states("actor", model.parameters, each),
+        Holding("actor: activations, checkpointed", checkpoints),
+        Holding(f"loss step: {provider}", predict(provider, loss).peak),
+    ]
+    if reference:
+        holdings.append(Holding("reference: weights", model.parameters * each.weight))
+    if method == "ppo":
+        critic = model.parameters - model.own_lm_head + model.hidden
+        holdings += [
+            *_states("critic", critic, each),
+            Holding("critic: activations, checkpointed", checkpoints),
+            Holding("critic: values, GAE, value loss", loss.rows * _VALUES_PER_TOKEN + hidden_state),
+        ]
+    return TrainingMemory(method, tuple(holdings))
+
+
+def _states(role: str, parameters: int, each: Bytes) -> list[Holding]:
+    return [
+        Holding(f"{role}: weights", parameters * each.weight),
+        Holding(f"{role}: gradients", parameters * each.gradient),
+        Holding(f"{role}: optimizer", parameters * each.optimizer),
+    ]
