@@ -67,7 +67,9 @@ def test_a_wrong_gradient_fails_the_self_test(monkeypatch):
     assert not doctor.self_test("cpu").passed
 
 
-@pytest.mark.parametrize(("rows", "chunks"), [(1, "1 chunk of 1 rows at most"), (4096, "10 chunks of 410 rows at most")])
+@pytest.mark.parametrize(
+    ("rows", "chunks"), [(1, "1 chunk of 1 rows at most"), (4096, "10 chunks of 410 rows at most")]
+)
 def test_the_plan_names_the_chunks(rows, chunks):
     linear = next(p for p in doctor.plans(rows, 151936, 896, torch.bfloat16) if p.call == "linear_grpo_loss")
     assert linear.backend == "cpu" and linear.kernels.startswith(chunks)

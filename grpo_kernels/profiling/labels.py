@@ -32,7 +32,11 @@ _WORDS = {
     "aten::scaled_dot_product_attention": "attention",
     "aten::embedding": "embedding",
 }
-_GRADIENTS_OF = {"Gather": "gradient of log-softmax", "LogSoftmax": "gradient of logits", "ToCopy": "gradient of logits"}
+_GRADIENTS_OF = {
+    "Gather": "gradient of log-softmax",
+    "LogSoftmax": "gradient of logits",
+    "ToCopy": "gradient of logits",
+}
 _MATMULS = frozenset(name for name, words in _WORDS.items() if words == "matmul")
 _COPIES = frozenset(("aten::_to_copy", "aten::clone", "aten::copy_"))
 

@@ -134,7 +134,11 @@ def predict(provider: str, shape: LossShape) -> Prediction:
 
 def _gradients(s: LossShape, logits_gradient: int) -> Moment:
     """The end of every path that holds logits: two matmuls read their gradient and write hidden's and lm_head's."""
-    holds = {"gradient of logits": logits_gradient, "gradient of lm_head": s.head, "gradient of hidden": s.hidden_states}
+    holds = {
+        "gradient of logits": logits_gradient,
+        "gradient of lm_head": s.head,
+        "gradient of hidden": s.hidden_states,
+    }
     return Moment("backward of lm_head", holds)
 
 

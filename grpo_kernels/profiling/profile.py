@@ -57,7 +57,9 @@ class MemoryProfile:
     @property
     def recording(self) -> Recording:
         if self._recording is None:
-            raise RuntimeError("the profile is filled when the outermost profile_memory() block ends; read it after that")
+            raise RuntimeError(
+                "the profile is filled when the outermost profile_memory() block ends; read it after that"
+            )
         return self._recording
 
     @functools.cached_property
@@ -238,10 +240,12 @@ def _outermost(profile: MemoryProfile) -> Iterator[None]:
     finally:
         _session = None
         recording = session.recorder.stop()
-        for inner, marker in session.inner:
-            inner.fill(_window(recording, marker))
         markers = {marker for _, marker in session.inner}
-        profile.fill(recording._replace(spans=[s for s in recording.spans if s.name not in markers]))
+        windows = {span.name: span for span in recording.spans if span.name in markers}
+        visible = recording._replace(spans=[span for span in recording.spans if span.name not in markers])
+        for inner, marker in session.inner:
+            inner.fill(_window(visible, windows[marker]))
+        profile.fill(visible)
 
 
 @contextmanager
@@ -253,11 +257,10 @@ def _nested(profile: MemoryProfile) -> Iterator[None]:
         yield
 
 
-def _window(recording: Recording, marker: str) -> Recording:
-    """The part inside the span of this name. What was allocated before it is unknown in it, so does not count."""
-    begin, end = next((s.begin, s.end) for s in recording.spans if s.name == marker)
-    events = [e for e in recording.events if begin <= e.seconds <= end]
-    spans = [s for s in recording.spans if begin <= s.begin and s.end <= end and s.name != marker]
+def _window(recording: Recording, window: Span) -> Recording:
+    """The part inside `window`. What was allocated before it is unknown in it, so does not count."""
+    events = [e for e in recording.events if window.begin <= e.seconds <= window.end]
+    spans = [s for s in recording.spans if window.begin <= s.begin and s.end <= window.end]
     return Recording(events, spans)
 
 
@@ -273,7 +276,10 @@ def _cuda_counted(profile: MemoryProfile) -> Iterator[None]:
     try:
         yield
     finally:
-        highest, reserved = torch.cuda.max_memory_allocated(profile.device), torch.cuda.max_memory_reserved(profile.device)
+        highest, reserved = (
+            torch.cuda.max_memory_allocated(profile.device),
+            torch.cuda.max_memory_reserved(profile.device),
+        )
         profile.cuda = CudaCounters(before, highest, reserved)
 
 
