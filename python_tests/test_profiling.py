@@ -192,7 +192,7 @@ def test_a_missing_matplotlib_is_one_sentence(monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with profile_memory() as profile:
         torch.ones(2)
     with pytest.raises(ImportError, match=r"pip install 'grpo-kernels\[bench\]'"):

@@ -133,7 +133,7 @@ class Recorder:
     def stop(self) -> Recording:
         with native_stderr_silenced():
             self._profiler.stop()
-        results = self._profiler.profiler.kineto_results  # type: ignore[union-attr]
+        results: Any = self._profiler.profiler.kineto_results  # type: ignore[union-attr]
         return _recording_of(results.experimental_event_tree())
 
 

@@ -63,13 +63,11 @@ def save_profiles(profiles: Mapping[str, MemoryProfile], path: str | Path, title
 
 
 def save_panels(panels: Mapping[str, Panel], path: str | Path, title: str | None = None) -> None:
-    figures = _pyplot()
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, grid = figures.subplots(
-        rows, columns, figsize=(0.8 + 4.2 * columns, 0.4 + 4.4 * rows), dpi=110, sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    size = (0.8 + 4.2 * columns, 0.4 + 4.4 * rows)
+    figure = _new_figure(figsize=size, dpi=110, layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     highest = max((max(panel.totals, default=0) for panel in panels.values()), default=0)
     scale, unit = next(((size, name) for size, name in _UNITS if highest >= size), (1, "bytes"))
     colours: dict[str, Any] = {}
@@ -84,16 +82,15 @@ def save_panels(panels: Mapping[str, Panel], path: str | Path, title: str | None
     if title:
         figure.suptitle(title, fontsize=10)
     figure.savefig(path)
-    figures.close(figure)
 
 
 def _draw(axes: Any, name: str, panel: Panel, scale: int, unit: str, colours: dict[str, Any]) -> None:
     from matplotlib import colormaps
 
-    palette = colormaps["tab20"].colors
+    palette: Any = colormaps["tab20"]
     layers = {key: [value / scale for value in values] for key, values in panel.layers.items() if any(values)}
     for key in layers:
-        colours.setdefault(key, "0.75" if key == OTHERS else palette[len(colours) % len(palette)])
+        colours.setdefault(key, "0.75" if key == OTHERS else palette(len(colours) % palette.N))
     axes.stackplot(
         panel.times, *layers.values(), labels=list(layers), colors=[colours[key] for key in layers], step="post",
         linewidth=0,
@@ -120,10 +117,10 @@ def _draw(axes: Any, name: str, panel: Panel, scale: int, unit: str, colours: di
     axes.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=1, frameon=False)
 
 
-def _pyplot() -> Any:
+def _new_figure(**options: Any) -> Any:
+    """Not pyplot's, which would choose a backend for the whole process."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: F401
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"a plot needs matplotlib ({error}): run `pip install 'grpo-kernels[bench]'`") from error
-    return pyplot
+    return Figure(**options)
