@@ -7,6 +7,7 @@ not see: scratch tensors inside an operator, what autograd saves, what a custom 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ class MemoryEvent(NamedTuple):
     device: str
     operators: tuple[str, ...]  # that it happened in, the outermost first
     node: str | None  # of autograd, in a backward
+    call: int = 0  # of the innermost operator, numbered; 0: outside of any
 
 
 class TensorEvent(NamedTuple):
@@ -56,8 +58,10 @@ class Block:
     died: int | None
     operators: tuple[str, ...]
     node: str | None
+    call: int
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
+    temporary: bool = False  # released by the call of the operator that allocated it
 
     def alive(self, step: int) -> bool:
         return self.born <= step and (self.died is None or step < self.died)
@@ -88,8 +92,9 @@ def blocks_of(events: Iterable[MemoryEvent | TensorEvent], device: str) -> tuple
             ended = alive.pop(event.address, None)
             if ended is not None:
                 ended.died = step
+                ended.temporary = event.call == ended.call != 0
             if event.nbytes > 0:
-                alive[event.address] = Block(event.nbytes, step, None, event.operators, event.node)
+                alive[event.address] = Block(event.nbytes, step, None, event.operators, event.node, event.call)
                 blocks.append(alive[event.address])
     return blocks, times
 
@@ -145,29 +150,27 @@ def _recording_of(roots: list[Any]) -> Recording:
 
     events: list[MemoryEvent | TensorEvent] = []
     spans: list[Span] = []
-    pending: list[tuple[Any, tuple[str, ...], str | None]] = [(root, (), None) for root in reversed(roots)]
+    pending: list[tuple[Any, tuple[str, ...], str | None, int]] = [(root, (), None, 0) for root in reversed(roots)]
+    calls = itertools.count(1)
     while pending:  # not recursive: an event tree can be deeper than Python's stack
-        event, operators, node = pending.pop()
+        event, operators, node, call = pending.pop()
         fields, begin = event.extra_fields, seconds(event.start_time_ns)
         kind = type(fields).__name__
         if kind == "_ExtraFields_Allocation":
-            events.append(MemoryEvent(begin, fields.ptr, fields.alloc_size, _device(fields), operators, node))
+            device = device_name(fields.device)
+            events.append(MemoryEvent(begin, fields.ptr, fields.alloc_size, device, operators, node, call))
         elif kind == "_ExtraFields_TorchOp":
             if fields.scope.name == "USER_SCOPE":
                 spans.append(Span(event.name, begin, seconds(event.end_time_ns)))
             elif event.name.startswith(BACKWARD):
-                operators, node = (), event.name.removeprefix(BACKWARD)
+                operators, node, call = (), event.name.removeprefix(BACKWARD), 0
             else:
-                operators = (*operators, event.name)
+                operators, call = (*operators, event.name), next(calls)
             events.extend(_tensors_read(fields, begin))
-        pending.extend((child, operators, node) for child in reversed(event.children))
+        pending.extend((child, operators, node, call) for child in reversed(event.children))
     events.sort(key=lambda e: e.seconds)  # stable, and a thread's own are in order
     spans.sort(key=lambda s: s.begin)
     return Recording(events, spans)
-
-
-def _device(fields: Any) -> str:
-    return device_name(fields.device)
 
 
 def device_name(device: torch.device) -> str:

@@ -51,8 +51,15 @@ def operator_of(block: Block) -> str:
     return meaningful[-1] if meaningful else block.operators[0] if block.operators else ""
 
 
+def is_scratch(block: Block) -> bool:
+    """Of the BLAS, for repacked operands: how much depends on the processor."""
+    return block.temporary and operator_of(block) in _MATMULS
+
+
 def label(block: Block, sizes: Mapping[str, int] | None = None) -> str:
     """`sizes`: names of dimensions, such as ``{"N": 4096, "V": 151936, "H": 896}``, which turn shapes into roles."""
+    if is_scratch(block):
+        return "scratch memory of a matmul"
     if sizes:
         role = _role(block, sizes)
         if role:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .events import Block, MemoryEvent, Recorder, Recording, Span, blocks_of, curve_of, device_name
-from .labels import grouped, label
+from .labels import grouped, is_scratch, label
 
 MIB = 1 << 20
 
@@ -90,6 +90,12 @@ class MemoryProfile:
     def peak(self) -> int:
         """Most bytes alive at one moment."""
         return max(self.curve, default=0)
+
+    @functools.cached_property
+    def peak_without_scratch(self) -> int:
+        """The same without the scratch memory of matmuls, which is the BLAS's and the processor's own."""
+        tensors = [block for block in self.blocks if not is_scratch(block)]
+        return max(curve_of(tensors, len(self.times)), default=0)
 
     @property
     def peak_step(self) -> int:
