@@ -40,10 +40,11 @@ gk::RowStats stats(const std::array<Address, 5>& a) {
 
 constexpr int kPolicyViews = 10;
 using PolicyViews = std::array<ViewArg, kPolicyViews>;
-using FormCodes = std::array<int, 4>;
+using FormCodes = std::array<int, 5>;
+using Group = std::tuple<int64_t, double>;  // size and eps
 using ScalarValues = std::array<double, gk::kScalars>;
 
-gk::PolicyInputs policy(const PolicyViews& v, const FormCodes& form, const ScalarValues& values) {
+gk::PolicyInputs policy(const PolicyViews& v, const Group& group, const FormCodes& form, const ScalarValues& values) {
   static_assert(sizeof(gk::Scalars<double>) == sizeof(ScalarValues));
   gk::Scalars<double> scalars;
   std::memcpy(&scalars, values.data(), sizeof scalars);
@@ -57,7 +58,10 @@ gk::PolicyInputs policy(const PolicyViews& v, const FormCodes& form, const Scala
           view(v[7]),
           view(v[8]),
           view(v[9]),
-          {gk::Objective(form[0]), gk::RatioLevel(form[1]), gk::KlEstimator(form[2]), gk::KlGradient(form[3])},
+          std::get<0>(group),
+          std::get<1>(group),
+          {gk::Objective(form[0]), gk::RatioLevel(form[1]), gk::KlEstimator(form[2]), gk::KlGradient(form[3]),
+           gk::Advantages(form[4])},
           scalars};
 }
 
@@ -78,19 +82,19 @@ PYBIND11_MODULE(GK_MODULE, m) {
       Release());
   m.def(
       "row_policy",
-      [](const gk::Rows& p, const std::array<Address, 5>& out, const PolicyViews& inputs, const FormCodes& form,
-         const ScalarValues& scalars, const ViewArg& gradient) {
-        gk::row_policy(p, stats(out), policy(inputs, form, scalars), view(gradient), nullptr);
+      [](const gk::Rows& p, const std::array<Address, 5>& out, const PolicyViews& inputs, const Group& group,
+         const FormCodes& form, const ScalarValues& scalars, const ViewArg& gradient) {
+        gk::row_policy(p, stats(out), policy(inputs, group, form, scalars), view(gradient), nullptr);
       },
       Release());
   m.def(
       "token_policy",
-      [](const PolicyViews& inputs, const FormCodes& form, const ScalarValues& scalars, const ViewArg& logps,
-         const ViewArg& entropy, const ViewArg& active, std::array<int64_t, 2> shape, Address cu_seqlens,
-         int64_t sequences, bool is_double, const std::array<Address, 5>& out, int threads) {
-        gk::token_policy({policy(inputs, form, scalars), view(logps), view(entropy), view(active), shape[0], shape[1],
-                          pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]), pointer(out[1]),
-                          pointer(out[2]), pointer(out[3]), pointer(out[4]), threads},
+      [](const PolicyViews& inputs, const Group& group, const FormCodes& form, const ScalarValues& scalars,
+         const ViewArg& logps, const ViewArg& entropy, const ViewArg& active, std::array<int64_t, 2> shape,
+         Address cu_seqlens, int64_t sequences, bool is_double, const std::array<Address, 5>& out, int threads) {
+        gk::token_policy({policy(inputs, group, form, scalars), view(logps), view(entropy), view(active), shape[0],
+                          shape[1], pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]),
+                          pointer(out[1]), pointer(out[2]), pointer(out[3]), pointer(out[4]), threads},
                          nullptr);
       },
       Release());

@@ -39,12 +39,14 @@ struct RowStats {  // real [batch * tokens]; sum_p2 may be null
 };
 
 struct PolicyInputs {
-  View advantages, weights;                  // real; the loss is sum(weights * terms)
+  View advantages, weights;                  // real; the loss is sum(weights * terms); rewards by form.advantages
   View old_logps, ref_logps, rollout_logps;  // real; null: not given
   View token_weights;                        // real; multiplies the policy term only (gmpo: weighs its means)
   View entropy_weights, entropy_mask;        // real; null: weights, 1
   View selected;                             // real; not 0: picked for its covariance; null: none
   View pooled_weights;                       // real; importance weights that enter a sequence's own; null: 1
+  int64_t group_size;                        // batch rows of a group, where the advantages are made of rewards
+  double advantage_eps;
   Form form;
   Scalars<double> scalars;
 };

@@ -19,6 +19,7 @@ OBJECTIVES = (
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_product")
 KL_ESTIMATORS = ("none", "k1", "abs", "k2", "k3")
 KL_GRADIENTS = ("pathwise", "straight_through", "importance_weighted", "score_function", "behaviour_weighted")
+ADVANTAGES = ("given", "centred", "normalised")  # the last two: made of rewards in the loss's own launch
 AGGREGATIONS = ("token_mean", "token_sum", "sequence_mean", "sequence_sum", "fixed_length")
 
 # Sums of the token kernel, in the order of `Metric` in csrc/kernels.h; described in policy.LossOutput.
@@ -62,6 +63,7 @@ class Form(NamedTuple):
     ratio_level: str
     kl_estimator: str
     kl_gradient: str
+    advantages: str = "given"
 
     @property
     def token_local(self) -> bool:
@@ -79,7 +81,7 @@ class Form(NamedTuple):
 
     @property
     def codes(self) -> list[int]:
-        names = (OBJECTIVES, RATIO_LEVELS, KL_ESTIMATORS, KL_GRADIENTS)
+        names = (OBJECTIVES, RATIO_LEVELS, KL_ESTIMATORS, KL_GRADIENTS, ADVANTAGES)
         return [names.index(chosen) for names, chosen in zip(names, self, strict=True)]
 
 

@@ -148,7 +148,7 @@ class RowStats(NamedTuple):
 class PolicyInputs(NamedTuple):
     """Everything per token that the loss reads beside the log-probs: real [B, T] views, None where absent."""
 
-    advantages: Tensor
+    advantages: Tensor  # the rewards, where form.advantages is not "given"
     weights: Tensor  # of the aggregation
     old_logps: Tensor | None
     ref_logps: Tensor | None
@@ -158,6 +158,8 @@ class PolicyInputs(NamedTuple):
     entropy_mask: Tensor | None  # multiplies the entropy term; None: 1
     selected: Tensor | None  # not 0: picked for its covariance
     pooled_weights: Tensor | None  # importance weights that enter a sequence's own instead of multiplying a term
+    group_size: int  # batch rows of a group, and what is added to its deviation; read with rewards only
+    advantage_eps: float
     scalars: Tensor  # float64 on the CPU
     form: list[str]
 

@@ -14,7 +14,7 @@ from .config import LossConfig
 from .layout import Rows, layout_of, real_dtype, rows_of, within_sequences
 from .linear_loops import chunk_rows_for
 from .logps import N_ROWS, TokenLogps, shaped, unsupported_group
-from .losses import ConfiguredLoss, given_advantages, scaled
+from .losses import ConfiguredLoss, advantages_of, scaled
 from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss
 from .reference import loss as reference
 
@@ -228,7 +228,7 @@ def linear_grpo_loss(
     rows = rows._replace(active=within_sequences(rows.active, layout))
     inputs = policy_inputs(
         layout, rows.active, real_dtype(hidden.dtype), config,
-        advantages=given_advantages(advantages, rewards, group_size, advantage_eps, advantage_scale, backend),
+        advantages=advantages_of(advantages, rewards, group_size, advantage_eps, advantage_scale, backend),
         old_logps=old_logps, ref_logps=ref_logps, rollout_logps=rollout_logps, token_weights=token_weights,
         entropy_mask=entropy_mask, sequence_weights=sequence_weights, denominator=denominator, scale=scale,
     )  # fmt: skip

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .advantages.group import group_advantages
-from .backends import resolve
-from .config import LossConfig
-from .layout import layout_of, real_dtype, rows_of, within_sequences
+from .advantages.group import EPS, group_advantages
+from .backends import GROUPS_IN_LAUNCH, LARGEST_GROUP_IN_LAUNCH, resolve
+from .config import BY_COVARIANCE, LossConfig
+from .grouping import check_ddof_eps, real_rewards
+from .layout import Layout, layout_of, real_dtype, rows_of, within_sequences
 from .logps import CONSUMED, N_ROWS, check_inplace, row_logps, unsupported_group
-from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss
+from .policy import N_INPUTS, Advantages, LossOutput, output, policy_inputs, token_loss
 
 
 class SinglePass(torch.autograd.Function):
@@ -99,7 +100,8 @@ def grpo_loss(
         advantages, old_logps, ref_logps, rollout_logps, token_weights, entropy_mask, sequence_weights, return_entropy,
             cu_seqlens, denominator, scale, config: as in ``policy_loss``.
         rewards, group_size: instead of advantages: ``[R]`` rewards of consecutive groups, normalised within the group
-            with ``advantage_scale`` and ``advantage_eps`` as ``group_advantages`` does.
+            with ``advantage_scale`` and ``advantage_eps`` as ``group_advantages`` does; on a GPU inside the loss's own
+            launches (``[B]``, ``"group"`` or ``"none"``, groups of up to 1024).
         inplace: overwrite the logits with their gradient: no second tensor of their size. Whatever reads the logits
             afterwards reads the gradient; autograd raises where a node had saved them, and on a second backward.
             Without grad nothing is written.
@@ -130,9 +132,12 @@ def grpo_loss(
         ignore_index=ignore_index,
     )
     rows = rows._replace(active=within_sequences(rows.active, layout))
+    group = (group_size, advantage_eps, advantage_scale)
+    fitting = None if advantages is not None else _rewards_in_launch(rewards, *group, layout, logits, config, backend)
+    source = fitting or advantages_of(advantages, rewards, *group, backend)
     inputs = policy_inputs(
         layout, rows.active, real_dtype(logits.dtype), config,
-        advantages=given_advantages(advantages, rewards, group_size, advantage_eps, advantage_scale, backend),
+        advantages=source,
         old_logps=old_logps, ref_logps=ref_logps, rollout_logps=rollout_logps, token_weights=token_weights,
         entropy_mask=entropy_mask, sequence_weights=sequence_weights, denominator=denominator, scale=scale,
     )  # fmt: skip
@@ -153,17 +158,42 @@ def grpo_loss(
     return output(layout, loss, logps, entropy if config.has_entropy or return_entropy else None, per_token, metrics)
 
 
-def given_advantages(
+def advantages_of(
     advantages: Tensor | None, rewards: Tensor | None, group_size: int | None, eps: float, scale: str, backend: str
-) -> Tensor:
+) -> Advantages:
+    """As given, or of the rewards in a launch of their own."""
     if (advantages is None) == (rewards is None):
         raise ValueError("give either advantages or rewards (with group_size)")
     if advantages is not None:
         if group_size is not None:
             raise ValueError(f"group_size={group_size} goes with rewards; got advantages")
-        return advantages
+        return Advantages(advantages)
     assert rewards is not None
-    return group_advantages(rewards, group_size=group_size, eps=eps, scale=scale, backend=backend).advantages
+    return Advantages(
+        group_advantages(rewards, group_size=group_size, eps=eps, scale=scale, backend=backend).advantages
+    )
+
+
+def _rewards_in_launch(
+    rewards: Tensor | None, group_size: int | None, eps: float, scale: str, layout: Layout, logits: Tensor,
+    config: LossConfig, backend: str,
+) -> Advantages | None:  # fmt: skip
+    """Rewards for the loss's own launches; None where they take one of their own, which also names what is wrong."""
+    if rewards is None or group_size is None or backend not in GROUPS_IN_LAUNCH:
+        return None
+    per_row = layout.padded and rewards.shape == layout.shape[:1]
+    if not per_row or real_rewards(rewards).dtype != real_dtype(logits.dtype):
+        return None
+    if not 1 <= group_size <= LARGEST_GROUP_IN_LAUNCH or layout.shape[0] % group_size:
+        return None
+    if config.objective in BY_COVARIANCE:  # whose tokens are picked by their advantages, before
+        return None
+    if scale == "none" and eps == EPS:
+        return Advantages(rewards, "centred", group_size)
+    if scale == "group":
+        check_ddof_eps(1, eps)
+        return Advantages(rewards, "normalised", group_size, float(eps))
+    return None
 
 
 class ConfiguredLoss(torch.nn.Module):

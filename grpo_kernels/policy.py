@@ -21,6 +21,15 @@ from .reference import loss as reference
 N_INPUTS = len(PolicyInputs._fields)
 
 
+class Advantages(NamedTuple):
+    """A loss's advantages; or rewards of consecutive groups, of which its own launches make them."""
+
+    values: Tensor
+    form: str = "given"  # of config.ADVANTAGES
+    group_size: int = 1
+    eps: float = 0.0
+
+
 class LossOutput(NamedTuple):
     """What every loss returns. `loss` carries the gradient; everything else is detached.
 
@@ -97,7 +106,7 @@ def policy_inputs(
     dtype: torch.dtype,
     config: LossConfig,
     *,
-    advantages: Tensor,
+    advantages: Advantages,
     old_logps: Tensor | None,
     ref_logps: Tensor | None,
     rollout_logps: Tensor | None,
@@ -126,7 +135,7 @@ def policy_inputs(
         kept = active if bonus_mask is None else active & (bonus_mask != 0)
         own = config.entropy_aggregation or config.aggregation
         entropy_weights = share(kept, own, denominator=None if config.entropy_aggregation else denominator)
-    adv = layout.tokens_or_sequences(advantages, "advantages", dtype)
+    adv = layout.tokens_or_sequences(advantages.values, "advantages", dtype)
     assert adv is not None
     return PolicyInputs(
         adv,
@@ -139,8 +148,10 @@ def policy_inputs(
         bonus_mask,
         None,
         importance if pooled else None,
+        advantages.group_size,
+        advantages.eps,
         config.scalars,
-        list(config.form),
+        list(config.form._replace(advantages=advantages.form)),
     )
 
 
@@ -255,7 +266,7 @@ def policy_loss(
             raise ValueError(f"entropy must have the shape of logps, {tuple(logps.shape)}; got {tuple(entropy.shape)}")
         grid_entropy = entropy.to(dtype).reshape(layout.grid)
     inputs = policy_inputs(
-        layout, active, dtype, config, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
+        layout, active, dtype, config, advantages=Advantages(advantages), old_logps=old_logps, ref_logps=ref_logps,
         rollout_logps=rollout_logps, token_weights=token_weights, entropy_mask=entropy_mask,
         sequence_weights=sequence_weights, denominator=denominator, scale=scale,
     )  # fmt: skip

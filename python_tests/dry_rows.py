@@ -12,7 +12,7 @@ from grpo_kernels.backends import triton as backend
 from grpo_kernels.backends.triton import launch, tuning
 from grpo_kernels.backends.triton.row import gradient_kernel, policy_kernel, stats_kernel
 from grpo_kernels.layout import layout_of, real_dtype, rows_of
-from grpo_kernels.policy import policy_inputs
+from grpo_kernels.policy import Advantages, policy_inputs
 from grpo_kernels.testing.dry_driver import SHARED_BYTES, assembly, dry_run, resources
 
 KERNELS = (stats_kernel, gradient_kernel, policy_kernel)
@@ -22,7 +22,7 @@ ARCH = int(sys.argv[2]) if sys.argv[1] == "cuda" else sys.argv[2]
 DRY = dry_run(sys.argv[1], ARCH)
 
 
-def arguments(dtype, batch, tokens, vocab, *, config=None, softcap=None, temperature=1.0):
+def arguments(dtype, batch, tokens, vocab, *, config=None, softcap=None, temperature=1.0, advantages=None):
     """Every row is the same one: no memory, and offsets past 2^32."""
     logits = torch.empty(1, 1, vocab, dtype=dtype).expand(batch, tokens, vocab)
     targets = torch.empty(1, 1, dtype=torch.int64).expand(batch, tokens)
@@ -31,7 +31,8 @@ def arguments(dtype, batch, tokens, vocab, *, config=None, softcap=None, tempera
     )  # fmt: skip
     real, per_token = real_dtype(dtype), torch.empty(1, 1, dtype=real_dtype(dtype)).expand(batch, tokens)
     inputs = policy_inputs(
-        layout_of(targets.shape, None), rows.active, real, config or gk.LossConfig(kl_coef=0.1), advantages=per_token,
+        layout_of(targets.shape, None), rows.active, real, config or gk.LossConfig(kl_coef=0.1), 
+        advantages=advantages or Advantages(per_token),
         sequence_weights=None, denominator=None, scale=1.0, old_logps=per_token, ref_logps=per_token,
         rollout_logps=per_token, token_weights=None, entropy_mask=None,
     )  # fmt: skip
@@ -85,6 +86,13 @@ def every_dtype_alignment_and_form():
         for rows in (1, 5000):
             launch_all(dtype, rows, 1, vocab, softcap=30.0 if dtype == torch.float32 else None)
     launch_all(torch.bfloat16, 5000, 1, 256_000, softcap=30.0)
+    for form in ("centred", "normalised"):
+        before = len(DRY.variants(policy_kernel))
+        for size in (1, 2, 16, 500):
+            advantages = Advantages(torch.zeros(5000), form, size, 1e-4 * size)
+            rows, inputs, _ = arguments(torch.bfloat16, 5000, 3, 4096, advantages=advantages)
+            backend.row_policy(rows, inputs, rows.logits)
+        assert len(DRY.variants(policy_kernel)) == before + 1, form
     for name, form in FORMS.items():
         config = gk.LossConfig(**form, kl_coef=0.1, kl_gradient="behaviour_weighted")
         if config.form.token_local and ARCH in (90, "gfx942"):

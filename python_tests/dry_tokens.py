@@ -14,7 +14,7 @@ from grpo_kernels.backends.triton.returns import gae_kernel, value_kernel
 from grpo_kernels.backends.triton.token import token_kernel
 from grpo_kernels.grouping import BASELINES, SCALES, AdvantageForm, Samples
 from grpo_kernels.layout import layout_of
-from grpo_kernels.policy import policy_inputs
+from grpo_kernels.policy import Advantages, policy_inputs
 from grpo_kernels.testing.dry_driver import assembly, dry_run, resources
 
 ARCH = int(sys.argv[2]) if sys.argv[1] == "cuda" else sys.argv[2]
@@ -22,13 +22,13 @@ DRY = dry_run(sys.argv[1], ARCH)
 KERNELS = (token_kernel, group_kernel, batch_kernel, gae_kernel, value_kernel)
 
 
-def token_loss(config, batch, tokens, real=torch.float32, cu_seqlens=None):
+def token_loss(config, batch, tokens, real=torch.float32, cu_seqlens=None, advantages=None):
     x = torch.zeros(1, 1, dtype=real).expand(batch, tokens)
     active = torch.ones(1, 1, dtype=torch.bool).expand(batch, tokens)
     layout = layout_of(torch.Size([tokens]) if cu_seqlens is not None else x.shape, cu_seqlens)
     flat = x.reshape(layout.shape) if cu_seqlens is not None else x
     inputs = policy_inputs(
-        layout, active, real, config, advantages=flat, old_logps=flat, ref_logps=flat, rollout_logps=flat,
+        layout, active, real, config, advantages=advantages or Advantages(flat), old_logps=flat, ref_logps=flat, rollout_logps=flat,
         token_weights=flat, entropy_mask=None, sequence_weights=None, denominator=None, scale=1.0,
     )  # fmt: skip
     backend.token_policy(x, x if config.has_entropy else None, active, layout.cu_seqlens, inputs)
@@ -53,6 +53,11 @@ def one_variant_for_all_shapes_and_numbers():
 
 
 def every_form():
+    for form in ("centred", "normalised"):
+        before = len(DRY.variants(token_kernel))
+        for size in (1, 2, 16, 32):
+            token_loss(gk.LossConfig(), 64, 50, advantages=Advantages(torch.zeros(64), form, size, 1e-4 * size))
+        assert len(DRY.variants(token_kernel)) == before + 1, form
     for form in FORMS.values():
         token_loss(gk.LossConfig(**form, kl_coef=0.1, kl_gradient="importance_weighted"), 3, 50)
     token_loss(gk.LossConfig(ratio_level="sequence"), 1, 50, cu_seqlens=torch.tensor([0, 20, 50]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grpo_kernels as gk
-from grpo_kernels.config import KL_ESTIMATORS, KL_GRADIENTS, OBJECTIVES, RATIO_LEVELS, Form, Scalars
+from grpo_kernels.config import ADVANTAGES, KL_ESTIMATORS, KL_GRADIENTS, OBJECTIVES, RATIO_LEVELS, Form, Scalars
 from grpo_kernels.presets import PRESETS
 
 
@@ -82,7 +82,7 @@ def test_scalars_are_what_the_kernels_read():
 
 
 def test_codes_are_positions():
-    for codes, names in ((0, OBJECTIVES), (1, RATIO_LEVELS), (2, KL_ESTIMATORS), (3, KL_GRADIENTS)):
+    for codes, names in ((0, OBJECTIVES), (1, RATIO_LEVELS), (2, KL_ESTIMATORS), (3, KL_GRADIENTS), (4, ADVANTAGES)):
         for position, name in enumerate(names):
             form = Form("clip", "token", "k3", "pathwise")._replace(**{Form._fields[codes]: name})
             assert form.codes[codes] == position

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, dtype_name
+from conftest import DTYPES, KERNELS_HERE, dtype_name
 from forms import FORMS, OBJECTIVES, with_everything
 
 import grpo_kernels as gk
@@ -262,18 +262,64 @@ def test_on_policy_is_a_ratio_of_one(backend):
     assert torch.autograd.grad(out.loss, x)[0].abs().max() > 0
 
 
-def test_rewards_instead_of_advantages(backend):
+@pytest.mark.parametrize("scale", ["group", "none", "mean", "batch"])
+def test_rewards_instead_of_advantages(backend, scale):
     b = make_batch(sequences=6)
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    a = gk.group_advantages(rewards, group_size=3, scale="none", backend=backend).advantages
+    rewards = torch.tensor([1.0, 0.0, 0.25, 1.0, 3.0, 1.0], dtype=torch.float64)
+    a = gk.group_advantages(rewards, group_size=3, scale=scale, backend=backend).advantages
     for fn, first in (
         (gk.grpo_loss, (b.logits,)),
         (gk.linear_grpo_loss, (b.logits, torch.eye(133, dtype=torch.float64))),
     ):
-        mine = fn(
-            *first, b.targets, mask=b.mask, rewards=rewards, group_size=3, advantage_scale="none", backend=backend
-        )
+        mine = fn(*first, b.targets, mask=b.mask, rewards=rewards, group_size=3, advantage_scale=scale, backend=backend)
         assert torch.equal(mine.loss, fn(*first, b.targets, a, b.mask, backend=backend).loss)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+def test_rewards_of_all_kinds_of_groups(backend, level, scale, dtype):
+    """The same bits as advantages from a launch of their own: groups of one and of all, constant, with a NaN, strided."""
+    config, nan = gk.LossConfig(ratio_level=level, aggregation="sequence_mean"), math.nan
+    b = make_batch(sequences=12, tokens=3, vocab=50).to(dtype)
+    rewards = torch.tensor([0.1, 0.1, 0.1, nan, 1e4, 1e4 + 1, nan, nan, -2, 0.3, nan, 7]).to(dtype)
+    strided = rewards.repeat_interleave(2)[::2]
+    for size in (1, 4, 12):
+        a = gk.group_advantages(rewards, group_size=size, scale=scale, backend=backend).advantages
+        assert a.isfinite().all() and (size == 1 or a.any())
+        results = []
+        for given in ({"advantages": a}, {"rewards": strided, "group_size": size, "advantage_scale": scale}):
+            x = b.logits.clone().requires_grad_()
+            options = {"mask": b.mask, "old_logps": b.old_logps, "config": config, "backend": backend}
+            out = gk.grpo_loss(x, b.targets, **given, **options)
+            results.append((out.loss.detach(), out.per_token_loss, *torch.autograd.grad(out.loss, x)))
+        assert all(map(torch.equal, *results))
+
+
+def test_rewards_take_no_launch_of_their_own_on_a_gpu(monkeypatch):
+    from grpo_kernels.backends import GROUPS_IN_LAUNCH, implementation
+
+    b = make_batch(sequences=6, tokens=3, vocab=50)
+    for name in {*GROUPS_IN_LAUNCH} & {*KERNELS_HERE}:
+        with monkeypatch.context() as m:
+            m.setattr(implementation(name), "group_advantages", None)
+            gk.grpo_loss(b.logits, b.targets, mask=b.mask, rewards=b.advantages, group_size=3, backend=name)
+
+
+def test_rewards_are_checked(backend):
+    b = make_batch(sequences=6, tokens=3, vocab=50)
+    for options, message in (
+        ({"rewards": b.advantages, "group_size": 4}, "divide the 6 samples; got 4"),
+        ({"rewards": b.advantages}, "exactly one of group_size and group_ids"),
+        ({"rewards": b.advantages[:4], "group_size": 2}, "advantages must have shape"),
+        ({"rewards": b.advantages, "group_size": 3, "advantage_eps": -1.0}, "eps must be a finite number"),
+        ({"rewards": b.advantages, "group_size": 3, "advantage_scale": "std"}, "scale must be one of"),
+        ({"rewards": b.advantages, "group_size": 3, "advantage_scale": "none", "advantage_eps": 1.0}, "eps must be"),
+        ({"rewards": b.advantages, "group_size": 3, "advantages": b.advantages}, "either advantages or rewards"),
+        ({}, "either advantages or rewards"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gk.grpo_loss(b.logits, b.targets, mask=b.mask, backend=backend, **options)
 
 
 def test_modules():

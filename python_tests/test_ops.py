@@ -87,21 +87,36 @@ def test_compiled_linear_with_inductor():
         torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-15)
 
 
-def test_one_graph_for_all_lengths_and_coefficients():
+def test_one_graph_for_all_lengths_and_coefficients(backend):
     counter = CompileCounter()
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
     def step(x, targets, advantages, mask, old, ref, config):
-        return gk.grpo_loss(x, targets, advantages, mask, old_logps=old, ref_logps=ref, config=config).loss
+        others = {"old_logps": old, "ref_logps": ref, "config": config, "backend": backend}
+        return gk.grpo_loss(x, targets, advantages, mask, **others).loss
 
     for i, tokens in enumerate((7, 12, 33, 64)):
-        b = make_batch(sequences=4 + i, tokens=tokens)
+        b = make_batch(sequences=4 + i, tokens=tokens, vocab=50)
         config = gk.LossConfig(kl_coef=0.1 / (i + 1), eps_low=0.2 - 0.01 * i, entropy_coef=0.0)
-        loss = step(b.logits, b.targets, b.advantages, b.mask, b.old_logps, b.ref_logps, config)
-        eager = gk.grpo_loss(
-            b.logits, b.targets, b.advantages, b.mask, old_logps=b.old_logps, ref_logps=b.ref_logps, config=config
-        ).loss
-        torch.testing.assert_close(loss, eager, rtol=1e-12, atol=0)
+        args = (b.logits, b.targets, b.advantages, b.mask)
+        others = {"old_logps": b.old_logps, "ref_logps": b.ref_logps, "config": config}
+        eager = gk.grpo_loss(*args, **others, backend=backend).loss
+        torch.testing.assert_close(step(*args, *others.values()), eager, rtol=1e-12, atol=0)
+    assert counter.frame_count == 1
+
+
+def test_one_graph_for_all_group_sizes(backend):
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(x, targets, mask, rewards, size):
+        return gk.grpo_loss(x, targets, mask=mask, rewards=rewards, group_size=size, backend=backend).loss
+
+    for groups, size in ((2, 3), (3, 2), (2, 5)):
+        b = make_batch(sequences=groups * size, tokens=4, vocab=50)
+        args = (b.logits, b.targets)
+        eager = gk.grpo_loss(*args, mask=b.mask, rewards=b.advantages, group_size=size, backend=backend).loss
+        torch.testing.assert_close(step(*args, b.mask, b.advantages, size), eager, rtol=1e-12, atol=0)
     assert counter.frame_count == 1
 
 

@@ -29,11 +29,14 @@ enum class KlEstimator : int { none, k1, abs, k2, k3 };
 enum class KlGradient : int { pathwise, straight_through, importance_weighted, score_function, behaviour_weighted };
 enum class Pooling : int { none, mean, sum };  // of the log-ratios of a sequence
 
+enum class Advantages : int { given, centred, normalised };  // the last two: made of rewards, per group
+
 struct Form {
   Objective objective;
   RatioLevel ratio_level;
   KlEstimator kl_estimator;
   KlGradient kl_gradient;
+  Advantages advantages;
 
   GK_HD Pooling pooling() const {
     if (objective == Objective::gmpo) return Pooling::mean;

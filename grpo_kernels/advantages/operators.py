@@ -28,7 +28,7 @@ def _fake_group_advantages(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 group_advantages = _define(
     "group_advantages(Tensor rewards, Tensor? reward_weights, Tensor? valid, Tensor? group_ids, Tensor? lengths, "
-    "Tensor? critic_values, int group_size, str baseline, str scale, int ddof, float eps, float critic_weight, "
+    "Tensor? critic_values, SymInt group_size, str baseline, str scale, int ddof, float eps, float critic_weight, "
     "float clip_low, float clip_high, bool single_raw, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _group_advantages,
     _fake_group_advantages,
@@ -108,7 +108,7 @@ def _fake_diversity(token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor
 
 
 group_diversity = _define(
-    "group_diversity(Tensor token_ids, Tensor? active, Tensor? cu_seqlens, Tensor? group_ids, int group_size, "
+    "group_diversity(Tensor token_ids, Tensor? active, Tensor? cu_seqlens, Tensor? group_ids, SymInt group_size, "
     "int ngram, float threshold, str backend) -> (Tensor, Tensor, Tensor)",
     _group_diversity,
     _fake_diversity,

@@ -13,6 +13,9 @@ from ..grouping import AdvantageForm, Samples
 from ..layout import PolicyInputs, Rows, RowStats
 
 NAMES = ("cuda", "triton", "cpu", "reference")
+# Where a launch costs more than to read a group's rewards again for each row, up to groups of this size.
+GROUPS_IN_LAUNCH = ("cuda", "triton")
+LARGEST_GROUP_IN_LAUNCH = 1024
 PLANNED = {"cuda": "this version has no CUDA C++ kernels yet"}
 NOT_IMPORTED = {
     "cpu": "its native module does not load ({error}); "

@@ -83,9 +83,9 @@ def _sequences(grid: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, 
     return (None, grid.shape[0]) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.numel() - 1)
 
 
-def _policy(p: PolicyInputs) -> tuple[list[View | None], list[int], list[float]]:
-    *views, scalars, form = p
-    return [_view(x) for x in views], Form(*form).codes, scalars.tolist()
+def _policy(p: PolicyInputs) -> tuple[list[View | None], tuple[int, float], list[int], list[float]]:
+    *views, group_size, eps, scalars, form = p
+    return [_view(x) for x in views], (group_size, eps), Form(*form).codes, scalars.tolist()
 
 
 def row_forward(rows: Rows, sum_p2: bool) -> tuple[RowStats, Tensor]:

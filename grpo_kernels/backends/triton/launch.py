@@ -52,6 +52,12 @@ def aligned(*matrices: Tensor) -> bool:
     )
 
 
+def registers(limit: int) -> dict[str, int]:
+    """Options that allow a thread so many: left alone, ptxas may aim at more programs on a multiprocessor and spill."""
+    cuda = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return {"maxnreg": limit} if cuda else {}
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

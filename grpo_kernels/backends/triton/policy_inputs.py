@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...config import Form, Scalars
 from ...layout import PolicyInputs
+from .launch import bits
 
 SCALARS = tl.constexpr(len(Scalars._fields))
 ADV, WEIGHT, OLD, REF, ROLLOUT, TOKEN_WEIGHT, ENTROPY_WEIGHT, ENTROPY_MASK, SELECTED, POOLED_WEIGHT = (
@@ -28,16 +29,22 @@ def view_args(x: Tensor | None) -> tuple[Tensor | None, int, int]:
 
 
 def policy_args(inputs: PolicyInputs) -> list[Tensor | int | None]:
-    """The scalars' address, then the ten views, three arguments each, in the order of `load_token`."""
+    """The scalars' address and the group's numbers, then the ten views, three arguments each, as in `load_token`."""
     adv = inputs.advantages
-    views: Any = inputs[: PolicyInputs._fields.index("scalars")]
-    return [device_scalars(inputs.scalars, adv.dtype, adv.device), *(arg for x in views for arg in view_args(x))]
+    views: Any = inputs[: PolicyInputs._fields.index("group_size")]
+    return [
+        device_scalars(inputs.scalars, adv.dtype, adv.device), inputs.group_size, bits(inputs.advantage_eps, adv.dtype),
+        *(arg for x in views for arg in view_args(x)),
+    ]  # fmt: skip
 
 
 def form_args(inputs: PolicyInputs) -> dict[str, str]:
     """The constexprs that select the maths."""
     form = Form(*inputs.form)
-    return {"OBJECTIVE": form.objective, "KL": form.kl_estimator, "KL_GRADIENT": form.kl_gradient}
+    return {
+        "OBJECTIVE": form.objective, "KL": form.kl_estimator, "KL_GRADIENT": form.kl_gradient,
+        "ADVANTAGES": form.advantages,
+    }  # fmt: skip
 
 
 def device_scalars(scalars: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -81,13 +88,16 @@ def read(view, b, t, mask, absent, REAL: tl.constexpr):
 def load_token(b, t, mask, logp, views, REAL: tl.constexpr):
     """One token's share of each view, or a block's: (adv, weight, old, ...), by name `token[OLD]`.
 
-    `views` holds the three arguments of each, one after the other. `logp` stands in for what is not given: on-policy, a
-    ratio of 1.
+    `views` holds the three arguments of each, one after the other, then an advantage and whether it is every token's.
+    `logp` stands in for what is not given: on-policy, a ratio of 1.
     """
     one = tl.zeros_like(logp) + 1
+    adv = one - 1 + views[30]
+    if not views[31]:
+        adv = read(views[0:3], b, t, mask, adv, REAL)
     weight = read(views[3:6], b, t, mask, one, REAL)
     return (
-        read(views[0:3], b, t, mask, one - 1, REAL),
+        adv,
         weight,
         read(views[6:9], b, t, mask, logp, REAL),
         read(views[9:12], b, t, mask, logp, REAL),

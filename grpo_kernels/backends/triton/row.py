@@ -10,6 +10,7 @@ last bits: lanes that come by 16 bytes lie differently in the threads than those
 import triton
 import triton.language as tl
 
+from .group import sample_advantage
 from .launch import kernel, number
 from .math import ENTROPY_COEF, LOG_RATIO_CLAMP, inside, token_loss
 from .numeric import clamp_
@@ -179,7 +180,8 @@ def policy_kernel(
     tokens: tl.int64, vocab: tl.int64, inv_temperature: tl.int64, logit_scale: tl.int64, softcap: tl.int64,
     logps, entropy, max, log_sum, left, left_z, segments: tl.int64,
     gradient, gradient_b: tl.int64, gradient_t: tl.int64,
-    scalars, adv, adv_b: tl.int64, adv_t: tl.int64, weight, weight_b: tl.int64, weight_t: tl.int64,
+    scalars, group_size: tl.int64, advantage_eps: tl.int64,
+    adv, adv_b: tl.int64, adv_t: tl.int64, weight, weight_b: tl.int64, weight_t: tl.int64,
     old, old_b: tl.int64, old_t: tl.int64, ref, ref_b: tl.int64, ref_t: tl.int64,
     rollout, rollout_b: tl.int64, rollout_t: tl.int64,
     token_weight, token_weight_b: tl.int64, token_weight_t: tl.int64,
@@ -188,7 +190,7 @@ def policy_kernel(
     selected, selected_b: tl.int64, selected_t: tl.int64,
     pooled_weight, pooled_weight_b: tl.int64, pooled_weight_t: tl.int64,
     REAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, PHASE: tl.constexpr,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, ADVANTAGES: tl.constexpr,
     STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Statistics, the loss of the row's token and the gradient: in one launch ("row"), or after `stats_kernel` has left
@@ -210,11 +212,15 @@ def policy_kernel(
     stats = finished(s, z, maths, live)
     if tl.program_id(1) == 0:
         store_stats(row, stats, logps, entropy, max, log_sum)
+    own = 0.0
+    if ADVANTAGES != "given":
+        own = sample_advantage(adv, adv_b, b, live, group_size, number(advantage_eps, REAL), ADVANTAGES, REAL)
     views = (
         adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
         rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
         entropy_weight, entropy_weight_b, entropy_weight_t, entropy_mask, entropy_mask_b, entropy_mask_t,
         selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t,
+        own, ADVANTAGES != "given",
     )  # fmt: skip
     token = load_token(b, t, live, stats[0], views, REAL)
     g_logp, g_entropy = policy_pull(stats[0], token, load_scalars(scalars, REAL), OBJECTIVE, KL, KL_GRADIENT)

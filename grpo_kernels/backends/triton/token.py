@@ -12,7 +12,8 @@ from triton.runtime import driver
 
 from ...config import METRICS, Form
 from ...layout import PolicyInputs
-from .launch import INTERPRETED, REALS, kernel, on_device_of
+from .group import sample_advantage
+from .launch import INTERPRETED, REALS, kernel, number, on_device_of
 from .math import (
     ENTROPY_COEF,
     GMPO_WEIGHT_FLOOR,
@@ -168,6 +169,7 @@ def token_block(
 def token_kernel(
     logps, logps_b: tl.int64, logps_t: tl.int64, entropies, entropies_b: tl.int64, entropies_t: tl.int64,
     active, active_b: tl.int64, active_t: tl.int64, cu_seqlens, scalars,
+    group_size: tl.int64, advantage_eps: tl.int64,
     adv, adv_b: tl.int64, adv_t: tl.int64, weight, weight_b: tl.int64, weight_t: tl.int64,
     old, old_b: tl.int64, old_t: tl.int64, ref, ref_b: tl.int64, ref_t: tl.int64,
     rollout, rollout_b: tl.int64, rollout_t: tl.int64,
@@ -178,20 +180,24 @@ def token_kernel(
     pooled_weight, pooled_weight_b: tl.int64, pooled_weight_t: tl.int64,
     loss, per_token, g_logps, g_entropy, metrics, sums_ptr, counts_ptr,
     tokens: tl.int64, sequences: tl.int64, pieces: tl.int64,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, RATIO_LEVEL: tl.constexpr,
-    POOLING: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, ADVANTAGES: tl.constexpr,
+    RATIO_LEVEL: tl.constexpr, POOLING: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """counts: int32, zeros; how many programs are done, then each sequence's tokens, low and high clips."""
+    logps, active = (logps, logps_b, logps_t), (active, active_b, active_t)
+    entropies = (entropies, entropies_b, entropies_t)
+    program, s = tl.program_id(0).to(tl.int64), load_scalars(scalars, REAL)
+    b, begin, end = segment(program, pieces, cu_seqlens, tokens, sequences, BLOCK)
+    own = 0.0
+    if ADVANTAGES != "given":
+        own = sample_advantage(adv, adv_b, b, begin < end, group_size, number(advantage_eps, REAL), ADVANTAGES, REAL)
     views = (
         adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
         rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
         entropy_weight, entropy_weight_b, entropy_weight_t, entropy_mask, entropy_mask_b, entropy_mask_t,
         selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t,
+        own, ADVANTAGES != "given",
     )  # fmt: skip
-    logps, active = (logps, logps_b, logps_t), (active, active_b, active_t)
-    entropies = (entropies, entropies_b, entropies_t)
-    program, s = tl.program_id(0).to(tl.int64), load_scalars(scalars, REAL)
-    b, begin, end = segment(program, pieces, cu_seqlens, tokens, sequences, BLOCK)
     shared = (0.0, 0.0, 1.0, 1.0, 1.0)
     if POOLING != "none":
         shared = pool(b, begin, end, logps, active, views, s, POOLING, OBJECTIVE, REAL, BLOCK)

@@ -1,0 +1,113 @@
+"""Statistics of a group's rewards, in the group's own launch or in the loss's.
+
+Sums are of fixed-point integers: exact, so that the order of the samples changes no bit, where nothing is sorted. Each
+value is first taken as its share of the group's range, in [0, 1], with as many bits as 64 leave for the count.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import advantage, centred
+from .numeric import max_
+
+GROUP_BLOCK = tl.constexpr(128)  # groups are small
+# Of what `reward_at` reads.
+REWARDS, STRIDE, COMPONENTS, WEIGHTS, VALID, ORDER = (tl.constexpr(i) for i in range(6))
+# Of what `statistics` returns: the lowest reward, the mean above it, the deviation, how many count, whether all are
+# equal, and the range, 1 where there is none.
+LOW, ABOVE, STD, COUNT, CONSTANT, SPAN = (tl.constexpr(i) for i in range(6))
+
+
+@triton.jit
+def sample_at(source, i, mask):
+    """Where the i-th sample of the groups, which lie one after the other, is kept."""
+    if source[ORDER] is None:
+        return i
+    else:
+        return tl.load(source[ORDER] + i, mask, 0)
+
+
+@triton.jit
+def reward_at(source, i, mask, REAL: tl.constexpr):
+    """Of the i-th samples: the weighted sum of the components that are there; NaN where none is, or it does not count.
+
+    `source`: rewards, their stride, number of components, weights, valid, order; None for the last three: not given."""
+    at = sample_at(source, i, mask)
+    total, any = tl.zeros_like(i).to(REAL), i < 0
+    for c in range(source[COMPONENTS]):
+        r = tl.load(source[REWARDS] + at * source[STRIDE] + c, mask, float("nan")).to(REAL)
+        there = r == r
+        if source[WEIGHTS] is not None:
+            r = r * tl.load(source[WEIGHTS] + c).to(REAL)
+        total, any = total + tl.where(there, r, 0.0), any | there
+    if source[VALID] is not None:
+        any = any & (tl.load(source[VALID] + at, mask, 0) != 0)
+    return tl.where(any, total, float("nan"))
+
+
+@triton.jit
+def fixed(share, on, scale):
+    """A number in [-1, 1] as an integer; 0 where it is off, and where an infinite reward has made it NaN."""
+    return tl.where(on & (tl.abs(share) <= 1), share * scale, 0.0).to(tl.int64)
+
+
+@triton.jit
+def scale_for(count):
+    """A power of two that fits 63 bits `count` times; what it is exactly, nothing depends on."""
+    return tl.exp2(60.0 - tl.ceil(tl.log2(max_(count, 1.0))))
+
+
+@triton.jit
+def finite_range(low, high):
+    """(origin, range, whether it is finite): infinite rewards are seen from 0."""
+    span = high - low
+    finite = span - span == 0
+    return tl.where(finite, low, 0.0), tl.where(finite & (span > 0), span, 1.0), finite
+
+
+@triton.jit
+def statistics(source, begin, end, ddof, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    """(LOW, ABOVE, STD, COUNT, CONSTANT, SPAN) of the rewards [begin, end), centred before they are squared."""
+    zeros, counted = tl.zeros([BLOCK], REAL), tl.zeros([BLOCK], tl.int32)
+    low, high = zeros + float("inf"), zeros - float("inf")
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        r = reward_at(source, i, i < end, REAL)
+        counted += (r == r).to(tl.int32)
+        low, high = tl.minimum(low, r), tl.maximum(high, r)  # a NaN is passed over
+    count, least, most = tl.sum(counted, 0).to(REAL), tl.min(low, 0), tl.max(high, 0)
+    constant = (least == most) | (count == 0)
+    origin, span, finite = finite_range(least, most)
+    scale, n = scale_for(count), max_(count, 1.0)
+    total = tl.zeros([BLOCK], tl.int64)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        r = reward_at(source, i, i < end, REAL)
+        total += fixed((r - origin) / span, r == r, scale)
+    above = tl.where(finite, tl.sum(total, 0).to(REAL) / scale / n * span, least + most)
+    squares = tl.zeros([BLOCK], tl.int64)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        r = reward_at(source, i, i < end, REAL)
+        d = ((r - origin) - above) / span
+        squares += fixed(d * d, r == r, scale)
+    variance = tl.sum(squares, 0).to(REAL) / scale / max_(count - ddof, 1.0)
+    std = tl.where(finite, tl.sqrt(variance) * span, float("nan"))
+    some = count > 0
+    return (
+        tl.where(some, tl.where(constant, least, origin), 0.0), tl.where(constant, 0.0, above),
+        tl.where(constant | (count <= ddof), 0.0, std), count, constant, span,
+    )  # fmt: skip
+
+
+@triton.jit
+def sample_advantage(rewards, stride, sample, on, group_size, eps, ADVANTAGES: tl.constexpr, REAL: tl.constexpr):
+    """Of one sample, from its group's rewards: Form.advantages "centred" or "normalised". A NaN reward has none."""
+    begin = sample // group_size * group_size
+    end = tl.where(on, begin + group_size, begin)
+    group = statistics((rewards, stride, 1, None, None, None), begin, end, 1.0, REAL, GROUP_BLOCK)
+    r = tl.load(rewards + sample * stride, on, float("nan")).to(REAL)
+    d = centred(r, group[LOW], group[ABOVE], 0.0, group[COUNT], group[CONSTANT], False, "mean")
+    scale: tl.constexpr = "group" if ADVANTAGES == "normalised" else "none"
+    a = advantage(r, d, r, group[LOW] + group[ABOVE], group[STD], group[COUNT], 0.0, eps, scale, False)
+    return tl.where(r == r, a, 0.0)
