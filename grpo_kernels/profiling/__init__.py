@@ -1,9 +1,11 @@
 """What a GRPO step costs in bytes: measured by `profile_memory()`, predicted by `predict()` where it does not fit."""
 
-from .predict import FORMULAS, LossShape, Moment, Prediction, largest_batch, predict
+from .formulas import FORMULAS
+from .predict import Prediction, largest_batch, predict
 from .profile import CudaCounters, Holding, MemoryProfile, Phase, profile_memory
+from .shape import LossShape, Moment
 from .snapshot import load_snapshot, snapshot_profile
-from .training import PRECISIONS, TrainedModel, TrainingMemory, training_memory
+from .training import PRECISIONS, TrainingMemory, training_memory
 
 __all__ = [
     "profile_memory",
@@ -21,6 +23,5 @@ __all__ = [
     "largest_batch",
     "training_memory",
     "TrainingMemory",
-    "TrainedModel",
     "PRECISIONS",
 ]

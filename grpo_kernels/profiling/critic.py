@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..advantages.critic import value_loss, whiten
 from ..advantages.returns import gae
-from .predict import LossShape, Moment
+from .shape import LossShape, Moment
 
 
 def critic_step(shape: LossShape, device: str = "cpu") -> Callable[[], tuple[Tensor, ...]]:

@@ -210,6 +210,7 @@ def profile_memory(
     Everything is in bytes and above what was allocated before the block, whose release inside it does not count. Run
     one step before, or optimizer states and caches that stay will be in the profile. Blocks of
     ``torch.profiler.record_function("name")`` become phases. What other threads allocate (a data loader's) is not seen.
+    torch writes a line to standard error when a block from before is released inside.
     An exception passes through, and the profile holds what happened until then: the way to read an out-of-memory error.
     Inside another ``profile_memory`` block the profile is filled when the outermost ends.
 

@@ -15,8 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .predict import LossShape, predict
+from ..testing.shapes import ModelShape
+from .critic import critic_moments
+from .predict import predict
 from .profile import Holding
+from .shape import LossShape
+
+METHODS = ("grpo", "ppo")
 
 
 class Bytes(NamedTuple):
@@ -37,17 +42,6 @@ PRECISIONS = {
     "bf16_only": Bytes(weight=2, gradient=2, optimizer=2 + 2),
     "fp32_adam": Bytes(weight=4, gradient=4, optimizer=4 + 4),
 }
-_VALUES_PER_TOKEN = 10 * 4  # values, old values, rewards, advantages, returns, weights, loss terms and their gradient
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A language model: its parameters in all, how many of them are an lm_head of its own, its width and depth."""
-
-    parameters: int
-    layers: int
-    hidden: int
-    own_lm_head: int = 0  # V * H; 0 where it shares the embedding's matrix
 
 
 @dataclass(frozen=True)
@@ -63,47 +57,53 @@ class TrainingMemory:
 
 
 def training_memory(
-    model: TrainedModel,
+    model: ModelShape,
     loss: LossShape,
     *,
     method: str,
-    provider: str,
+    provider: str = "ours",
     reference: bool = True,
     precision: str = "bf16_adam",
 ) -> TrainingMemory:
     """What one GPU holds at the peak of a step, unsharded.
 
     Args:
+        model: whose parameters, depth and width.
+        loss: the micro-batch; vocabulary and hidden size are the model's.
         method: "grpo", or "ppo": a critic of the same size with a value head instead of lm_head, trained beside it.
-        provider: whose loss, a name of ``FORMULAS``.
+        provider: whose loss from hidden states.
         reference: a frozen copy for the KL penalty.
         precision: of ``PRECISIONS``.
 
     Raises:
         ValueError: for a name that is none of those.
     """
-    if method not in ("grpo", "ppo"):
-        raise ValueError(f"method must be 'grpo' or 'ppo'; got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}; got {method!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
     each = PRECISIONS[precision]
-    hidden_state = loss.rows * model.hidden * loss.dtype.itemsize
-    checkpoints = (model.layers + 1) * hidden_state
+    checkpoints = (model.layers + 1) * loss.hidden_states
     holdings = [
         *_states("actor", model.parameters, each),
-        Holding("actor: activations, checkpointed", checkpoints),
-        Holding(f"loss step: {provider}", predict(provider, loss).peak),
+        Holding("actor: activations", checkpoints),
+        Holding("actor: loss step", predict(provider, loss).peak),
     ]
     if reference:
         holdings.append(Holding("reference: weights", model.parameters * each.weight))
     if method == "ppo":
-        critic = model.parameters - model.own_lm_head + model.hidden
         holdings += [
-            *_states("critic", critic, each),
-            Holding("critic: activations, checkpointed", checkpoints),
-            Holding("critic: values, GAE, value loss", loss.rows * _VALUES_PER_TOKEN + hidden_state),
+            *_states("critic", critic_parameters(model), each),
+            Holding("critic: activations", checkpoints),
+            Holding("critic: values, GAE, value loss", max(m.total for m in critic_moments(loss))),
         ]
     return TrainingMemory(method, tuple(holdings))
+
+
+def critic_parameters(model: ModelShape) -> int:
+    """The actor's, with a value head for lm_head; a tied lm_head is the embedding, which the critic needs too."""
+    lm_head = 0 if model.tied else model.vocab * model.hidden
+    return model.parameters - lm_head + model.hidden
 
 
 def _states(role: str, parameters: int, each: Bytes) -> list[Holding]:

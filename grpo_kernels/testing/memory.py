@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..profiling.events import native_stderr_silenced
 from ..profiling.profile import profile_memory
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -62,7 +63,7 @@ def peak_memory(
 
 
 def _tensor_peak(run: Callable[[], object]) -> tuple[int, int]:
-    with profile_memory("cpu") as profile:
+    with native_stderr_silenced(), profile_memory("cpu") as profile:
         result = run()
     del result
     return profile.peak, profile.largest
