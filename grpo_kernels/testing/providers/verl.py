@@ -1,0 +1,95 @@
+"""verl: its log-probs, its policy losses, and on a GPU its Triton kernels from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, NO_DUAL_CLIP, PATHS, Provider, Result, Run, Task, leaf
+
+
+class Verl(Provider):
+    name = "verl"
+    title = "verl: logprobs_from_logits (or its Triton kernels from hidden states) and its policy loss"
+    paths = frozenset(PATHS) - {"linear"}
+    module = distribution = "verl"
+    rounded_logps = True  # on a CPU, from bf16 logits
+
+    def unsupported(self, task: Task) -> str | None:
+        if task.entropy_coef:
+            return "computes the entropy from the logits a second time; not timed"
+        if task.path != "logps" and task.path in self.paths and LOSSES[task.loss].verl is None:
+            return f"has no loss that equals {task.loss}"
+        return super().unsupported(task)
+
+    def build(self, task: Task, batch: Batch) -> Run:
+        from verl.utils.torch_functional import logprobs_from_logits
+
+        tokens = batch.tokens
+
+        def log_probs(logits: Tensor) -> Tensor:
+            return logprobs_from_logits(logits, tokens.targets)
+
+        if task.path == "logps":
+
+            def logps() -> Result:
+                logits = leaf(batch.logits)
+                return Result((log_probs(logits) * tokens.mask,), (logits,))
+
+            return Run(logps)
+        loss = _policy_loss(task, batch)
+
+        def forward() -> Result:
+            if task.path == "tokens":
+                inputs: tuple[Tensor, ...] = (leaf(tokens.logps),)
+                return Result((loss(inputs[0]),), inputs)
+            if task.path == "linear":
+                inputs = leaf(batch.hidden), leaf(batch.weight)
+                return Result((loss(_linear_log_probs(*inputs, tokens.targets)),), inputs)
+            inputs = (leaf(batch.logits),)
+            return Result((loss(log_probs(inputs[0])),), inputs)
+
+        return Run(forward)
+
+
+class VerlOnGPU(Verl):
+    paths = frozenset(PATHS)
+
+
+def _linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    logps, _ = linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), 1.0, "none", None)
+    return logps.view(targets.shape)
+
+
+def _policy_loss(task: Task, batch: Batch) -> Callable[[Tensor], Tensor]:
+    from verl.trainer.ppo import core_algos
+    from verl.workers.config import ActorConfig
+
+    tokens, named = batch.tokens, LOSSES[task.loss].verl
+    assert named is not None
+    mode, aggregation = named
+    bounds: dict[str, Any] = {"clip_ratio_low": EPS_LOW, "clip_ratio_high": EPS_HIGH}
+    if mode == "cispo":
+        bounds = {"clip_ratio_low": 1.0, "clip_ratio_high": CISPO_CAP - 1.0}  # no bound below, the cap above
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=1, clip_ratio_c=NO_DUAL_CLIP, tau_pos=1.0,
+        tau_neg=1.05, **bounds,
+    )  # fmt: skip
+    function = core_algos.get_policy_loss_fn(mode)
+    mask = tokens.mask.to(torch.float32)
+    advantages = tokens.advantages[:, None].expand_as(mask).contiguous()
+
+    def run(logps: Tensor) -> Tensor:
+        loss, _ = function(tokens.old_logps, logps, advantages, mask, aggregation, config, None)
+        if task.kl_coef:
+            kl = core_algos.kl_penalty(logps, tokens.ref_logps, "low_var_kl")
+            loss = loss + task.kl_coef * core_algos.agg_loss(kl, mask, aggregation)
+        return loss
+
+    return run
