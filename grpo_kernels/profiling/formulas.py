@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..config import METRICS
 from ..linear_loops import CHUNK_BYTES, WIDENED_COLUMNS
 from .shape import LossShape, Moment
 
-_TRL_TILE = (4096, 8192)  # tokens, columns: trl 1.16, kernels/chunked_logprob.py and trainer/utils.py
+_TRL_TILE = (4096, 32768)  # tokens, columns: trl 1.16, kernels/chunked_logprob.py and trainer/utils.py
 _LIGER_TILE = (2048, 4096)  # tokens, columns: liger-kernel 0.8.5, chunked_loss/fused_linear_ppo.py
+_METRICS = 4 * (len(METRICS) + 3)  # with the loss, its gradient and the denominator
 
 
 # ---- from logits ----
@@ -62,16 +64,16 @@ def row_by_row(s: LossShape) -> list[Moment]:
 def ours_in_place(s: LossShape) -> list[Moment]:
     # The gradient is written over the logits. Five floats a token: log-prob, entropy, log-sum-exp, the token's loss
     # and its derivative; and the mask.
-    return [Moment("loss", {"per token": 21 * s.rows})]
+    return [Moment("loss", {"per token": 21 * s.rows + _METRICS})]
 
 
 def ours_out_of_place(s: LossShape) -> list[Moment]:
-    return [Moment("loss", {"gradient of logits": s.logits, "per token": 21 * s.rows})]
+    return [Moment("loss", {"gradient of logits": s.logits, "per token": 21 * s.rows + _METRICS})]
 
 
 def ours_two_pass(s: LossShape) -> list[Moment]:
-    # In place as well; four floats a token of the rows, three of the loss, and three of its backward.
-    return [Moment("backward", {"per token": 41 * s.rows})]
+    # In place as well; four floats a token of the rows, two of the loss, and three of its backward.
+    return [Moment("backward", {"per token": 37 * s.rows + _METRICS})]
 
 
 # ---- from hidden states ----
@@ -149,10 +151,14 @@ def ours_linear(s: LossShape) -> list[Moment]:
 
 FORMULAS: dict[tuple[str, str], Callable[[LossShape], list[Moment]]] = {
     ("logits", "eager"): eager_logits,
+    ("logits", "trl"): row_by_row,
+    ("logits", "verl"): row_by_row,
     ("logits", "ours"): ours_in_place,
     ("logits", "ours-out-of-place"): ours_out_of_place,
     ("logits", "ours-two-pass"): ours_two_pass,
     ("linear", "eager"): eager_linear,
+    ("linear", "trl"): trl_chunked,
+    ("linear", "liger"): liger_linear,
     ("linear", "ours"): ours_linear,
     ("linear", "ours-two-pass"): ours_linear,
 }

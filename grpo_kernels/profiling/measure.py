@@ -1,0 +1,108 @@
+"""The loss step of every provider, measured where it fits and predicted where it does not."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from ..testing.batch import Batch, linear_batch, logits_batch
+from ..testing.providers import Provider, Task, both
+from .events import native_stderr_silenced
+from .predict import Prediction, formula_of, predict
+from .profile import MemoryProfile, profile_memory
+from .shape import LossShape
+
+PATHS = ("linear", "logits")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one provider; `reason` says why there is no profile."""
+
+    provider: str
+    path: str
+    title: str
+    profile: MemoryProfile | None
+    prediction: Prediction | None
+    reason: str | None = None
+
+    @property
+    def peak(self) -> int | None:
+        """As measured, else as predicted."""
+        if self.profile is not None:
+            return self.profile.peak
+        return None if self.prediction is None else self.prediction.peak
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "provider": self.provider,
+            "path": self.path,
+            "title": self.title,
+            "reason": self.reason,
+            "predicted_bytes": None if self.prediction is None else self.prediction.peak,
+            "measured": None if self.profile is None else self.profile.to_dict(),
+        }
+
+
+def make_batch(shape: LossShape, path: str) -> Batch:
+    """Inputs of a step, as the benchmarks make them."""
+    grid, device = (shape.sequences, shape.tokens), shape.device
+    if path == "linear":
+        batch = linear_batch(grid, shape.vocab, shape.hidden, shape.dtype, device=device)
+    else:
+        batch = logits_batch(grid, shape.vocab, shape.dtype, device=device)
+    return batch if shape.fill == 1 else Batch(batch.tokens.filled(shape.fill), batch.logits, batch.hidden, batch.weight)
+
+
+def profile_step(provider: Provider, task: Task, batch: Batch, shape: LossShape) -> MemoryProfile:
+    """One forward and backward, after another one has made whatever stays: thread pools, graphs, workspaces."""
+    run = provider.build(task, batch)
+    restore: Callable[[], object] = run.restore or (lambda: None)
+    restore()
+    both(run)
+    restore()
+    gc.collect()
+    with profile_memory(shape.device, sizes=shape.sizes) as profile:
+        with record_function("forward"):
+            outputs, inputs = run.forward()
+        with record_function("backward"):
+            gradients = torch.autograd.grad(outputs[0], inputs)
+    del outputs, inputs, gradients
+    return profile
+
+
+def outcomes(
+    providers: Iterable[Provider], task: Task, shape: LossShape, batch: Batch | None, on_start: Callable[[str], None]
+) -> list[Outcome]:
+    """Of those that compute the task. `batch`: None measures nothing; `on_start` is told each name before its turn."""
+    found = []
+    for provider in providers:
+        if provider.unsupported(task):
+            continue
+        on_start(provider.name)
+        found.append(_outcome(provider, task, shape, batch))
+    return found
+
+
+def _outcome(provider: Provider, task: Task, shape: LossShape, batch: Batch | None) -> Outcome:
+    has_formula = formula_of(provider.name, task.path) is not None
+    prediction = predict(provider.name, shape, task.path) if has_formula else None
+    profile, reason = None, provider.missing(shape.device)
+    if reason is None and batch is None:
+        reason = "not measured"
+    if reason is None:
+        assert batch is not None
+        try:
+            with native_stderr_silenced(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                profile = profile_step(provider, task, batch, shape)
+        except Exception as error:  # a peer's failure is a result, shown as such
+            lines = str(error).strip().splitlines()
+            reason = f"fails: {type(error).__name__}: {lines[0][:120] if lines else ''}"
+    return Outcome(provider.name, task.path, provider.title, profile, prediction, reason)
