@@ -15,7 +15,7 @@ from .backends import Backend
 from .layout import PolicyInputs, Rows, RowStats, real_dtype
 
 CHUNK_BYTES = 128 << 20  # of logits at a time, unless chunk_rows says otherwise
-PER_TOKEN = PolicyInputs._fields[:-2]  # all but scalars and form
+PER_TOKEN = PolicyInputs._fields[:-4]  # all but group_size, advantage_eps, scalars and form
 WIDENED_COLUMNS = 16384  # of a half-precision gradient in float32 at a time
 
 
