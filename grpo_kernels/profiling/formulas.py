@@ -39,6 +39,12 @@ def eager_logits(s: LossShape) -> list[Moment]:
     ]
 
 
+def compiled(s: LossShape) -> list[Moment]:
+    # Inductor keeps the logits and a few numbers a row, and recomputes: the gradient in float32, then rounded.
+    rounded = {"gradient of logits, fp32": s.logits32, "gradient of logits": s.logits}
+    return [Moment("backward", rounded)]
+
+
 def row_by_row(s: LossShape) -> list[Moment]:
     # TRL's selective_log_softmax and verl's logprobs_from_logits_v2 go sequence by sequence.
     one = s.logits // s.sequences
@@ -52,10 +58,10 @@ def row_by_row(s: LossShape) -> list[Moment]:
             Moment("backward of gather", {"log-softmax": s.logits, "gradient of log-softmax": scatter}),
             Moment("gradients stacked", stacked),
         ]
-    # logsumexp keeps the logits; its backward makes exp(z - lse) of each sequence, stacked at the end; then gather's
-    # backward scatters into a matrix of its own, and the two gradients are added.
+    # logsumexp keeps the logits; its backward makes z - lse, the exponential and its product with the gradient of each
+    # sequence, stacked at the end; then gather's backward scatters into a matrix, and the two gradients are added.
     return [
-        Moment("logsumexp of a sequence", {"exponentials": one}),
+        Moment("backward of the last logsumexp", {"gradients before": s.logits - one, "of this sequence": 3 * one}),
         Moment("gradients stacked", stacked),
         Moment("gradients added", {"gradient through logsumexp": s.logits, "gradient through gather": s.logits}),
     ]
@@ -91,6 +97,12 @@ def eager_linear(s: LossShape) -> list[Moment]:
     ]
 
 
+def compiled_linear(s: LossShape) -> list[Moment]:
+    # As from logits, which are kept from the matmul to the end of their gradient, written over them.
+    held = {"logits, then their gradient": s.logits}
+    return [Moment("backward", {**held, "gradient of logits, fp32": s.logits32}), _lm_head_gradients(s)]
+
+
 def _lm_head_gradients(s: LossShape) -> Moment:
     """The end of every path that holds all logits: two matmuls read their gradient."""
     holds = {"gradient of logits": s.logits, "gradient of lm_head": s.head, "gradient of hidden": s.hidden_states}
@@ -119,11 +131,15 @@ def liger_linear(s: LossShape) -> list[Moment]:
     tokens, columns = min(s.tokens, _LIGER_TILE[0]), min(s.vocab, _LIGER_TILE[1])
     total = {"gradient of lm_head, sum": s.head, "gradient of hidden": s.hidden_states}
     sequence = {"gradient of lm_head, fp32": s.head32, "gradient of hidden, fp32": s.hidden32 // s.sequences}
-    # logits, their exponentials and gradient, and those of the tile before, which Python still names
+    # of logits, their differences and exponentials, and what Python still names of the tile before: of 8193 columns on
     tiles = {"temporaries of a tile, fp32": 5 * tokens * columns * 4}
+    # logits, probabilities and gradient, and what the tile adds to the gradient of lm_head
+    widened = tokens * s.hidden * 4 if s.half else 0
+    product = {"tile, fp32": 3 * tokens * columns * 4, "its matmul, fp32": columns * s.hidden * 4 + widened}
     rounded = {"gradient of lm_head": s.head} if s.half else {}
     return [
-        Moment("backward of a tile", {**total, **sequence, **tiles}),
+        Moment("exponentials of a tile", {**total, **sequence, **tiles}),
+        Moment("gradient of a tile", {**total, **sequence, **product}),
         Moment("gradient rounded", {**total, **sequence, **rounded}),
     ]
 
@@ -151,12 +167,14 @@ def ours_linear(s: LossShape) -> list[Moment]:
 
 FORMULAS: dict[tuple[str, str], Callable[[LossShape], list[Moment]]] = {
     ("logits", "eager"): eager_logits,
+    ("logits", "compile"): compiled,
     ("logits", "trl"): row_by_row,
     ("logits", "verl"): row_by_row,
     ("logits", "ours"): ours_in_place,
     ("logits", "ours-out-of-place"): ours_out_of_place,
     ("logits", "ours-two-pass"): ours_two_pass,
     ("linear", "eager"): eager_linear,
+    ("linear", "compile"): compiled_linear,
     ("linear", "trl"): trl_chunked,
     ("linear", "liger"): liger_linear,
     ("linear", "ours"): ours_linear,
