@@ -50,11 +50,15 @@ class Batch:
     logits: Tensor | None = None  # [B, T, V]
     hidden: Tensor | None = None  # [B, T, H]
     weight: Tensor | None = None  # [V, H]
+    rewards: Tensor | None = None  # [B] of whole groups, or [B, T]
+    values: Tensor | None = None  # [B, T] of a critic
+    group_size: int = 1
 
     @property
     def source(self) -> Tensor:
-        found = self.logits if self.logits is not None else self.hidden
-        return self.tokens.logps if found is None else found
+        """What the path starts from: its device is the batch's, its bytes are what a copy moves."""
+        known = (x for x in (self.logits, self.hidden, self.rewards, self.tokens.logps) if x is not None)
+        return next(known)
 
     @property
     def logits_numel(self) -> int:
@@ -131,3 +135,18 @@ def tokens_batch(grid: tuple[int, int], *, seed: int = 0, device: str = "cpu") -
     generator = torch.Generator(device).manual_seed(seed)
     logps = -torch.rand(grid, generator=generator, device=device).mul_(4)
     return Batch(moved_tokens(torch.zeros(grid, dtype=torch.int64, device=device), logps, generator))
+
+
+def rewards_batch(samples: int, group_size: int, *, seed: int = 0, device: str = "cpu") -> Batch:
+    """A reward a sample, the groups one after another."""
+    generator = torch.Generator(device).manual_seed(seed)
+    rewards = torch.randn(samples, generator=generator, device=device)
+    return replace(tokens_batch((1, 1), device=device), rewards=rewards, group_size=group_size)
+
+
+def values_batch(grid: tuple[int, int], *, seed: int = 0, device: str = "cpu") -> Batch:
+    """Rewards and a critic's values by token, sequences of every length."""
+    generator = torch.Generator(device).manual_seed(seed)
+    rewards, values = (torch.randn(grid, generator=generator, device=device) for _ in range(2))
+    batch = replace(tokens_batch(grid, seed=seed, device=device), rewards=rewards, values=values)
+    return replace(batch, tokens=batch.tokens.filled(0.5))

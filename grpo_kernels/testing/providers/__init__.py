@@ -1,9 +1,9 @@
 """Everybody who computes a GRPO loss, behind one interface; each peer in its best legal configuration.
 
-    for provider in providers("cpu"):
-        reason = provider.missing("cpu") or provider.unsupported(task)
-        run = provider.build(task, batch)       # imports the peer, copies what it overwrites
-        loss, gradients = both(run)             # again and again, after run.restore()
+for provider in providers("cpu"):
+    reason = provider.missing("cpu") or provider.unsupported(task)
+    run = provider.build(task, batch)       # imports the peer, copies what it overwrites
+    loss, gradients = both(run)             # again and again, after run.restore()
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import LOSSES, PATHS, Loss, Provider, Result, Run, Task, produced
+from .base import LOSSES, PATHS, Loss, Provider, Result, Run, Task
 from .cce import CutCrossEntropy
 from .liger import Liger, LigerOnlyLinear
 from .ours import BACKENDS, WAYS, Ours
@@ -30,7 +30,6 @@ __all__ = [
     "Run",
     "Task",
     "both",
-    "produced",
     "provider_named",
     "providers",
 ]
@@ -57,7 +56,9 @@ def provider_named(name: str, device: str = "cpu") -> Provider:
 
 def both(run: Run, upstream: float = 1.0) -> tuple[Tensor, ...]:
     """Forward and backward: the outputs, then the gradient of the first by every input. Log-probs get a gradient of
-    `upstream` each."""
+    `upstream` each; advantages are not differentiated."""
     outputs, inputs = run.forward()
+    if not inputs:
+        return outputs
     gradients = torch.autograd.grad(outputs[0], inputs, torch.full_like(outputs[0], upstream))
     return *(output.detach() for output in outputs), *gradients

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...config import LossConfig
@@ -20,7 +19,10 @@ PATHS = {
     "linear": "loss from hidden states and lm_head",
     "logps": "log-probs of the targets from logits",
     "tokens": "loss from log-probs",
+    "advantages": "group-normalised advantages",
+    "gae": "GAE, whitened",
 }
+ADVANTAGE_EPS, GAMMA, LAM = 1e-6, 0.99, 0.95
 EPS_LOW, EPS_HIGH, CISPO_CAP, MAX_LENGTH = 0.2, 0.28, 5.0, 512
 NO_DUAL_CLIP = 1e6  # verl always has one; no ratio reaches this
 
@@ -89,8 +91,8 @@ class Run:
 class Provider(ABC):
     """Who computes it. Nothing foreign is imported before `build`."""
 
-    name: ClassVar[str] | str
-    title: ClassVar[str] | str
+    name: str
+    title: str  # one line for a table's legend
     paths: ClassVar[frozenset[str]]
     module: ClassVar[str | None] = None  # to be found for the provider to be there
     distribution: ClassVar[str | None] = None  # on PyPI
@@ -120,23 +122,6 @@ class Provider(ABC):
     @abstractmethod
     def build(self, task: Task, batch: Batch) -> Run:
         """Everything that need not be repeated at each call is done here."""
-
-
-class _Produced(torch.autograd.Function):
-    """Logits as a model hands them over: part of a graph, and in memory that may be overwritten."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
-        return logits.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def produced(logits: Tensor) -> Tensor:
-    """`logits` as a non-leaf that shares their memory: what `inplace` needs, without a copy."""
-    return _Produced.apply(torch.zeros((), requires_grad=True), logits)
 
 
 def leaf(x: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ class CutCrossEntropy(Provider):
 
         tokens = batch.tokens
         labels = tokens.targets.masked_fill(~tokens.mask, IGNORED)  # it skips those rows
-        options = {"filter_eps": None} if self.exact else {}
+        options: dict[str, Any] = {"filter_eps": None} if self.exact else {}
         if batch.source.device.type == "cpu":
             options = {"impl": "torch_compile"}
             torch.compiler.reset()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..batch import Batch
-from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, MAX_LENGTH, Provider, Result, Run, Task, leaf, produced
+from ..bench import produced
+from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, MAX_LENGTH, Provider, Result, Run, Task, leaf
 
 
 class Liger(Provider):

@@ -8,7 +8,8 @@ from typing import Any
 import grpo_kernels as gk
 
 from ..batch import Batch
-from .base import PATHS, Provider, Result, Run, Task, leaf, produced
+from ..bench import produced
+from .base import ADVANTAGE_EPS, GAMMA, LAM, PATHS, Provider, Result, Run, Task, leaf
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device; an interpreter is no benchmark
 WAYS: dict[str, tuple[str, frozenset[str]]] = {
@@ -70,9 +71,31 @@ class Ours(Provider):
                 return Result((output.loss,), (logps,))
 
             return Run(loss_of_tokens)
+        if task.path in ("advantages", "gae"):
+            return self._advantages(task, batch)
         if task.path == "logps":
             return self._logps(task, batch)
         return self._loss(batch, arguments, single_pass)
+
+    def _advantages(self, task: Task, batch: Batch) -> Run:
+        rewards, values, mask = batch.rewards, batch.values, batch.tokens.mask
+        assert rewards is not None, "the batch was made for another path"
+        if task.path == "advantages":
+
+            def of_groups() -> Result:
+                found = gk.group_advantages(
+                    rewards, group_size=batch.group_size, eps=ADVANTAGE_EPS, backend=self.backend
+                )
+                return Result((found.advantages,), ())
+
+            return Run(of_groups)
+        assert values is not None, "the batch was made for another path"
+
+        def of_critic() -> Result:
+            advantages, returns = gk.gae(rewards, values, mask, gamma=GAMMA, lam=LAM, backend=self.backend)
+            return Result((gk.whiten(advantages, mask, backend=self.backend), returns), ())
+
+        return Run(of_critic)
 
     def _logps(self, task: Task, batch: Batch) -> Run:
         entropy = bool(task.entropy_coef)
@@ -87,9 +110,10 @@ class Ours(Provider):
         return Run(logps)
 
     def _loss(self, batch: Batch, arguments: dict[str, Any], single_pass: bool) -> Run:
-        assert batch.logits is not None, "the batch was made for another path"
+        original = batch.logits
+        assert original is not None, "the batch was made for another path"
         inplace = self.way != "out-of-place"
-        source = batch.logits.clone() if inplace else batch.logits
+        source = original.clone() if inplace else original
 
         def loss() -> Result:
             logits = produced(source)
@@ -98,4 +122,4 @@ class Ours(Provider):
             )
             return Result((output.loss,), (logits,))
 
-        return Run(loss, (lambda: source.copy_(batch.logits)) if inplace else None)
+        return Run(loss, (lambda: source.copy_(original)) if inplace else None)

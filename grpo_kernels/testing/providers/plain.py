@@ -5,11 +5,15 @@ It is the baseline, not a specification: the formulas' homes are named in CONTRI
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..batch import Batch, Tokens
-from .base import EPS_HIGH, EPS_LOW, PATHS, Provider, Result, Run, Task, leaf
+from .base import ADVANTAGE_EPS, EPS_HIGH, EPS_LOW, GAMMA, LAM, PATHS, Provider, Result, Run, Task, leaf
 
 WRITTEN = ("dapo", "bnpo", "grpo", "gspo")  # the clipped losses; the trainers' own functions time the others
 
@@ -51,6 +55,26 @@ def loss_from_hidden(hidden: Tensor, weight: Tensor, tokens: Tokens, task: Task)
     return loss_from_logits(hidden @ weight.t(), tokens, task)
 
 
+def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    groups = rewards.view(-1, group_size)
+    return ((groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + ADVANTAGE_EPS)).view(-1)
+
+
+def whitened_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A loop over time, vectorised over the batch."""
+    next_value = running = torch.zeros_like(rewards[:, 0])
+    advantages = []
+    for t in reversed(range(rewards.shape[1])):
+        on = mask[:, t]
+        running = torch.where(on, rewards[:, t] + GAMMA * next_value - values[:, t] + GAMMA * LAM * running, running)
+        next_value = torch.where(on, values[:, t], next_value)
+        advantages.append(running)
+    stacked = torch.stack(advantages[::-1], 1)
+    active = stacked[mask]
+    white = (stacked - active.mean()) * torch.rsqrt(active.var() + 1e-8)
+    return white * mask, (stacked + values) * mask
+
+
 class Eager(Provider):
     name = "eager"
     title = "plain PyTorch, float32 log-softmax, autograd"
@@ -58,55 +82,66 @@ class Eager(Provider):
     module = distribution = "torch"
 
     def unsupported(self, task: Task) -> str | None:
-        if task.path != "logps" and task.loss not in WRITTEN:
+        if task.path in ("logits", "linear", "tokens") and task.loss not in WRITTEN:
             return f"no plain version of {task.loss} here; TRL's and verl's own are timed"
         return super().unsupported(task)
 
-    def compiled(self, function):  # type: ignore[no-untyped-def]
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     def build(self, task: Task, batch: Batch) -> Run:
-        tokens = batch.tokens
-        if task.path == "linear":
-            from_hidden = self.compiled(loss_from_hidden)
+        """One closure a path: what is compiled is compiled once."""
+        tokens, rewards, values = batch.tokens, batch.rewards, batch.values
+        with_entropy = bool(task.entropy_coef)
+        function = self.compiled(FUNCTIONS[task.path] if not with_entropy else ENTROPY_FUNCTIONS[task.path])
 
-            def linear() -> Result:
-                inputs = leaf(batch.hidden), leaf(batch.weight)
-                return Result((from_hidden(*inputs, tokens, task),), inputs)
+        def linear() -> Result:
+            inputs = leaf(batch.hidden), leaf(batch.weight)
+            return Result((function(*inputs, tokens, task),), inputs)
 
-            return Run(linear)
-        if task.path == "tokens":
-            from_logps = self.compiled(token_loss)
+        def logits() -> Result:
+            inputs = leaf(batch.logits)
+            return Result((function(inputs, tokens, task),), (inputs,))
 
-            def from_tokens() -> Result:
-                logps = leaf(tokens.logps)
-                return Result((from_logps(logps, None, tokens, task),), (logps,))
+        def logps() -> Result:
+            inputs = leaf(batch.logits)
+            found = function(inputs, tokens.targets)
+            return Result(tuple(x * tokens.mask for x in (found if with_entropy else (found,))), (inputs,))
 
-            return Run(from_tokens)
-        if task.path == "logps":
-            function = self.compiled(token_logps_and_entropy if task.entropy_coef else token_logps)
+        def token() -> Result:
+            inputs = leaf(tokens.logps)
+            return Result((function(inputs, None, tokens, task),), (inputs,))
 
-            def logps() -> Result:
-                logits = leaf(batch.logits)
-                found = function(logits, tokens.targets)
-                found = found if task.entropy_coef else (found,)
-                return Result(tuple(x * tokens.mask for x in found), (logits,))
+        def advantages() -> Result:
+            return Result((function(rewards, batch.group_size),), ())
 
-            return Run(logps)
-        from_logits = self.compiled(loss_from_logits)
+        def gae() -> Result:
+            return Result(function(rewards, values, tokens.mask), ())
 
-        def loss() -> Result:
-            logits = leaf(batch.logits)
-            return Result((from_logits(logits, tokens, task),), (logits,))
-
-        return Run(loss)
+        calls = {
+            "linear": linear, "logits": logits, "logps": logps, "tokens": token, "advantages": advantages, "gae": gae,
+        }  # fmt: skip
+        return Run(calls[task.path])
 
 
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "linear": loss_from_hidden, "logits": loss_from_logits, "logps": token_logps, "tokens": token_loss,
+    "advantages": group_advantages, "gae": whitened_gae,
+}  # fmt: skip
+ENTROPY_FUNCTIONS = {**FUNCTIONS, "logps": token_logps_and_entropy}
+
+
+@dataclass(frozen=True)
 class Compiled(Eager):
+    """`dynamic`: as torch.compile's; False is the fastest where lengths do not change."""
+
+    dynamic: bool | None = False
+
     name = "compile"
     title = "torch.compile of the eager function"
+    paths = frozenset(PATHS) - {"gae"}  # a loop of thousands of steps would compile for minutes
     compiles = True
 
-    def compiled(self, function):  # type: ignore[no-untyped-def]
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         torch.compiler.reset()  # the graphs of earlier cases go, or dynamo would stop at its limit of recompilations
-        return torch.compile(function, dynamic=False)
+        return torch.compile(function, dynamic=self.dynamic)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..batch import Batch
-from .base import Provider, Result, Run, Task, leaf, produced
+from ..bench import produced
+from .base import Provider, Result, Run, Task, leaf
 from .plain import WRITTEN, token_loss
 
 IGNORED = -100
@@ -40,8 +41,9 @@ class Quack(Provider):
                 return Result((token_loss(logps.view_as(tokens.mask), None, tokens, task),), inputs)
 
             return Run(linear)
-        assert batch.logits is not None, "the batch was made for another path"
-        source = batch.logits.clone()
+        original = batch.logits
+        assert original is not None, "the batch was made for another path"
+        source = original.clone()
 
         def forward() -> Result:
             logits = produced(source)
@@ -52,4 +54,4 @@ class Quack(Provider):
                 return Result((logps,), (logits,))
             return Result((token_loss(logps, None, tokens, task),), (logits,))
 
-        return Run(forward, lambda: source.copy_(batch.logits))
+        return Run(forward, lambda: source.copy_(original))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, MAX_LENGTH, PATHS, Provi
 class TRL(Provider):
     name = "trl"
     title = "TRL: selective_log_softmax or ChunkedLogProbFunction, and GRPOTrainer._compute_loss"
-    paths = frozenset(PATHS)
+    paths = frozenset(PATHS) - {"advantages", "gae"}  # inside its trainer
     module = distribution = "trl"
     rounded_logps = True  # on a CPU, from bf16 logits
 
@@ -41,11 +41,12 @@ class TRL(Provider):
             width = min(utils._CHUNKED_LOGPROB_CHUNK_SIZE, weight.shape[0])
             wanted = ("entropy",) if want_entropy else ()
             found = ChunkedLogProbFunction.apply(rows, weight, None, labels, 1.0, width, None, 1.0, wanted)
+            found = found[:2]
             if compact:
-                whole = [None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found[:2]]
+                logps, entropy = (x if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
             else:
-                whole = [None if x is None else x.view(mask.shape).masked_fill(~mask, 0) for x in found[:2]]
-            return whole[0], whole[1]
+                logps, entropy = (x if x is None else x.view(mask.shape).masked_fill(~mask, 0) for x in found)
+            return logps, entropy
 
         loss = _trainer_loss(task, batch)
 
@@ -98,6 +99,6 @@ def _trainer_loss(task: Task, batch: Batch) -> Any:
         outputs = logps, unused_entropy if entropy is None else entropy, None
         trainer._metrics = defaultdict(lambda: defaultdict(list))
         trainer._get_per_token_logps_and_entropies = lambda *_, **__: outputs
-        return GRPOTrainer._compute_loss(trainer, None, inputs)
+        return GRPOTrainer._compute_loss(cast(Any, trainer), None, inputs)
 
     return run
