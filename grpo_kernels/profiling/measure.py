@@ -19,6 +19,8 @@ from .profile import MemoryProfile, profile_memory
 from .shape import LossShape
 
 PATHS = ("linear", "logits")
+GIB = 1 << 30
+_COPIES = 3  # of the inputs: made in float32, and copied by who writes in place
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ def make_batch(shape: LossShape, path: str) -> Batch:
         batch = linear_batch(grid, shape.vocab, shape.hidden, shape.dtype, device=device)
     else:
         batch = logits_batch(grid, shape.vocab, shape.dtype, device=device)
-    return batch if shape.fill == 1 else Batch(batch.tokens.filled(shape.fill), batch.logits, batch.hidden, batch.weight)
+    return (
+        batch if shape.fill == 1 else Batch(batch.tokens.filled(shape.fill), batch.logits, batch.hidden, batch.weight)
+    )
 
 
 def profile_step(provider: Provider, task: Task, batch: Batch, shape: LossShape) -> MemoryProfile:
@@ -77,32 +81,54 @@ def profile_step(provider: Provider, task: Task, batch: Batch, shape: LossShape)
     return profile
 
 
+def available_bytes(device: str) -> int:
+    """Memory that is free now."""
+    if device == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
 def outcomes(
-    providers: Iterable[Provider], task: Task, shape: LossShape, batch: Batch | None, on_start: Callable[[str], None]
+    providers: Iterable[Provider], task: Task, shape: LossShape, available: int, on_start: Callable[[str], None]
 ) -> list[Outcome]:
-    """Of those that compute the task. `batch`: None measures nothing; `on_start` is told each name before its turn."""
+    """Of those that compute the task, measured where the step is predicted to fit into `available` bytes (0: nowhere).
+
+    `on_start` is told each name before its turn.
+    """
+    chosen = [provider for provider in providers if not provider.unsupported(task)]
+    inputs = bytes_of_inputs(shape, task.path)
+    batch = make_batch(shape, task.path) if _COPIES * inputs < available else None
     found = []
-    for provider in providers:
-        if provider.unsupported(task):
-            continue
+    for provider in chosen:
         on_start(provider.name)
-        found.append(_outcome(provider, task, shape, batch))
+        has_formula = formula_of(provider.name, task.path) is not None
+        prediction = predict(provider.name, shape, task.path) if has_formula else None
+        reason, profile = provider.missing(shape.device), None
+        needed = _COPIES * inputs + (0 if prediction is None else prediction.peak)
+        if reason is None and (batch is None or needed > available):
+            reason = f"needs {needed / GIB:.1f} GiB with its inputs" if available else "not asked for"
+        if reason is None:
+            assert batch is not None
+            profile, reason = _profile_or_reason(provider, task, batch, shape)
+        found.append(Outcome(provider.name, task.path, provider.title, profile, prediction, reason))
     return found
 
 
-def _outcome(provider: Provider, task: Task, shape: LossShape, batch: Batch | None) -> Outcome:
-    has_formula = formula_of(provider.name, task.path) is not None
-    prediction = predict(provider.name, shape, task.path) if has_formula else None
-    profile, reason = None, provider.missing(shape.device)
-    if reason is None and batch is None:
-        reason = "not measured"
-    if reason is None:
-        assert batch is not None
-        try:
-            with native_stderr_silenced(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                profile = profile_step(provider, task, batch, shape)
-        except Exception as error:  # a peer's failure is a result, shown as such
-            lines = str(error).strip().splitlines()
-            reason = f"fails: {type(error).__name__}: {lines[0][:120] if lines else ''}"
-    return Outcome(provider.name, task.path, provider.title, profile, prediction, reason)
+def bytes_of_inputs(shape: LossShape, path: str) -> int:
+    """What is there before the step: hidden states and lm_head, or logits."""
+    return shape.head + shape.hidden_states if path == "linear" else shape.logits
+
+
+def _profile_or_reason(
+    provider: Provider, task: Task, batch: Batch, shape: LossShape
+) -> tuple[MemoryProfile | None, str | None]:
+    try:
+        with native_stderr_silenced(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return profile_step(provider, task, batch, shape), None
+    except Exception as error:  # a peer's failure is a result, shown as such
+        lines = str(error).strip().splitlines()
+        return None, f"fails: {type(error).__name__}: {lines[0][:120] if lines else ''}"
