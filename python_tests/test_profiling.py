@@ -63,7 +63,7 @@ def test_nothing_allocated_is_a_profile_too(tmp_path):
     with profile_memory() as profile:
         pass
     assert (profile.peak, profile.left, profile.at_peak, profile.timeline) == (0, 0, [], [])
-    assert "0.0 MiB" in profile.table()
+    assert "0.0 KiB" in profile.table()
 
 
 def test_memory_inside_a_custom_operator_is_seen():
@@ -90,7 +90,7 @@ def test_what_holds_the_peak_is_named_and_adds_up():
 def test_without_sizes_the_operator_and_the_shape_are_the_name():
     with profile_memory() as profile:
         eager_step()
-    assert f"log_softmax, fp32 [{N}, {V}]".replace("log_softmax", "log-softmax") in dict(profile.at_peak)
+    assert f"log-softmax, fp32 [{N}, {V}]" in dict(profile.at_peak)
 
 
 def test_record_function_blocks_are_phases():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+_COMPILERS = "## Call "  # graphs of torch.compile are spans, but nobody's phases
 BACKWARD = "autograd::engine::evaluate_function: "
 _ROUNDING = 512  # of CUDA's caching allocator: a block may be larger than its tensor by less than this
 
@@ -160,7 +161,7 @@ def _recording_of(roots: list[Any]) -> Recording:
             device = device_name(fields.device)
             events.append(MemoryEvent(begin, fields.ptr, fields.alloc_size, device, operators, node, call))
         elif kind == "_ExtraFields_TorchOp":
-            if fields.scope.name == "USER_SCOPE":
+            if fields.scope.name == "USER_SCOPE" and not event.name.startswith(_COMPILERS):
                 spans.append(Span(event.name, begin, seconds(event.end_time_ns)))
             elif event.name.startswith(BACKWARD):
                 operators, node, call = (), event.name.removeprefix(BACKWARD), 0

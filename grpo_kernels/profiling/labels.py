@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 
 import torch
@@ -67,8 +66,9 @@ def label(block: Block, sizes: Mapping[str, int] | None = None) -> str:
     operator = operator_of(block)
     words = _WORDS.get(operator, operator.removeprefix("aten::"))
     if block.node:
-        node = block.node.removeprefix("torch::autograd::").removesuffix("Backward0")
-        words = f"gradient through {node}" + (f", {words}" if words and not operator.endswith("backward_data") else "")
+        node = block.node.removeprefix("torch::autograd::").removesuffix("Backward0").removesuffix("Backward")
+        own = not operator or operator.endswith(("backward_data", "Backward"))
+        words = f"gradient through {node}" if own else f"gradient through {node}, {words}"
     return f"{words or 'outside operators'}{_shape(block)}"
 
 
@@ -84,29 +84,41 @@ def _shape(block: Block) -> str:
 def _role(block: Block, sizes: Mapping[str, int]) -> str | None:
     """By what multiplies to the block's size: rows x V is of the logits, V x H of the lm_head, rows x H hidden."""
     rows, vocab, hidden = sizes["N"], sizes["V"], sizes.get("H", 0)
-    for itemsize in _itemsizes(block):
+    if block.dtype is not None and block.shape is not None:
+        of_shape = _role_of_shape(block, short_dtype(block.dtype), block.shape, rows, vocab, hidden)
+        if of_shape:
+            return of_shape
+    for itemsize, dtype in _dtypes(block):
         elements = block.nbytes // itemsize
-        dtype = "fp32" if itemsize == 4 else "fp64" if itemsize == 8 else "bf16" if block.dtype is None else None
-        name = dtype or short_dtype(block.dtype)  # type: ignore[arg-type]
-        if hidden and elements == vocab * hidden and not _is_rows(block, vocab):
-            return f"{_head_role(block)}, {name} [V, H]"
-        if elements % vocab == 0 and 1 < elements // vocab <= rows:
-            part = "[N, V]" if elements == rows * vocab else f"chunk [{elements // vocab}, V]"
-            return f"{_logits_role(block)}, {name} {part}"
+        if elements == rows * vocab:
+            return f"{_logits_role(block)}, {dtype} [N, V]"
+        if hidden and elements == vocab * hidden:
+            return f"{_head_role(block)}, {dtype} [V, H]"
+        if elements % vocab == 0 and 1 < elements // vocab < rows:
+            return f"{_logits_role(block)}, {dtype} chunk [{elements // vocab}, V]"
         if hidden and elements == rows * hidden:
-            return f"{'gradient of hidden' if _backward(block) else 'hidden'}, {name} [N, H]"
+            return f"{'gradient of hidden' if _backward(block) else 'hidden'}, {dtype} [N, H]"
+        if elements == rows > 1:
+            return f"per token, {dtype} [N]"
     return None
 
 
-def _itemsizes(block: Block) -> list[int]:
+def _role_of_shape(block: Block, dtype: str, shape: tuple[int, ...], rows: int, vocab: int, hidden: int) -> str | None:
+    """A part of a matrix that is cut along the vocabulary."""
+    if len(shape) != 2 or not hidden:
+        return None
+    if shape[0] <= rows and hidden < shape[1] < vocab:
+        return f"tile of logits, {dtype}"
+    if shape[1] == hidden and rows < shape[0] < vocab:
+        return f"part of lm_head, {dtype}"
+    return None
+
+
+def _dtypes(block: Block) -> list[tuple[int, str]]:
+    """(bytes, name): what it is, or may be."""
     if block.dtype is not None:
-        return [block.dtype.itemsize]
-    return [size for size in (4, 2) if block.nbytes % size == 0]
-
-
-def _is_rows(block: Block, vocab: int) -> bool:
-    """Of shape [.., V]: where H happens to be the number of rows."""
-    return block.shape is not None and block.shape[-1] == vocab and math.prod(block.shape[:-1]) != vocab
+        return [(block.dtype.itemsize, short_dtype(block.dtype))]
+    return [(size, name) for size, name in ((4, "fp32"), (2, "bf16")) if block.nbytes % size == 0]
 
 
 def _backward(block: Block) -> bool:
@@ -115,7 +127,8 @@ def _backward(block: Block) -> bool:
 
 
 def _head_role(block: Block) -> str:
-    return "gradient of lm_head" if _backward(block) else "copy of lm_head"
+    sum_of_chunks = operator_of(block) == "aten::zeros_like"
+    return "gradient of lm_head" if _backward(block) or sum_of_chunks else "copy of lm_head"
 
 
 def _logits_role(block: Block) -> str:
@@ -124,8 +137,12 @@ def _logits_role(block: Block) -> str:
     if ours is not None:
         return "logits, then their gradient" if "linear" in ours else "gradient of logits"
     if block.node is not None:
+        if block.node.startswith("CompiledFunction"):
+            return "gradient in a compiled graph"
         node = block.node.removesuffix("Backward0")
         return _GRADIENTS_OF.get(node, f"gradient through {node}")
+    if operator == "CompiledFunction":
+        return "logits in a compiled graph"
     if operator in _MATMULS:
         return "logits"
     if operator in _COPIES:

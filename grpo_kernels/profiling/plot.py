@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 OTHERS = "others"
 _SHARE = 0.04  # of the peak: what is smaller is drawn as one
 _LAYERS = 7
+_LONGEST = 52  # characters of a legend's line
 _NAMED_PHASE = 0.08  # of the width: a narrower one has no room for its name
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
@@ -69,7 +70,7 @@ def save_panels(panels: Mapping[str, Panel], path: str | Path, title: str | None
     figure = _new_figure(figsize=size, dpi=110, layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     highest = max((max(panel.totals, default=0) for panel in panels.values()), default=0)
-    scale, unit = next(((size, name) for size, name in _UNITS if highest >= size), (1, "bytes"))
+    scale, unit = next(((size, name) for size, name in _UNITS if highest >= 4 * size), (1, "bytes"))
     colours: dict[str, Any] = {}
     cells = list(grid.flat)
     for cell, (name, panel) in zip(cells, panels.items(), strict=False):
@@ -91,19 +92,18 @@ def _draw(axes: Any, name: str, panel: Panel, scale: int, unit: str, colours: di
     layers = {key: [value / scale for value in values] for key, values in panel.layers.items() if any(values)}
     for key in layers:
         colours.setdefault(key, "0.75" if key == OTHERS else palette(len(colours) % palette.N))
-    axes.stackplot(
-        panel.times, *layers.values(), labels=list(layers), colors=[colours[key] for key in layers], step="post",
-        linewidth=0,
-    )  # fmt: skip
+    names, shades = [_shortened(key) for key in layers], [colours[key] for key in layers]
+    axes.stackplot(panel.times, *layers.values(), labels=names, colors=shades, step="post", linewidth=0)
     totals = panel.totals
     if totals:
         step = totals.index(max(totals))
         at, height = panel.times[step], totals[step] / scale
         axes.plot([at], [height], "v", color="black", markersize=5)
         late = at > (panel.times[0] + panel.times[-1]) / 2
+        text = f"peak {height:,.{0 if height >= 100 else 1}f} {unit}"
         axes.annotate(
-            f"peak {height:,.3g} {unit}", (at, height), (-6 if late else 6, 5), textcoords="offset points", fontsize=9,
-            ha="right" if late else "left", fontweight="bold",
+            text, (at, height), (-6 if late else 6, 5), textcoords="offset points", fontsize=9, fontweight="bold",
+            ha="right" if late else "left",
         )  # fmt: skip
     width = panel.times[-1] - panel.times[0] if panel.times else 0.0
     for phase, begin, end in panel.phases:
@@ -115,6 +115,10 @@ def _draw(axes: Any, name: str, panel: Panel, scale: int, unit: str, colours: di
     axes.set_xlabel(panel.xlabel, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=1, frameon=False)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def _new_figure(**options: Any) -> Any:

@@ -141,7 +141,7 @@ class MemoryProfile:
 
     def table(self, rows: int = 8) -> str:
         """The peak by what held it, as text."""
-        return peak_table(self.at_peak, self.peak, f"{self.device}: peak {mib(self.peak)} above the start", rows)
+        return peak_table(self.at_peak, self.peak, f"{self.device}: peak {readable(self.peak)} above the start", rows)
 
     __str__ = table
 
@@ -166,8 +166,11 @@ class MemoryProfile:
         }
 
 
-def mib(nbytes: float) -> str:
-    return f"{nbytes / MIB:,.1f} MiB"
+def readable(nbytes: float) -> str:
+    """Bytes for a reader: KiB, MiB or GiB."""
+    if nbytes < MIB:
+        return f"{nbytes / 1024:,.1f} KiB"
+    return f"{nbytes / MIB:,.1f} MiB" if nbytes < 10 * 1024 * MIB else f"{nbytes / MIB / 1024:,.1f} GiB"
 
 
 def peak_table(at_peak: list[Holding], peak: int, title: str, rows: int = 8) -> str:
@@ -175,7 +178,7 @@ def peak_table(at_peak: list[Holding], peak: int, title: str, rows: int = 8) -> 
     if rest:
         shown = [*shown, Holding(f"{len(rest)} others", sum(h.nbytes for h in rest))]
     width = max((len(h.label) for h in shown), default=0)
-    lines = [f"{h.label.ljust(width)}  {mib(h.nbytes):>14}  {h.nbytes / max(peak, 1):4.0%}" for h in shown]
+    lines = [f"{h.label.ljust(width)}  {readable(h.nbytes):>14}  {h.nbytes / max(peak, 1):4.0%}" for h in shown]
     return "\n".join([title, *(f"  {line}" for line in lines)])
 
 

@@ -11,7 +11,7 @@ from ..testing.providers import PATHS
 from .labels import short_dtype
 from .measure import GIB, Outcome, bytes_of_inputs
 from .predict import formula_of, largest_batch
-from .profile import Holding, MemoryProfile, mib
+from .profile import Holding, MemoryProfile, readable
 from .shape import LossShape
 from .training import TrainingMemory
 
@@ -22,7 +22,7 @@ def step_table(found: Sequence[Outcome], shape: LossShape, path: str, fit: float
     """One row a provider, the least memory first; who could not be measured last, with the reason."""
     there = "the logits" if path == "logits" else "hidden states and lm_head"
     table = Table(
-        title=f"{PATHS[path]}: peak beside {there} ({mib(bytes_of_inputs(shape, path))})", title_justify="left"
+        title=f"{PATHS[path]}: peak beside {there} ({readable(bytes_of_inputs(shape, path))})", title_justify="left"
     )
     table.add_column("provider")
     for heading in ("measured", "predicted", "off by", "x logits", f"largest batch in {fit:g} GiB"):
@@ -35,8 +35,8 @@ def step_table(found: Sequence[Outcome], shape: LossShape, path: str, fit: float
 
 def _row(outcome: Outcome, shape: LossShape, path: str, fit: float) -> list[str]:
     profile, prediction = outcome.profile, outcome.prediction
-    measured = "" if profile is None else mib(profile.peak)
-    predicted = "" if prediction is None else mib(prediction.peak)
+    measured = "" if profile is None else readable(profile.peak)
+    predicted = "" if prediction is None else readable(prediction.peak)
     off = ""
     if profile is not None and prediction is not None:
         off = f"{100 * (prediction.peak / profile.peak - 1):+.1f} %"
@@ -80,9 +80,9 @@ def step_note(found: Sequence[Outcome], shape: LossShape, path: str) -> str:
     least = min(measured, key=lambda o: o.peak or 0)
     how = "measured" if least.profile is not None else "predicted"
     return (
-        f"Least memory, {how}: {least.provider} ({escape(least.title)}). Bytes of tensors alive at one moment, above what "
-        f"is there before the step, gradients included. The largest batch counts sequences of {shape.tokens:,} tokens, by "
-        f"the prediction, inputs included."
+        f"Least memory, {how}: {least.provider} ({escape(least.title)}). Bytes of tensors alive at one moment, above "
+        "what is there before the step, gradients included. The largest batch counts sequences of "
+        f"{shape.tokens:,} tokens, by the prediction, inputs included."
     )
 
 
@@ -90,7 +90,7 @@ def heading(model: str, shape: LossShape) -> str:
     return (
         f"{model}: {shape.sequences} sequences x {shape.tokens} tokens, vocabulary {shape.vocab:,}, hidden "
         f"{shape.hidden:,}, {short_dtype(shape.dtype)}, {shape.fill:.0%} of the tokens active. "
-        f"All logits: {mib(shape.logits)}, in float32 {mib(shape.logits32)}."
+        f"All logits: {readable(shape.logits)}, in float32 {readable(shape.logits32)}."
     )
 
 
@@ -113,22 +113,22 @@ def training_table(methods: Sequence[TrainingMemory], model: str, shape: LossSha
 def training_note(methods: Sequence[TrainingMemory]) -> str:
     grpo, ppo = methods
     return (
-        f"GRPO needs {1 - grpo.total / ppo.total:.0%} less than PPO. Unsharded; with full checkpointing (one hidden state a "
-        "layer and token); a frozen reference in both; the critic of the actor's size. Not counted: attention's scratch, "
-        "the sampler and its KV cache, a reward model, fragmentation."
+        f"GRPO needs {1 - grpo.total / ppo.total:.0%} less than PPO. Unsharded; with full checkpointing (one hidden "
+        "state a layer and token); a frozen reference in both; the critic of the actor's size. Not counted: scratch "
+        "of attention, the sampler and its KV cache, a reward model, fragmentation."
     )
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB / 100 else mib(nbytes)
+    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB / 100 else readable(nbytes)
 
 
 def profile_tables(profile: MemoryProfile) -> Table:
     """Of a profile from elsewhere: what held the peak."""
-    table = Table(title=f"{profile.device}: peak {mib(profile.peak)} above the start", title_justify="left")
+    table = Table(title=f"{profile.device}: peak {readable(profile.peak)} above the start", title_justify="left")
     table.add_column("allocated by")
     table.add_column("bytes", justify="right")
     table.add_column("share", justify="right")
     for h in profile.at_peak[:20]:
-        table.add_row(escape(h.label), mib(h.nbytes), f"{h.nbytes / max(profile.peak, 1):.0%}")
+        table.add_row(escape(h.label), readable(h.nbytes), f"{h.nbytes / max(profile.peak, 1):.0%}")
     return table
