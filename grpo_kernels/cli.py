@@ -1,4 +1,4 @@
-"""`grpo-kernels demo | doctor`."""
+"""`grpo-kernels demo | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ except ImportError as missing:
     # Only the console script and `python -m` import this module: one sentence serves them better than a traceback.
     raise SystemExit(f"grpo-kernels needs {missing.name}: run `pip install 'grpo-kernels[demo]'`.") from None
 
+from .bench.command import bench
 from .demo import run, tasks, train
 from .demo.errors import DemoError, require
 
@@ -27,6 +28,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.command()(bench)
 
 
 @app.command()
