@@ -25,9 +25,7 @@ LENGTHS = "lengths"
 
 
 def bench(
-    model: Annotated[
-        str, typer.Option(help=f"Whose vocabulary and hidden size: {', '.join(SHAPES)}.")
-    ] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help="Whose vocabulary and hidden size; --list names them.")] = "smollm2-135m",
     path: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(PATHS)}.")] = "logits,linear",
     sweep: Annotated[
         str, typer.Option(help=f"Vary one thing instead; comma-separated, of {', '.join(SWEEPS)}, {LENGTHS}.")
