@@ -1,4 +1,4 @@
-"""`grpo-kernels demo | memory | doctor`."""
+"""`grpo-kernels demo | bench | memory | doctor`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ except ImportError as missing:
     # Only the console script and `python -m` import this module: one sentence serves them better than a traceback.
     raise SystemExit(f"grpo-kernels needs {missing.name}: run `pip install 'grpo-kernels[demo]'`.") from None
 
+from .bench.command import bench
 from .demo import run, tasks, train
 from .demo.errors import DemoError, require
+from .doctor import doctor
+from .profiling.command import memory
 
 if TYPE_CHECKING:
     from .demo.policy import Policy
@@ -22,11 +25,16 @@ if TYPE_CHECKING:
 STEPS = f"{train.SMOLLM.steps}, synthetic {train.SYNTHETIC.steps}"
 
 app = typer.Typer(
-    help="Fused GRPO loss kernels: see them learn, see what a loss takes, and what runs on this machine.",
+    help="Fused GRPO loss kernels: see them learn, what a loss costs in time and in bytes, and what runs here.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.command()(bench)
+app.command()(memory)
+app.command()(doctor)
 
 
 @app.command()
@@ -79,66 +87,6 @@ def _language_model(console: Console) -> Policy:
     path = smollm.find_model()
     with console.status(f"loading {smollm.SmolPolicy.name}"):
         return smollm.SmolPolicy(path)
-
-
-@app.command()
-def memory(
-    model: Annotated[str, typer.Option(help="Whose vocabulary, hidden size and parameters.")] = "qwen2.5-0.5b",
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences of a micro-batch.")] = 2,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    fill: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the tokens that the mask keeps.")] = 1.0,
-    loss: Annotated[str, typer.Option(help="Of TRL's loss types.")] = "dapo",
-    kl: Annotated[float, typer.Option(min=0.0, help="KL coefficient.")] = 0.0,
-    provider: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    fit: Annotated[float, typer.Option(min=0.0, help="GiB that the largest batch has to fit into.")] = 24.0,
-    predict: Annotated[bool, typer.Option("--predict", help="Formulas only, measure nothing.")] = False,
-    precision: Annotated[str, typer.Option(help="bf16_adam, bf16_only or fp32_adam.")] = "bf16_adam",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    plot: Annotated[Path | None, typer.Option(help="Timelines as a picture.")] = None,
-    json: Annotated[Path | None, typer.Option(help="All figures.")] = None,
-    snapshot: Annotated[Path | None, typer.Option(help="Read a CUDA memory snapshot instead.", exists=True)] = None,
-) -> None:
-    """What a GRPO loss takes in bytes, by provider: the peak, what holds it, the largest batch, PPO beside GRPO."""
-    from .profiling import command
-    from .profiling.shape import LossShape
-    from .testing.batch import DTYPES
-    from .testing.providers import Task
-    from .testing.shapes import shape_named
-
-    console = Console()
-    try:
-        if snapshot is not None:
-            command.show_snapshot(snapshot, 0, plot, console)
-            return
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-        named = shape_named(model)
-        shape = LossShape(sequences, tokens, named.vocab, named.hidden, DTYPES[dtype], fill, device=device)
-        names = tuple(provider or ())
-        request = command.Request(named, shape, Task("linear", loss, kl), names, not predict, fit, precision)
-        command.save(request, command.run(request, console), json, plot)
-    except (ValueError, ImportError) as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
-
-
-@app.command()
-def doctor(
-    model: Annotated[str, typer.Option(help="For whose shape to say what would run.")] = "qwen2.5-0.5b",
-    rows: Annotated[int, typer.Option(min=1, help="Tokens of that batch.")] = 4096,
-) -> None:
-    """Versions, devices, backends, what would run, a self-test, and one line to paste into a bug report."""
-    from .doctor import print_diagnosis
-    from .testing.shapes import shape_named
-
-    try:
-        shape = shape_named(model)
-    except ValueError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
-    if not print_diagnosis(Console(), rows=rows, vocab=shape.vocab, hidden=shape.hidden):
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

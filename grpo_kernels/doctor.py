@@ -6,9 +6,10 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,6 +19,7 @@ import grpo_kernels as gk
 from . import environment
 from .backends import BackendUnavailable, resolve
 from .linear_loops import chunk_rows_for
+from .testing.shapes import shape_named
 
 TOLERANCE = 1e-4  # fp32 gradients of a few thousand terms; a wrong formula is off by far more
 
@@ -118,8 +120,22 @@ def _plans(device: str, rows: int, vocab: int, hidden: int, dtype: torch.dtype) 
 # ---- the command ----
 
 
+def doctor(
+    model: Annotated[str, typer.Option(help="For whose shape to say what would run.")] = "qwen2.5-0.5b",
+    rows: Annotated[int, typer.Option(min=1, help="Tokens of that batch.")] = 4096,
+) -> None:
+    """Versions, devices, backends, what would run, a self-test, and one line to paste into a bug report."""
+    try:
+        shape = shape_named(model)
+    except ValueError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
+    if not print_diagnosis(Console(), rows=rows, vocab=shape.vocab, hidden=shape.hidden):
+        raise typer.Exit(1)
+
+
 def print_diagnosis(
-    console: Console, *, rows: int = 4096, vocab: int = 151936, hidden: int = 896, dtype: torch.dtype = torch.bfloat16
+    console: Console, *, rows: int, vocab: int, hidden: int, dtype: torch.dtype = torch.bfloat16
 ) -> bool:
     """Tables, the self-tests and the line for a bug report; whether all self-tests passed."""
     tests = self_tests()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 
 from .. import environment
-from ..testing.providers import Provider, Task, provider_named, providers
-from ..testing.shapes import ModelShape
+from ..testing.batch import DTYPES
+from ..testing.providers import LOSSES, Provider, Task, provider_named, providers
+from ..testing.shapes import ModelShape, shape_named
 from .measure import PATHS, Outcome, available_bytes, outcomes
 from .plot import save_profiles
 from .profile import MemoryProfile
@@ -27,7 +28,7 @@ from .report import (
 )
 from .shape import LossShape
 from .snapshot import load_snapshot, snapshot_profile
-from .training import METHODS, TrainingMemory, training_memory
+from .training import METHODS, PRECISIONS, TrainingMemory, training_memory
 
 _MEASURABLE = 0.7  # of the free memory
 
@@ -40,21 +41,23 @@ class Request:
     shape: LossShape
     task: Task  # its path is not read
     names: tuple[str, ...]  # of providers; empty: all
+    compile: bool  # whoever compiles for seconds takes part
     measure: bool
     fit: float  # GiB
     precision: str
 
 
-def chosen_providers(names: Sequence[str], device: str) -> list[Provider]:
+def chosen_providers(request: Request) -> list[Provider]:
     """Raises ValueError for a name that is none."""
-    kind = torch.device(device).type
-    return [provider_named(name, kind) for name in names] if names else providers(kind)
+    kind = torch.device(request.shape.device).type
+    named = [provider_named(name, kind) for name in request.names] if request.names else providers(kind)
+    return [provider for provider in named if request.compile or not provider.compiles]
 
 
 def run(request: Request, console: Console) -> dict[str, list[Outcome]]:
     """Measures and predicts on both paths, and prints the tables."""
     shape, found = request.shape, {}
-    chosen = chosen_providers(request.names, shape.device)
+    chosen = chosen_providers(request)
     available = int(_MEASURABLE * available_bytes(shape.device)) if request.measure else 0
     console.print(heading(request.model.model, shape))
     for path in PATHS:
@@ -101,10 +104,54 @@ def save(request: Request, found: dict[str, list[Outcome]], json_path: Path | No
         save_profiles(measured, plot, heading(request.model.model, request.shape))
 
 
-def show_snapshot(path: Path, device: int, plot: Path | None, console: Console) -> MemoryProfile:
-    """A CUDA memory snapshot from elsewhere."""
-    profile = snapshot_profile(load_snapshot(path), device)
+def show_snapshot(path: Path, plot: Path | None, console: Console) -> MemoryProfile:
+    """A CUDA memory snapshot from elsewhere: of its first GPU with a history."""
+    content = load_snapshot(path)
+    recorded = (i for i, trace in enumerate(content["device_traces"]) if trace)
+    profile = snapshot_profile(content, next(recorded, 0))
     console.print(profile_tables(profile))
     if plot is not None:
         profile.plot(plot, title=str(path.name))
     return profile
+
+
+def memory(
+    model: Annotated[str, typer.Option(help="Whose vocabulary, hidden size and parameters.")] = "qwen2.5-0.5b",
+    sequences: Annotated[int, typer.Option(min=1, help="In the micro-batch.")] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="Of each sequence.")] = 128,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    fill: Annotated[float, typer.Option(help="Share of the tokens that the mask keeps.")] = 1.0,
+    loss: Annotated[str, typer.Option(help=f"One of {', '.join(LOSSES)}.")] = "dapo",
+    kl: Annotated[float, typer.Option(min=0.0, help="Coefficient of the KL penalty.")] = 0.0,
+    chosen: Annotated[str, typer.Option("--providers", help="Comma-separated; all when left out.")] = "",
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out who compiles for seconds.")] = False,
+    predict: Annotated[bool, typer.Option("--predict", help="Formulas only, measure nothing.")] = False,
+    fit: Annotated[float, typer.Option(min=0.0, help="GiB for the largest batch to fit into.")] = 24.0,
+    precision: Annotated[str, typer.Option(help=f"Of the training state: {', '.join(PRECISIONS)}.")] = "bf16_adam",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Timelines as a picture.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="All figures.")] = None,
+    snapshot: Annotated[Path | None, typer.Option(exists=True, help="Read a CUDA memory snapshot instead.")] = None,
+) -> None:
+    """What a GRPO loss takes in bytes: the peak, what holds it, the largest batch that fits, PPO beside GRPO.
+
+    Measured where it fits, by formula where it does not; a peer's failure and a peer's win are shown as such.
+    """
+    console = Console()
+    try:
+        if snapshot is not None:
+            show_snapshot(snapshot, plot, console)
+            return
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        named = shape_named(model)
+        shape = LossShape(sequences, tokens, named.vocab, named.hidden, DTYPES[dtype], fill, device=device)
+        names = tuple(name.strip() for name in chosen.split(",") if name.strip())
+        task = Task("linear", loss, kl)
+        request = Request(named, shape, task, names, not no_compile, not predict, fit, precision)
+        save(request, run(request, console), json_path, plot)
+    except (ValueError, ImportError) as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None

@@ -25,7 +25,7 @@ _COPIES = 3  # of the inputs: made in float32, and copied by who writes in place
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one provider; `reason` says why there is no profile."""
+    """Of one provider; `reason` says why there is no profile, where one was wanted."""
 
     provider: str
     path: str
@@ -100,7 +100,7 @@ def outcomes(
     """
     chosen = [provider for provider in providers if not provider.unsupported(task)]
     inputs = bytes_of_inputs(shape, task.path)
-    batch = make_batch(shape, task.path) if _COPIES * inputs < available else None
+    batch = make_batch(shape, task.path) if chosen and _COPIES * inputs < available else None
     found = []
     for provider in chosen:
         on_start(provider.name)
@@ -108,10 +108,9 @@ def outcomes(
         prediction = predict(provider.name, shape, task.path) if has_formula else None
         reason, profile = provider.missing(shape.device), None
         needed = _COPIES * inputs + (0 if prediction is None else prediction.peak)
-        if reason is None and (batch is None or needed > available):
-            reason = f"needs {needed / GIB:.1f} GiB with its inputs" if available else "not asked for"
-        if reason is None:
-            assert batch is not None
+        if available and reason is None and (batch is None or needed > available):
+            reason = f"too large for here: {needed / GIB:.1f} GiB with its inputs"
+        if batch is not None and reason is None:
             profile, reason = _profile_or_reason(provider, task, batch, shape)
         found.append(Outcome(provider.name, task.path, provider.title, profile, prediction, reason))
     return found

@@ -23,6 +23,7 @@ from .verl import Verl, VerlOnGPU
 __all__ = [
     "LOSSES",
     "PATHS",
+    "Compiled",
     "Loss",
     "Ours",
     "Provider",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..batch import Batch
 from .base import Provider, Result, Run, Task, leaf
 from .plain import WRITTEN, token_loss
@@ -52,7 +50,6 @@ class CutCrossEntropy(Provider):
         options: dict[str, Any] = {"filter_eps": None} if self.exact else {}
         if batch.source.device.type == "cpu":
             options = {"impl": "torch_compile"}
-            torch.compiler.reset()
 
         def forward() -> Result:
             inputs = leaf(batch.hidden), leaf(batch.weight)

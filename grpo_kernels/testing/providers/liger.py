@@ -36,8 +36,6 @@ class Liger(Provider):
             epsilon_high=CISPO_CAP if loss.type == "cispo" else EPS_HIGH,
         )  # fmt: skip
         mask = tokens.mask.long()
-        if self.compiles:
-            torch.compiler.reset()
 
         def forward() -> Result:
             inputs = leaf(batch.hidden), leaf(batch.weight)

@@ -143,5 +143,4 @@ class Compiled(Eager):
     compiles = True
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.compiler.reset()  # the graphs of earlier cases go, or dynamo would stop at its limit of recompilations
         return torch.compile(function, dynamic=self.dynamic)

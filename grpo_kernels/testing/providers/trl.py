@@ -41,12 +41,11 @@ class TRL(Provider):
             width = min(utils._CHUNKED_LOGPROB_CHUNK_SIZE, weight.shape[0])
             wanted = ("entropy",) if want_entropy else ()
             found = ChunkedLogProbFunction.apply(rows, weight, None, labels, 1.0, width, None, 1.0, wanted)
-            found = found[:2]
-            if compact:
-                logps, entropy = (x if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
-            else:
-                logps, entropy = (x if x is None else x.view(mask.shape).masked_fill(~mask, 0) for x in found)
-            return logps, entropy
+
+            def whole(x: Tensor) -> Tensor:
+                return x.new_zeros(mask.shape).masked_scatter(mask, x) if compact else x.view(mask.shape) * mask
+
+            return whole(found[0]), None if found[1] is None else whole(found[1])
 
         loss = _trainer_loss(task, batch)
 

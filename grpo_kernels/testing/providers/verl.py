@@ -30,15 +30,18 @@ from .base import (
 class Verl(Provider):
     name = "verl"
     title = "verl: logprobs_from_logits (or its Triton kernels from hidden states) and its policy loss"
-    paths = frozenset(PATHS) - {"linear"}
+    paths = frozenset(PATHS)
     module = distribution = "verl"
     rounded_logps = True  # on a CPU, from bf16 logits
+    on_gpu = False
 
     def unsupported(self, task: Task) -> str | None:
         if task.entropy_coef:
             return "computes the entropy from the logits a second time; not timed"
         if task.path in ("logits", "linear", "tokens") and task.path in self.paths and LOSSES[task.loss].verl is None:
             return f"has no loss that equals {task.loss}"
+        if task.path == "linear" and not self.on_gpu:
+            return "its kernels from hidden states need a GPU"
         return super().unsupported(task)
 
     def build(self, task: Task, batch: Batch) -> Run:
@@ -74,7 +77,7 @@ class Verl(Provider):
 
 
 class VerlOnGPU(Verl):
-    paths = frozenset(PATHS)
+    on_gpu = True
 
 
 def _linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
