@@ -158,7 +158,9 @@ def ours_linear(s: LossShape) -> list[Moment]:
     if chunks == 1:
         return [Moment("the only chunk", {**chunk, "gradient of lm_head": s.head})]
     sums = {"gradient of lm_head, fp32": s.head32}
-    widened = (rows * (min(WIDENED_COLUMNS, s.vocab) + s.hidden) * 4) if s.half else 0
+    # columns of half precision, widened a block at a time: Python still names the one before
+    columns = min(2 * WIDENED_COLUMNS, s.vocab)
+    widened = rows * (columns + s.hidden) * 4 if s.half else 0
     return [
         Moment("a chunk", {**sums, **chunk, "columns widened to fp32": widened}),
         Moment("gradient rounded", {**sums, **chunk, "gradient of lm_head": s.head if s.half else 0}),

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..backends import NAMES
 from .formulas import FORMULAS
 from .profile import Holding
 from .shape import LossShape, Moment
@@ -51,9 +52,11 @@ def predict(provider: str, shape: LossShape, path: str = "linear") -> Prediction
 
 def formula_of(provider: str, path: str) -> Callable[[LossShape], list[Moment]] | None:
     """None where there is none. What a backend of ours is called does not matter: all allocate alike."""
-    parts = provider.split("-")
-    name = "-".join([parts[0], *parts[2:]]) if parts[0] == "ours" else provider
-    return FORMULAS.get((path, name))
+    first, _, rest = provider.partition("-")
+    backend, _, way = rest.partition("-")
+    if first == "ours" and backend in NAMES:
+        provider = f"ours-{way}" if way else "ours"
+    return FORMULAS.get((path, provider))
 
 
 # ---- the largest batch ----
