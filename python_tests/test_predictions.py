@@ -103,12 +103,17 @@ BATCH = LossShape(2, 50, 1000, 64)
 
 def test_ppo_adds_a_critic_and_nothing_else():
     grpo, ppo = (training_memory(SMALL, BATCH, method=method) for method in ("grpo", "ppo"))
-    added = ppo.holdings[len(grpo.holdings) :]
-    assert ppo.holdings[: len(grpo.holdings)] == grpo.holdings
-    assert all(h.label.startswith("critic") for h in added)
-    states = sum(h.nbytes for h in added if h.label.split(": ")[1] in ("weights", "gradients", "optimizer"))
-    assert states == 16 * (10**6 - 1000 * 64 + 64)
+    added = set(ppo.holdings) - set(grpo.holdings)
+    assert set(grpo.holdings) < set(ppo.holdings)
+    assert {h.label for h in added} == {"critic: weights", "critic: gradients", "critic: optimizer"}
+    assert ppo.total - grpo.total == 16 * (10**6 - 1000 * 64 + 64)
     assert critic_parameters(dataclasses.replace(SMALL, tied=True)) == 10**6 + 64
+
+
+def test_one_backward_for_both_holds_both_activations():
+    apart, together = (training_memory(SMALL, BATCH, method="ppo", together=given) for given in (False, True))
+    added = set(together.holdings) - set(apart.holdings)
+    assert {h.label for h in added} == {"critic: activations", "critic: values, GAE, value loss"}
 
 
 def test_the_reference_is_weights_only():
@@ -183,7 +188,8 @@ def test_the_command_measures_and_predicts(tmp_path):
     assert set(steps) >= {("linear", "eager"), ("linear", "ours-cpu"), ("logits", "ours-cpu")}
     eager = steps["logits", "eager"]
     assert within(eager["predicted_bytes"], eager["measured"]["peak_bytes"])
-    assert figures["training"]["ppo"]["total_bytes"] > figures["training"]["grpo"]["total_bytes"]
+    ours, with_eager, ppo = (state["total_bytes"] for state in figures["training"])
+    assert ours < with_eager < ppo
     for words in ("log-softmax, fp32 [N, V]", "Least memory, measured: ours-cpu", "GRPO needs", "in all"):
         assert words in result.output
     if importlib.util.find_spec("cut_cross_entropy") is None:

@@ -28,7 +28,7 @@ from .report import (
 )
 from .shape import LossShape
 from .snapshot import load_snapshot, snapshot_profile
-from .training import METHODS, PRECISIONS, TrainingMemory, training_memory
+from .training import PRECISIONS, TrainingMemory, training_memory
 
 _MEASURABLE = 0.7  # of the free memory
 
@@ -67,14 +67,19 @@ def run(request: Request, console: Console) -> dict[str, list[Outcome]]:
         if found[path]:
             console.print(step_table(found[path], shape, path, request.fit))
             console.print(step_note(found[path], shape, path), style="dim")
-    methods = compared_methods(request)
-    console.print(training_table(methods, request.model.model, shape, request.precision))
-    console.print(training_note(methods), style="dim")
+    states = compared_states(request)
+    console.print(training_table(states, request.model.model, shape, request.precision))
+    console.print(training_note(states[0], states[-1]), style="dim")
     return found
 
 
-def compared_methods(request: Request) -> list[TrainingMemory]:
-    return [training_memory(request.model, request.shape, method=m, precision=request.precision) for m in METHODS]
+def compared_states(request: Request) -> list[TrainingMemory]:
+    """GRPO with our loss, with eager PyTorch's, and PPO with ours."""
+    chosen = (("grpo", "ours"), ("grpo", "eager"), ("ppo", "ours"))
+    return [
+        training_memory(request.model, request.shape, method=method, provider=loss, precision=request.precision)
+        for method, loss in chosen
+    ]
 
 
 def figures(request: Request, found: dict[str, list[Outcome]]) -> dict[str, Any]:
@@ -86,10 +91,10 @@ def figures(request: Request, found: dict[str, list[Outcome]]) -> dict[str, Any]
         "versions": environment.versions((*environment.PACKAGES, *environment.PEERS)),
         "devices": environment.devices(),
         "steps": [outcome.to_dict() for path in found for outcome in found[path]],
-        "training": {
-            m.method: {"total_bytes": m.total, "holdings": [h._asdict() for h in m.holdings]}
-            for m in compared_methods(request)
-        },
+        "training": [
+            {**vars(state), "holdings": [h._asdict() for h in state.holdings], "total_bytes": state.total}
+            for state in compared_states(request)
+        ],
     }
 
 

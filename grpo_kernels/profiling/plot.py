@@ -64,9 +64,9 @@ def save_profiles(profiles: Mapping[str, MemoryProfile], path: str | Path, title
 
 
 def save_panels(panels: Mapping[str, Panel], path: str | Path, title: str | None = None) -> None:
-    columns = min(3, len(panels))
+    columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    size = (0.8 + 4.2 * columns, 0.4 + 4.4 * rows)
+    size = (0.8 + 3.6 * columns, 0.4 + 4.4 * rows)
     figure = _new_figure(figsize=size, dpi=110, layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     highest = max((max(panel.totals, default=0) for panel in panels.values()), default=0)

@@ -95,28 +95,26 @@ def heading(model: str, shape: LossShape) -> str:
     )
 
 
-def training_table(methods: Sequence[TrainingMemory], model: str, shape: LossShape, precision: str) -> Table:
-    """Methods side by side; the last one is the larger."""
+def training_table(states: Sequence[TrainingMemory], model: str, shape: LossShape, precision: str) -> Table:
+    """Methods and losses side by side; the last one names every row."""
     title = f"the whole training state of {model} ({precision}), micro-batch {shape.sequences} x {shape.tokens}"
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for method in methods:
-        table.add_column(method.method.upper(), justify="right")
-    labels = dict.fromkeys(h.label for method in methods for h in method.holdings)
-    by_label = [{h.label: h.nbytes for h in method.holdings} for method in methods]
-    for label in labels:
+    for state in states:
+        table.add_column(f"{state.method.upper()}, loss: {state.provider}", justify="right")
+    by_label = [{h.label: h.nbytes for h in state.holdings} for state in states]
+    for label in by_label[-1]:
         table.add_row(label, *(_gib(held[label]) if label in held else "" for held in by_label))
     table.add_section()
-    table.add_row("in all", *(_gib(method.total) for method in methods))
+    table.add_row("in all", *(_gib(state.total) for state in states))
     return table
 
 
-def training_note(methods: Sequence[TrainingMemory]) -> str:
-    grpo, ppo = methods
+def training_note(grpo: TrainingMemory, ppo: TrainingMemory) -> str:
     return (
-        f"GRPO needs {1 - grpo.total / ppo.total:.0%} less than PPO. Unsharded; with full checkpointing (one hidden "
-        "state a layer and token); a frozen reference in both; the critic of the actor's size. Not counted: scratch "
-        "of attention, the sampler and its KV cache, a reward model, fragmentation."
+        f"GRPO needs {1 - grpo.total / ppo.total:.0%} less than PPO. By formula, unsharded; with full checkpointing "
+        "(one hidden state a layer and token); a frozen reference in both; a critic of the actor's size, updated after it. Not "
+        "counted: scratch of attention, the sampler and its KV cache, a reward model, fragmentation."
     )
 
 

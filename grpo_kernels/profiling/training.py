@@ -49,6 +49,7 @@ class TrainingMemory:
     """Bytes by what they are for, of one method."""
 
     method: str
+    provider: str  # of the loss
     holdings: tuple[Holding, ...]
 
     @property
@@ -64,6 +65,7 @@ def training_memory(
     provider: str = "ours",
     reference: bool = True,
     precision: str = "bf16_adam",
+    together: bool = False,
 ) -> TrainingMemory:
     """What one GPU holds at the peak of a step, unsharded.
 
@@ -74,6 +76,7 @@ def training_memory(
         provider: whose loss from hidden states.
         reference: a frozen copy for the KL penalty.
         precision: of ``PRECISIONS``.
+        together: actor and critic in one backward, as TRL's PPO; else one after the other, as verl's: the larger counts.
 
     Raises:
         ValueError: for a name that is none of those.
@@ -84,20 +87,22 @@ def training_memory(
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
     each = PRECISIONS[precision]
     checkpoints = (model.layers + 1) * loss.hidden_states
-    holdings = [
-        *_states("actor", model.parameters, each),
+    states = _states("actor", model.parameters, each)
+    if reference:
+        states.append(Holding("reference: weights", model.parameters * each.weight))
+    actor_step = [
         Holding("actor: activations", checkpoints),
         Holding("actor: loss step", predict(provider, loss).peak),
     ]
-    if reference:
-        holdings.append(Holding("reference: weights", model.parameters * each.weight))
-    if method == "ppo":
-        holdings += [
-            *_states("critic", critic_parameters(model), each),
-            Holding("critic: activations", checkpoints),
-            Holding("critic: values, GAE, value loss", max(m.total for m in critic_moments(loss))),
-        ]
-    return TrainingMemory(method, tuple(holdings))
+    if method == "grpo":
+        return TrainingMemory(method, provider, (*states, *actor_step))
+    states += _states("critic", critic_parameters(model), each)
+    critic_step = [
+        Holding("critic: activations", checkpoints),
+        Holding("critic: values, GAE, value loss", max(m.total for m in critic_moments(loss))),
+    ]
+    larger = max(actor_step, critic_step, key=lambda step: sum(h.nbytes for h in step))
+    return TrainingMemory(method, provider, (*states, *(actor_step + critic_step if together else larger)))
 
 
 def critic_parameters(model: ModelShape) -> int:
