@@ -17,7 +17,7 @@ bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks -o addopts= --benchmark-only --full $(ARGS)
 
 memory: $(VENV)/.test
-	$(VENV)/bin/python -m benchmarks.memory $(ARGS)
+	$(VENV)/bin/grpo-kernels memory $(ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

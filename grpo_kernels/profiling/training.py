@@ -76,7 +76,7 @@ def training_memory(
         provider: whose loss from hidden states.
         reference: a frozen copy for the KL penalty.
         precision: of ``PRECISIONS``.
-        together: actor and critic in one backward, as TRL's PPO; else one after the other, as verl's: the larger counts.
+        together: actor and critic in one backward, as TRL's PPO; else in turn, as verl's, and the larger counts.
 
     Raises:
         ValueError: for a name that is none of those.
