@@ -113,9 +113,9 @@ def training_table(states: Sequence[TrainingMemory], model: str, shape: LossShap
 def training_note(grpo: TrainingMemory, ppo: TrainingMemory) -> str:
     less = f"GRPO needs {1 - grpo.total / ppo.total:.0%} less than PPO."
     return (
-        f"{less} By formula, unsharded; with full checkpointing (one hidden state a layer and token); a frozen reference "
-        "in both; a critic of the actor's size, updated after it. Not counted: scratch of attention, the sampler and its "
-        "KV cache, a reward model, fragmentation."
+        f"{less} By formula, unsharded; with full checkpointing (one hidden state a layer and token); a frozen "
+        "reference in both; a critic of the actor's size, updated after it. Not counted: scratch of attention, the "
+        "sampler and its KV cache, a reward model, fragmentation."
     )
 
 
