@@ -164,6 +164,32 @@ def test_standard_error_is_the_users(capfd):
     assert "mine" in capfd.readouterr().err
 
 
+# ---- a GPU's own counters, without a GPU ----
+
+
+@pytest.fixture
+def counters(monkeypatch) -> list[str]:
+    """torch.cuda of a machine where 100 bytes are allocated, at most 700, from a pool of 1024."""
+    calls: list[str] = []
+    values = {"memory_allocated": 100, "max_memory_allocated": 700, "max_memory_reserved": 1024, "current_device": 1}
+    for name in ("synchronize", "reset_peak_memory_stats", *values):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *device, name=name: calls.append(f"{name} {device}") or values.get(name)
+        )
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    return calls
+
+
+def test_cuda_counters_stand_beside_the_events(counters):
+    with profile_memory() as outer, profile_memory("cuda") as inner, profile_memory("cpu") as on_cpu:
+        torch.ones(NB)
+    assert (outer.device, inner.device, on_cpu.device) == ("cuda:1", "cuda:1", "cpu")
+    assert vars(outer.cuda) == {"allocated_before": 100, "max_allocated": 700, "max_reserved": 1024}
+    assert inner.cuda is None and on_cpu.cuda is None  # whose reset would have lost the outer one's peak
+    assert counters.count("reset_peak_memory_stats ('cuda:1',)") == 1
+    assert (outer.peak, on_cpu.peak) == (0, 4 << 20)
+
+
 # ---- what it leaves ----
 
 
@@ -270,3 +296,18 @@ def test_a_file_that_is_no_snapshot_is_refused_and_not_run(tmp_path, content, ca
     with pytest.raises(ValueError, match="not a CUDA memory snapshot"):
         load_snapshot(path)
     assert "ran" not in capsys.readouterr().out
+
+
+# ---- the document ----
+
+
+def test_the_example_of_the_document_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    page = Path(__file__).parent.parent / "docs" / "profiling.md"
+    example = page.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, str(page), "exec"), {})
+    shown = capsys.readouterr().out.splitlines()
+    documented = page.read_text().split("```\ncpu: peak")[1].splitlines()
+    assert shown[0] == f"cpu: peak{documented[0]}" and shown[1] == documented[1]
+    assert (tmp_path / "memory.png").is_file()
