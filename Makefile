@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 ARGS ?=
 
-.PHONY: demo test bench memory lint sanitize clean
+.PHONY: demo test bench memory lint sanitize triton-versions clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/grpo-kernels demo $(ARGS)
@@ -53,6 +53,10 @@ $(VENV)/.test: $(VENV)/.demo
 $(VENV)/.lint: $(VENV)/.package
 	$(PIP) --editable '.[lint]'
 	touch $@
+
+# The Triton kernels under the oldest version that is supported, and some after it.
+triton-versions: $(VENV)/.test
+	PYTHON=$(VENV)/bin/python sh python_tests/triton_versions.sh $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info grpo_kernels/*.so

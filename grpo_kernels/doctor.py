@@ -18,7 +18,8 @@ import grpo_kernels as gk
 
 from . import environment
 from .backends import BackendUnavailable, resolve
-from .linear_loops import chunk_rows_for
+from .profiling.formulas import chunks_of
+from .profiling.shape import LossShape
 from .testing.shapes import shape_named
 
 TOLERANCE = 1e-4  # fp32 gradients of a few thousand terms; a wrong formula is off by far more
@@ -107,10 +108,8 @@ def _plans(device: str, rows: int, vocab: int, hidden: int, dtype: torch.dtype) 
     except BackendUnavailable as error:
         yield Plan("every loss", device, "none", error.reason)
         return
-    weight = torch.empty(vocab, hidden, dtype=dtype, device="meta")
-    chunk = min(rows, chunk_rows_for(weight, None))
-    chunks = -(-rows // chunk)
-    linear = f"{chunks} chunk{'s' * (chunks > 1)} of {-(-rows // chunks)} rows at most"
+    chunks, largest = chunks_of(LossShape(1, rows, vocab, hidden, dtype, device=device))
+    linear = f"{chunks} chunk{'s' * (chunks > 1)} of {largest} rows at most"
     one, two = "loss and gradient in one launch", "log-probs, then the gradient: two launches"
     yield Plan("grpo_loss, token-level ratio", device, backend, f"row_policy: {one}")
     yield Plan("grpo_loss, sequence-level ratio", device, backend, f"row_forward, row_backward: {two}")

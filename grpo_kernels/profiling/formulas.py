@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..config import METRICS
-from ..linear_loops import CHUNK_BYTES, WIDENED_COLUMNS
+from ..linear_loops import CHUNK_BYTES, GPU_CHUNK_BYTES, WIDENED_COLUMNS
 from .shape import LossShape, Moment
 
 _TRL_TILE = (4096, 32768)  # tokens, columns: trl 1.16, kernels/chunked_logprob.py and trainer/utils.py
@@ -52,7 +52,7 @@ def row_by_row(s: LossShape) -> list[Moment]:
     if s.half:
         # log-softmax in half precision, kept of every sequence; a sequence's backward scatters into a matrix, on the
         # CPU through a float32 one; all sequences' gradients are stacked at the end.
-        scatter = 3 * one if s.device == "cpu" else 2 * one
+        scatter = 3 * one if s.on_cpu else 2 * one
         return [
             Moment("log-softmax of the last sequence", {"log-softmax": s.logits}),
             Moment("backward of gather", {"log-softmax": s.logits, "gradient of log-softmax": scatter}),
@@ -116,7 +116,7 @@ def trl_chunked(s: LossShape) -> list[Moment]:
     sums = {"gradient of lm_head, fp32": s.head32, "gradient of hidden, fp32": s.hidden32}
     tile = {"tile of logits": tokens * columns * s.dtype.itemsize}
     folded: dict[str, int] = {}
-    if s.device == "cpu":  # no Triton: the tile is folded by torch operators, seven float32 tiles and a bool one
+    if s.on_cpu:  # no Triton: the tile is folded by torch operators, seven float32 tiles and a bool one
         folded["temporaries of a tile, fp32"] = 7 * tile32 + tile32 // 4
     rounded = {"gradient of lm_head": s.head, "gradient of hidden": s.hidden_states} if s.half else {}
     return [
@@ -144,12 +144,18 @@ def liger_linear(s: LossShape) -> list[Moment]:
     ]
 
 
+def chunks_of(s: LossShape) -> tuple[int, int]:
+    """How many chunks our linear path makes of the active rows, and the rows of the largest."""
+    budget = CHUNK_BYTES if s.on_cpu else GPU_CHUNK_BYTES
+    limit = s.chunk_rows or max(1, budget // (s.vocab * s.dtype.itemsize))
+    chunks = -(-s.active_rows // limit)
+    return chunks, -(-s.active_rows // chunks)
+
+
 def ours_linear(s: LossShape) -> list[Moment]:
     # Active rows only. Several chunks sum lm_head's gradient in float32 and round it at the end, when the buffer of
     # the chunk is still there; a single chunk writes it at once.
-    limit = s.chunk_rows or max(1, CHUNK_BYTES // (s.vocab * s.dtype.itemsize))
-    chunks = -(-s.active_rows // limit)
-    rows = -(-s.active_rows // chunks)
+    chunks, rows = chunks_of(s)
     chunk = {
         "chunk of logits, then their gradient": rows * s.vocab * s.dtype.itemsize,
         "gradient of hidden": s.hidden_states,
@@ -158,9 +164,9 @@ def ours_linear(s: LossShape) -> list[Moment]:
     if chunks == 1:
         return [Moment("the only chunk", {**chunk, "gradient of lm_head": s.head})]
     sums = {"gradient of lm_head, fp32": s.head32}
-    # columns of half precision, widened a block at a time: Python still names the one before
+    # On a CPU, columns of half precision are widened a block at a time, and Python still names the one before.
     columns = min(2 * WIDENED_COLUMNS, s.vocab)
-    widened = rows * (columns + s.hidden) * 4 if s.half else 0
+    widened = rows * (columns + s.hidden) * 4 if s.half and s.on_cpu else 0
     return [
         Moment("a chunk", {**sums, **chunk, "columns widened to fp32": widened}),
         Moment("gradient rounded", {**sums, **chunk, "gradient of lm_head": s.head if s.half else 0}),

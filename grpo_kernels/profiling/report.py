@@ -15,7 +15,7 @@ from .profile import Holding, MemoryProfile, readable
 from .shape import LossShape
 from .training import TrainingMemory
 
-_UNMEASURED = {"cpu": "where the formulas are held to measurements", "cuda": "where no formula has met a GPU yet"}
+_HELD = {True: "where the formulas are held to measurements", False: "where no formula has met a GPU yet"}
 _SHARE = 0.1  # of the peak: who holds less is not named in a row
 
 
@@ -79,7 +79,7 @@ def step_note(found: Sequence[Outcome], shape: LossShape, path: str) -> str:
     if not measured:
         return "Nothing measured and nothing predicted."
     least = min(measured, key=lambda o: o.peak or 0)
-    how = "measured" if least.profile is not None else f"predicted for {shape.device}, {_UNMEASURED[shape.device]}"
+    how = "measured" if least.profile is not None else f"predicted for {shape.device}, {_HELD[shape.on_cpu]}"
     return (
         f"Least memory, {how}: {least.provider} ({escape(least.title)}). Bytes of tensors alive at one moment, above "
         "what is there before the step, gradients included. The largest batch counts sequences of "

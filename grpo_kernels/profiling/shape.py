@@ -36,7 +36,11 @@ class LossShape:
 
     @property
     def active_rows(self) -> int:
-        return round(self.fill * self.rows)
+        return max(1, round(self.fill * self.rows))
+
+    @property
+    def on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
 
     @property
     def half(self) -> bool:
