@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
-from ..testing.providers import LOSSES, PATHS, Provider, Task, provider_named, providers
+from ..testing.providers import LOSSES, PATHS, Ours, Provider, Task, provider_named, providers
 from ..testing.shapes import shape_named
 from . import plots, show
 from .case import MODES, Case
@@ -66,13 +66,18 @@ def bench(
             tokens, *own, dtype, fill, silent, peaked, mode, upstream,
         )  # fmt: skip
         options = Options(device=device, seconds=seconds, compile=not no_compile)
-        named = [provider_named(name, device) for name in _split(chosen)] or providers(device)
         paths, sweeps = _split(path), _split(sweep)
+        named = [provider_named(name, device) for name in _split(chosen)] or everybody(device, briefly=bool(sweeps))
         _check(paths, sweeps)
     except ValueError as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from None
     _run(case, paths, sweeps, named, options, out, console)
+
+
+def everybody(device: str, *, briefly: bool) -> list[Provider]:
+    """`briefly`: of ours only the way that is meant to be used."""
+    return [p for p in providers(device) if not (briefly and isinstance(p, Ours) and p.way)]
 
 
 def _split(text: str) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 
 from ..testing.providers import Compiled, Provider, both
 from .case import Case
-from .measure import Options
+from .measure import NOT_COMPILED, Options
 
 LENGTHS = (96, 101, 77, 128, 83, 119, 64, 110)  # no order, none twice
 
@@ -33,15 +33,14 @@ def measure_lengths(
         entry: dict[str, Any] = {"title": provider.title, "version": provider.version}
         record["providers"][provider.name] = entry
         reason = provider.missing(options.device) or provider.unsupported(case.task)
-        if reason is None and provider.compiles and not options.compile:
-            reason = "left out: compiling takes seconds"
-        if reason is not None:
-            entry["missing"] = reason
+        able = provider if options.compile else provider.uncompiled()
+        if reason is not None or able is None:
+            entry["missing"] = reason or NOT_COMPILED
             continue
-        if isinstance(provider, Compiled):
-            provider = Compiled(dynamic=None)  # what torch.compile does of itself: after two lengths a dynamic graph
+        if isinstance(able, Compiled):
+            able = Compiled(dynamic=None)  # what torch.compile does of itself: after two lengths a dynamic graph
         try:
-            entry["first"], entry["again"] = _calls(case, provider, lengths, options.device)
+            entry["first"], entry["again"] = _calls(case, able, lengths, options.device)
         except Exception as error:
             if options.strict:
                 raise

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..testing.batch import Batch
 from ..testing.bench import measure_interleaved
-from ..testing.clock import clock_for
+from ..testing.clock import Clock, clock_for
 from ..testing.memory import peak_memory
 from ..testing.providers import Provider, Run, both
 from .case import Case
@@ -23,6 +23,7 @@ CHUNK, COMPARED_CHUNKS = 1 << 17, 64  # elements compared at a time; chunks of a
 TOLERANCES = {"bf16": 5e-3, "fp16": 5e-3, "fp32": 1e-4}
 LINEAR_TOLERANCES = {"bf16": 2e-2, "fp16": 2e-2, "fp32": 1e-4}
 ROUNDED_LOGPS_TOLERANCE = 0.15  # a log-prob in bf16 is good to a few percent, and so is the ratio
+NOT_COMPILED = "left out: compiling takes seconds"
 UNTIMED_BYTES = 1 << 20  # inputs below this fit any cache: no flush
 
 
@@ -57,20 +58,30 @@ def measure(case: Case, chosen: Sequence[Provider], options: Options) -> dict[st
     runs = _checked(case, batch, chosen, options, record["providers"])
     if not options.timed or not runs:
         return record
-    calls, prepare = {unit: copy}, {}
+    calls, prepare = {}, {}
     for name, run in runs.items():
         calls[name], before = _step(run, case)
         if before is not None:
             prepare[name] = before
     clock = clock_for(device, flush=batch.source.nbytes > UNTIMED_BYTES or case.task.path == "linear")
+    memory = options.memory and case.mode != "backward"
+    return take_turns(record, calls, (unit, copy), options, clock=clock, prepare=prepare, memory=memory)
+
+
+def take_turns(
+    record: dict[str, Any], calls: dict[str, Callable[[], object]], unit: tuple[str, Callable[[], object]],
+    options: Options, *, clock: Clock, prepare: dict[str, Callable[[], object]] | None = None, memory: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Adds what the calls take to the record of their providers."""
+    prepare, calls = prepare or {}, {unit[0]: unit[1], **calls}
     first = measure_interleaved(calls, 1, prepare=prepare, clock=clock)
     rounds = {name: _rounds(seconds[0], options) for name, seconds in first.items()}
     seconds = measure_interleaved(calls, rounds, prepare=prepare, clock=clock, warm_up=False)
-    record["unit_seconds"] = summary(seconds.pop(unit))
+    record["unit_seconds"] = summary(seconds.pop(unit[0]))
     for name, values in seconds.items():
         record["providers"][name] |= summary(values)
-        if options.memory and case.mode != "backward":
-            record["providers"][name]["peak_bytes"] = peak_bytes(calls[name], prepare.get(name), device)
+        if memory:
+            record["providers"][name]["peak_bytes"] = peak_bytes(calls[name], prepare.get(name), options.device)
     return record
 
 
@@ -158,15 +169,17 @@ def _checked(
             continue
         entry = found[provider.name] = {"title": provider.title, "version": provider.version}
         reason = provider.missing(options.device) or provider.unsupported(case.task)
-        if reason is None and provider.compiles and not options.compile:
-            reason = "left out: compiling takes seconds"
+        able = provider if options.compile else provider.uncompiled()
+        if able is None:
+            reason = reason or NOT_COMPILED
         if reason is not None:
             entry["missing"] = reason
             continue
-        if provider.compiles:  # the graphs of earlier cases go, or dynamo would stop at its limit of recompilations
+        assert able is not None
+        if able.compiles:  # the graphs of earlier cases go, or dynamo would stop at its limit of recompilations
             torch.compiler.reset()
         try:
-            run = provider.build(case.task, batch)
+            run = able.build(case.task, batch)
             if run.restore is not None:
                 run.restore()
             values = both(run, case.upstream)

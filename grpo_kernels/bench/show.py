@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..testing.providers import providers
 from ..testing.shapes import SHAPES
-from .table import HEADINGS, case_rows, fastest, milliseconds, sweep_rows, untimed, verdict
+from .table import HEADINGS, case_rows, fastest, lengths_rows, sweep_rows, untimed, verdict
 
 WIDE = 100  # columns of a terminal
 READING = (
@@ -35,6 +35,10 @@ def show_case(record: dict[str, Any], console: Console) -> None:
             table.add_row(*map(escape, row[: len(headings)]), style=style)
         console.print(table)
         console.print(f"* {verdict(record)}", highlight=False)
+    _show_untimed(record, console)
+
+
+def _show_untimed(record: dict[str, Any], console: Console) -> None:
     reasons: dict[str, list[str]] = {}
     for name, reason in untimed(record).items():
         reasons.setdefault(reason, []).append(name)
@@ -48,30 +52,25 @@ def _table(title: str) -> Table:
 
 
 def show_sweep(name: str, axis: str, records: Sequence[dict[str, Any]], console: Console) -> None:
-    headings, rows = sweep_rows(records, axis)
-    table = _table(f"{name}: milliseconds and peak MiB")
+    for what, title in (("ms", "milliseconds"), ("MiB", "peak memory above the inputs, MiB")):
+        _show_rows(f"{name}: {title} (* the best)", *sweep_rows(records, axis, what), console)
+    for record in (records[0], records[-1]):
+        console.print(f"{axis} {record['x']}: {verdict(record)}", highlight=False)
+    _show_untimed(records[0], console)
+
+
+def show_lengths(record: dict[str, Any], console: Console) -> None:
+    title = f"{record['case']}: milliseconds of the first call at each new length (and of the same call again)"
+    _show_rows(title, *lengths_rows(record), console)
+    _show_untimed(record, console)
+
+
+def _show_rows(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    table = _table(title)
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*row)
-    console.print(table)
-    for record in (records[0], records[-1]):
-        console.print(f"{axis} {record['x']}: {verdict(record)}", highlight=False)
-    console.print()
-
-
-def show_lengths(record: dict[str, Any], console: Console) -> None:
-    table = _table(f"{record['case']}: ms of the first call at each new length (again)")
-    table.add_column("provider")
-    for length in record["lengths"]:
-        table.add_column(str(length), justify="right")
-    for name, entry in record["providers"].items():
-        if "first" not in entry:
-            reason = entry.get("missing") or entry.get("failed")
-            table.add_row(name, escape(f"{reason}"), style="dim")
-            continue
-        pairs = zip(entry["first"], entry["again"], strict=True)
-        table.add_row(name, *(f"{milliseconds(first)} ({milliseconds(again)})" for first, again in pairs))
     console.print(table)
 
 

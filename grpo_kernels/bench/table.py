@@ -85,7 +85,7 @@ def case_rows(record: dict[str, Any]) -> list[list[str]]:
 
 def untimed(record: dict[str, Any]) -> dict[str, str]:
     """Who was not timed, and why."""
-    others = {name: e for name, e in record["providers"].items() if name not in timed(record)}
+    others = {name: e for name, e in record["providers"].items() if "seconds" not in e and "first" not in e}
     return {name: e.get("missing") or e.get("failed") or "only checked" for name, e in others.items()}
 
 
@@ -129,16 +129,24 @@ def overview_table(records: Sequence[dict[str, Any]]) -> str:
     return markdown_table(OVERVIEW, rows)
 
 
-def sweep_rows(records: Sequence[dict[str, Any]], axis: str) -> tuple[list[str], list[list[str]]]:
-    """A row for each value of the axis, two columns for each provider: milliseconds and MiB."""
+def sweep_rows(records: Sequence[dict[str, Any]], axis: str, what: str) -> tuple[list[str], list[list[str]]]:
+    """A row for each value of the axis, a column for each provider; `what`: "ms" or "MiB". The best is marked."""
     names = list(dict.fromkeys(name for record in records for name in timed(record)))
-    headings = [axis, *[f"{name} {what}" for name in names for what in ("ms", "MiB")]]
+    key, text = ("seconds", milliseconds) if what == "ms" else ("peak_bytes", mib)
     rows = []
     for record in records:
-        entries, cells = timed(record), []
-        for name in names:
-            entry = entries.get(name)
-            cells.append(milliseconds(entry["seconds"]) if entry else "-")
-            cells.append(mib(entry["peak_bytes"]) if entry and "peak_bytes" in entry else "-")
+        found = {name: entry[key] for name, entry in timed(record).items() if key in entry}
+        best = min(found.values(), default=None)
+        cells = [text(found[n]) + (" *" if found[n] == best else "  ") if n in found else "-" for n in names]
         rows.append([str(record["x"]), *cells])
-    return headings, rows
+    return [axis, *names], rows
+
+
+def lengths_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A row for each new length: milliseconds of the first call, and of the same call again."""
+    entries = {name: e for name, e in record["providers"].items() if "first" in e}
+    rows = []
+    for i, length in enumerate(record["lengths"]):
+        pairs = [f"{milliseconds(e['first'][i])} ({milliseconds(e['again'][i])})" for e in entries.values()]
+        rows.append([str(length), *pairs])
+    return ["length", *entries], rows

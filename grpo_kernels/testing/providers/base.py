@@ -112,6 +112,10 @@ class Provider(ABC):
         """Why it cannot do this task; None where it can."""
         return None if task.path in self.paths else f"does not compute the {PATHS[task.path]}"
 
+    def uncompiled(self) -> Provider | None:
+        """Itself without torch.compile, for tests; None where there is nothing else."""
+        return None if self.compiles else self
+
     @property
     def version(self) -> str | None:
         try:

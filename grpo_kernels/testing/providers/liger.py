@@ -23,6 +23,11 @@ class Liger(Provider):
             return "its luspo takes the KL's mean over masked positions too"
         return super().unsupported(task)
 
+    def uncompiled(self) -> Liger:
+        other = type(self)()
+        other.compiles = False  # type: ignore[misc]
+        return other
+
     def build(self, task: Task, batch: Batch) -> Run:
         return self._chunked(task, batch) if task.path == "linear" else self._triton(task, batch)
 
