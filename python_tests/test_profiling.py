@@ -93,6 +93,15 @@ def test_without_sizes_the_operator_and_the_shape_are_the_name():
     assert f"log-softmax, fp32 [{N}, {V}]" in dict(profile.at_peak)
 
 
+def test_without_shapes_the_bytes_are_the_same():
+    peaks = []
+    for shapes in (True, False):
+        with profile_memory(shapes=shapes) as profile:
+            eager_step()
+        peaks.append(profile.peak)
+    assert peaks[0] == peaks[1] and all(block.shape is None for block in profile.blocks)
+
+
 def test_record_function_blocks_are_phases():
     with profile_memory() as profile:
         eager_step()

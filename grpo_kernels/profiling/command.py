@@ -15,7 +15,7 @@ from .. import environment
 from ..testing.batch import DTYPES
 from ..testing.providers import LOSSES, Provider, Task, provider_named, providers
 from ..testing.shapes import ModelShape, shape_named
-from .measure import PATHS, Outcome, available_bytes, outcomes
+from .measure import PATHS, Outcome, available_bytes, map_large_blocks, outcomes
 from .plot import save_profiles
 from .profile import MemoryProfile
 from .report import (
@@ -58,6 +58,7 @@ def run(request: Request, console: Console) -> dict[str, list[Outcome]]:
     """Measures and predicts on both paths, and prints the tables."""
     shape, found = request.shape, {}
     chosen = chosen_providers(request)
+    map_large_blocks()
     available = int(_MEASURABLE * available_bytes(shape.device)) if request.measure else 0
     console.print(heading(request.model.model, shape))
     for path in PATHS:

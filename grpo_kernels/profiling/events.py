@@ -122,7 +122,7 @@ def curve_of(blocks: Iterable[Block], steps: int) -> list[int]:
 class Recorder:
     """Between `start` and `stop`, everything that this thread allocates and releases, and its backwards."""
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: bool) -> None:
         from torch.profiler import ProfilerActivity, profile
 
         if torch.autograd._profiler_enabled():
@@ -130,7 +130,7 @@ class Recorder:
                 "a torch.profiler is active on this thread already, and torch has one at a time: "
                 "leave its context before profile_memory() or peak_memory()"
             )
-        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True)
+        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=shapes)
 
     def start(self) -> None:
         with native_stderr_silenced():

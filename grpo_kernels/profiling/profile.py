@@ -198,7 +198,7 @@ _session: _Session | None = None
 
 @contextmanager
 def profile_memory(
-    device: torch.device | str | None = None, *, sizes: Mapping[str, int] | None = None
+    device: torch.device | str | None = None, *, sizes: Mapping[str, int] | None = None, shapes: bool = True
 ) -> Iterator[MemoryProfile]:
     """Record every allocation and release of tensors inside the block, exactly, on the CPU or a GPU.
 
@@ -221,12 +221,15 @@ def profile_memory(
         device: whose memory; None: the current GPU if CUDA is in use, else the CPU.
         sizes: names of dimensions, ``{"N": rows, "V": vocabulary, "H": hidden}``; with them, labels name logits,
             lm_head and hidden states. Without, the operator and the shape.
+        shapes: False does not record shapes. They cost a few bytes a tensor that stay until the end, between which the C
+            library may not reuse memory: on a CPU, after many thousand tensors, the process can grow by more than the
+            profile shows (which counts tensors, and is right). The outermost block decides.
 
     Raises:
         RuntimeError: if a torch.profiler is active on this thread.
     """
     profile = MemoryProfile(_device(device), sizes)
-    with _cuda_counted(profile), _nested(profile) if _session is not None else _outermost(profile):
+    with _cuda_counted(profile), _nested(profile) if _session is not None else _outermost(profile, shapes):
         yield profile
 
 
@@ -240,9 +243,9 @@ def _device(device: torch.device | str | None) -> str:
 
 
 @contextmanager
-def _outermost(profile: MemoryProfile) -> Iterator[None]:
+def _outermost(profile: MemoryProfile, shapes: bool) -> Iterator[None]:
     global _session
-    session = _Session(Recorder(), [])
+    session = _Session(Recorder(shapes), [])
     session.recorder.start()
     _session = session
     try:

@@ -63,7 +63,7 @@ def peak_memory(
 
 
 def _tensor_peak(run: Callable[[], object]) -> tuple[int, int]:
-    with native_stderr_silenced(), profile_memory("cpu") as profile:
+    with native_stderr_silenced(), profile_memory("cpu", shapes=False) as profile:
         result = run()
     del result
     return profile.peak, profile.largest
