@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .events import Block, MemoryEvent, Recorder, Recording, Span, blocks_of, curve_of, device_name
+from .events import Block, Recorder, Recording, Span, blocks_of, curve_of, device_name
 from .labels import grouped, is_scratch, label
 
 MIB = 1 << 20
@@ -221,9 +221,9 @@ def profile_memory(
         device: whose memory; None: the current GPU if CUDA is in use, else the CPU.
         sizes: names of dimensions, ``{"N": rows, "V": vocabulary, "H": hidden}``; with them, labels name logits,
             lm_head and hidden states. Without, the operator and the shape.
-        shapes: False does not record shapes. They cost a few bytes a tensor that stay until the end, between which the C
-            library may not reuse memory: on a CPU, after many thousand tensors, the process can grow by more than the
-            profile shows (which counts tensors, and is right). The outermost block decides.
+        shapes: False does not record shapes. They cost a few bytes a tensor that stay until the end, between which
+            the C library may not reuse memory: on a CPU, after many thousand tensors, the process can grow by more
+            than the profile shows (which counts tensors, and is right). The outermost block decides.
 
     Raises:
         RuntimeError: if a torch.profiler is active on this thread.
@@ -294,10 +294,3 @@ def _cuda_counted(profile: MemoryProfile) -> Iterator[None]:
             torch.cuda.max_memory_reserved(profile.device),
         )
         profile.cuda = CudaCounters(before, highest, reserved)
-
-
-def profile_of_events(events: list[MemoryEvent], device: str, spans: list[Span] | None = None) -> MemoryProfile:
-    """A profile of events from elsewhere, such as a CUDA memory snapshot."""
-    profile = MemoryProfile(device)
-    profile.fill(Recording(list(events), spans or []))
-    return profile

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .events import MemoryEvent
-from .profile import MemoryProfile, profile_of_events
+from .events import MemoryEvent, Recording
+from .profile import MemoryProfile
 
 # Memory is the caller's from "alloc" until it asks for the release; "free_completed" may wait for another stream.
 _SIGN = {"alloc": 1, "free_requested": -1}
@@ -68,7 +68,9 @@ def snapshot_profile(snapshot: Mapping[str, Any], device: int = 0) -> MemoryProf
         )
         for entry in entries
     ]
-    return profile_of_events(events, name)
+    profile = MemoryProfile(name)
+    profile.fill(Recording(list(events), []))
+    return profile
 
 
 def _origin(frames: list[Mapping[str, Any]]) -> tuple[str, ...]:
