@@ -86,7 +86,7 @@ def profile_step(provider: Provider, task: Task, batch: Batch, shape: LossShape)
 
 def map_large_blocks() -> None:
     """For a process that is all ours, as it lasts. Records of shapes lie between the tensors, and glibc's heap cannot
-    reuse the gaps: a step of Liger's with 16 sequences, whose tensors are 1 GiB at their peak, grew the process to 18."""
+    reuse the gaps: a step of Liger's with 16 sequences, 1 GiB of tensors at its peak, grew the process to 18."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
