@@ -16,18 +16,21 @@ from typing import Any
 from grpo_kernels.bench.case import Case, of_model
 from grpo_kernels.bench.lengths import measure_lengths
 from grpo_kernels.bench.measure import Options, measure
-from grpo_kernels.bench.results import of_this_machine
+from grpo_kernels.bench.results import Results, now
 from grpo_kernels.bench.sweeps import SWEEPS
+from grpo_kernels.testing.bench import machine_info
 from grpo_kernels.testing.providers import Ours, Provider, Task, providers
 
 from .cases import DEVICE, ENTROPY, KL, advantages
 
 OUT = Path(__file__).parent / "results" / "cpu.json"
 LARGE, SMALL = "qwen2.5-0.5b", "smollm2-135m"
-ALL = [p for p in providers(DEVICE)]
+ALL = providers(DEVICE)
 BRIEF = [p for p in ALL if not (isinstance(p, Ours) and p.way)]
 QUICK = [p for p in BRIEF if not p.compiles]
 SECONDS = 0.5  # for each provider's rounds of a case
+COMMAND = "python -m benchmarks.figures"
+MOST_ROWS = 512  # of a sweep
 LINEAR_FEW = ("ours-cpu", "eager", "compile", "trl")  # Liger takes seconds a call
 
 
@@ -63,7 +66,10 @@ def measured(options: Options) -> Iterator[dict[str, Any]]:
     for case, chosen in cases():
         yield measure(case, chosen, options)
     for name, case, chosen in sweeps():
-        for x, point in SWEEPS[name][1](case):
+        points = [
+            (x, point) for x, point in SWEEPS[name][1](case) if point.task.path != "linear" or point.rows <= MOST_ROWS
+        ]
+        for x, point in points:
             yield {**measure(point, chosen, options), "sweep": name, "axis": SWEEPS[name][0], "x": x}
     yield measure_lengths(of_model(SMALL, Task("logits"), 1, 1), BRIEF, options)
 
@@ -73,11 +79,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each provider's rounds of a case")
     given = parser.parse_args()
-    begin, records = time.monotonic(), []
+    begin, machine = time.monotonic(), machine_info()  # the commit is that of the code that runs
+    records: list[dict[str, Any]] = []
     for record in measured(Options(device=DEVICE, seconds=given.seconds)):
         records.append(record)
         print(f"{time.monotonic() - begin:6.0f} s  {record['case']}", flush=True)
-        of_this_machine(records, "python -m benchmarks.figures").save(given.out)  # what was measured is not lost
+        Results(machine, records, now(), COMMAND).save(given.out)  # at once: what was measured is not lost
 
 
 if __name__ == "__main__":

@@ -101,15 +101,6 @@ def test_the_report_repeats_that_table(measured: tuple[str, Path]) -> None:
     assert "became worse" in python("-m", "benchmarks.report", "--compare", str(file), str(file))
 
 
-@with_benchmarks
-def test_the_memory_table_shows_in_place_below_eager() -> None:
-    output = python("-m", "benchmarks.memory", "--rows", "16", "--vocab", "4099", "--hidden", "16", "--no-compile")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
-    share = {name: float(times) for name, _, times, *_ in rows[2:]}
-    eager = share["loss from logits: eager"]
-    assert share["loss from logits: ours-cpu"] < 0.5 < share["loss from logits: ours-cpu-out-of-place"] < 1.5 < eager
-
-
 # ---- providers and cases ----
 
 
@@ -175,7 +166,7 @@ def test_who_computes_something_else_is_not_timed() -> None:
     assert reasons["broken"] == "MemoryError: out of memory"
     with pytest.raises(MemoryError):
         measure(small(), [OURS, Broken()], QUICK)
-    with pytest.raises(Differs, match="output 1 is 1.0e-02 from ours"):
+    with pytest.raises(Differs, match=r"output 1 is 1\.0e-02 from ours"):
         distance([torch.ones(3), torch.full((3,), 1.01)], [torch.ones(3), torch.ones(3)], 1e-3)
 
 
@@ -371,7 +362,9 @@ def test_comparison_counts_noise_units_memory_and_devices() -> None:
     larger["providers"]["ours-cpu"]["peak_bytes"] *= 2
     assert comparing.compare(results_of(before), results_of(larger))[0].verdict == "MORE MEMORY"
     other = results_of(after, gpu="H100")
-    with pytest.raises(ValueError, match="different devices, .* A CPU, 2 threads, avx2 | H100"):
+    with pytest.raises(
+        ValueError, match=r"different devices, which says nothing of the code: A CPU, 2 threads, avx2 \| H100"
+    ):
         comparing.compare(results_of(before), other)
     assert comparing.compare(results_of(before), other, force=True)[0].regression
     with pytest.raises(ValueError, match="no case in common"):

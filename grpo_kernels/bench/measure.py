@@ -74,7 +74,7 @@ def take_turns(
 ) -> dict[str, Any]:  # fmt: skip
     """Adds what the calls take to the record of their providers."""
     prepare, calls = prepare or {}, {unit[0]: unit[1], **calls}
-    first = measure_interleaved(calls, 1, prepare=prepare, clock=clock)
+    first = measure_interleaved(calls, 1, prepare=prepare, clock=clock, warm_up=False)  # they have run, to be checked
     rounds = {name: _rounds(seconds[0], options) for name, seconds in first.items()}
     seconds = measure_interleaved(calls, rounds, prepare=prepare, clock=clock, warm_up=False)
     record["unit_seconds"] = summary(seconds.pop(unit[0]))
