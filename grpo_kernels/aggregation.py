@@ -26,33 +26,32 @@ def aggregation_weights(
     """
     if aggregation not in ("token_mean", "token_sum") and not layout.knows_sequences:
         raise ValueError(f"aggregation={aggregation!r} over flat tokens needs cu_seqlens")
-    lengths = layout.sequence_sums(active.to(torch.int64)) if layout.knows_sequences else None
-    if denominator is None:
-        denominator = _own_denominator(layout, active, lengths, aggregation, config)
-    weight = torch.as_tensor(scale, dtype=dtype, device=active.device) / denominator
-    if lengths is not None and (aggregation == "sequence_mean" or sequence_weights is not None):
-        share = (
-            1 / lengths.clamp(min=1).to(dtype) if aggregation == "sequence_mean" else lengths.new_ones((), dtype=dtype)
-        )
-        if sequence_weights is not None:
-            share = share * _checked(sequence_weights, layout).to(dtype)
-        return layout.of_sequences(weight * share)
-    if sequence_weights is not None:
+    if sequence_weights is not None and not layout.knows_sequences:
         raise ValueError("sequence_weights over flat tokens need cu_seqlens")
-    return weight.to(dtype).expand(layout.grid)
+    if denominator is None:
+        denominator = _own_denominator(layout, active, aggregation, config)
+    weight = torch.as_tensor(scale, dtype=dtype, device=active.device) / denominator
+    if aggregation != "sequence_mean" and sequence_weights is None:
+        return weight.to(dtype).expand(layout.grid)
+    if aggregation == "sequence_mean":
+        weight = weight / _lengths(layout, active).clamp(min=1).to(dtype)
+    if sequence_weights is not None:
+        weight = weight * _checked(sequence_weights, layout).to(dtype)
+    return layout.of_sequences(weight)
 
 
-def _own_denominator(
-    layout: Layout, active: Tensor, lengths: Tensor | None, aggregation: str, config: LossConfig
-) -> Tensor | int:
+def _lengths(layout: Layout, active: Tensor) -> Tensor:
+    return layout.sequence_sums(active.to(torch.int64))
+
+
+def _own_denominator(layout: Layout, active: Tensor, aggregation: str, config: LossConfig) -> Tensor | int:
     if aggregation == "token_sum":
         return 1
     if aggregation == "token_mean":
         return active.sum().clamp(min=1)
-    assert lengths is not None
     sequences: Tensor | int = max(layout.sequences, 1)
     if not config.count_empty_sequences:
-        sequences = (lengths > 0).sum().clamp(min=1)
+        sequences = (_lengths(layout, active) > 0).sum().clamp(min=1)
     if aggregation != "fixed_length":
         return sequences
     if config.max_length is None:

@@ -71,6 +71,7 @@ class LinearSinglePass(torch.autograd.Function):
         )
         loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], cu_seqlens, *inputs, backend)
         ctx.save_for_backward(*gradients)
+        ctx.inplace, ctx.lent, ctx.backend = False, False, backend
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
         return loss, logps, entropy, per_token, metrics
 
@@ -78,9 +79,7 @@ class LinearSinglePass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:
         needs = ctx.needs_input_grad[:3]
-        gradients = [
-            scaled(x, g, inplace=False) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
-        ]
+        gradients = [scaled(ctx, x, g) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)]
         return *gradients, *[None] * (4 + N_ROWS + N_INPUTS)
 
 
@@ -145,7 +144,7 @@ def linear_token_logps(
         weight: ``[V, H]`` of the lm_head, same dtype (under autocast both are cast).
         targets: ``[...]`` integer token ids.
         bias: ``[V]`` or None.
-        chunk_rows: rows of logits held at a time; None: as many as fit 128 MiB.
+        chunk_rows: rows of logits held at a time; None: as many as fit 128 MiB (1 GiB on a GPU).
         mask, temperature, logit_scale, softcap, ignore_index, validate, return_entropy, return_sum_p2, backend: as in
             ``token_logps``.
 

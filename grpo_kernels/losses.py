@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .advantages.group import EPS, group_advantages
-from .backends import GROUPS_IN_LAUNCH, LARGEST_GROUP_IN_LAUNCH, resolve
+from .backends import GROUPS_IN_LAUNCH, LARGEST_GROUP_IN_LAUNCH, implementation, resolve
 from .config import BY_COVARIANCE, LossConfig
 from .grouping import check_ddof_eps, real_rewards
 from .layout import Layout, layout_of, real_dtype, rows_of, within_sequences
@@ -34,7 +34,7 @@ class SinglePass(torch.autograd.Function):
             gradient, logps, entropy = ops.row_policy(logits, *rows, *inputs, validate, backend)
         loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], cu_seqlens, *inputs, backend)
         ctx.save_for_backward(gradient)
-        ctx.inplace, ctx.consumed = inplace, False
+        ctx.inplace, ctx.consumed, ctx.lent, ctx.backend = inplace, False, False, backend
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
         return loss, logps, entropy, per_token, metrics
 
@@ -45,14 +45,21 @@ class SinglePass(torch.autograd.Function):
             raise RuntimeError(CONSUMED)
         (gradient,) = ctx.saved_tensors
         ctx.consumed = ctx.inplace
-        return scaled(gradient, g, ctx.inplace), *[None] * (4 + N_ROWS + N_INPUTS)
+        return scaled(ctx, gradient, g), *[None] * (4 + N_ROWS + N_INPUTS)
 
 
-def scaled(gradient: Tensor, g: Tensor, inplace: bool) -> Tensor:
-    """g * gradient; on the CPU, where reading g is free, a g of 1 costs nothing."""
-    if g.device.type == "cpu" and not torch.compiler.is_compiling() and g == 1:
+def scaled(ctx: Any, gradient: Tensor, g: Tensor) -> Tensor:
+    """g * gradient, in its own memory where nothing else reads it, then or later; a g of 1 costs nothing."""
+    if torch.compiler.is_compiling():
+        return gradient.mul_(g) if ctx.inplace else gradient * g  # a 0-d g keeps its precision and the gradient's dtype
+    another_may_come = torch._C._autograd._get_current_graph_task_keep_graph() and not ctx.inplace
+    if g.device.type == "cpu" and g == 1:
+        ctx.lent = ctx.lent or another_may_come
         return gradient
-    return gradient.mul_(g) if inplace else gradient * g  # a 0-d g keeps its precision and the gradient's dtype
+    if another_may_come or ctx.lent:
+        return gradient * g
+    implementation(ctx.backend).scale(gradient, g)
+    return gradient
 
 
 def grpo_loss(
@@ -106,7 +113,7 @@ def grpo_loss(
             afterwards reads the gradient; autograd raises where a node had saved them, and on a second backward.
             Without grad nothing is written.
         single_pass: write the gradient in the forward. A gradient of the loss other than 1 then costs one sweep more
-            in the backward; prefer ``scale`` to dividing the loss.
+            in the backward (and with retain_graph memory); prefer ``scale`` to dividing the loss.
         backend: ``"auto"`` or a name from ``available_backends()``.
 
     Returns:

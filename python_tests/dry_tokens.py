@@ -10,7 +10,9 @@ import grpo_kernels as gk
 from grpo_kernels.backends import triton as backend
 from grpo_kernels.backends.triton import launch
 from grpo_kernels.backends.triton.advantages import batch_kernel, group_kernel
+from grpo_kernels.backends.triton.diversity import greedy, greedy_kernel
 from grpo_kernels.backends.triton.returns import gae_kernel, value_kernel
+from grpo_kernels.backends.triton.scale import scale_kernel
 from grpo_kernels.backends.triton.token import token_kernel
 from grpo_kernels.grouping import BASELINES, SCALES, AdvantageForm, Samples
 from grpo_kernels.layout import layout_of
@@ -19,7 +21,7 @@ from grpo_kernels.testing.dry_driver import assembly, dry_run, resources
 
 ARCH = int(sys.argv[2]) if sys.argv[1] == "cuda" else sys.argv[2]
 DRY = dry_run(sys.argv[1], ARCH)
-KERNELS = (token_kernel, group_kernel, batch_kernel, gae_kernel, value_kernel)
+KERNELS = (token_kernel, group_kernel, batch_kernel, gae_kernel, value_kernel, greedy_kernel, scale_kernel)
 
 
 def token_loss(config, batch, tokens, real=torch.float32, cu_seqlens=None, advantages=None):
@@ -49,6 +51,8 @@ def one_variant_for_all_shapes_and_numbers():
         active = torch.ones_like(grid, dtype=torch.bool)
         backend.gae(grid, grid, active, None, 0.9 + 0.005 * i, 0.95)
         backend.value_loss(grid, grid, grid, grid, active, 0.1 + 0.01 * i)
+        backend.scale(torch.zeros(1 + i, 3, 8 + 8 * i).bfloat16(), torch.ones(()))
+        greedy(torch.zeros(1 + i, 2 + i, 2 + i, dtype=torch.int64), torch.ones(1 + i, dtype=torch.int64), 0.05 * i)
     assert set(variants().values()) == {1}, variants()
 
 

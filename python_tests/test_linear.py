@@ -8,6 +8,7 @@ from conftest import dtype_name
 from forms import FORMS
 
 import grpo_kernels as gk
+from grpo_kernels import linear_loops
 from grpo_kernels.testing.compare import assert_as_accurate, relative_l2
 from grpo_kernels.testing.inputs import make_batch
 
@@ -183,3 +184,30 @@ def test_many_rows_accumulate_in_float32():
 
     exact = loss(torch.float64, 4096)
     assert relative_l2(loss(torch.bfloat16, 16), exact) <= 1.5 * relative_l2(loss(torch.bfloat16, 4096), exact) + 2**-9
+
+
+def test_products_added_by_the_matmul_itself(monkeypatch):
+    """As on a GPU whose torch knows out_dtype: a stand-in for it adds what the widened columns add here."""
+    addmm, calls = torch.addmm, []
+
+    def stand_in(total, a, b, out_dtype=None, out=None):
+        if out_dtype is None:
+            return addmm(total, a, b, out=out)
+        calls.append(a.dtype)
+        return out.copy_(total + a.to(out_dtype) @ b.to(out_dtype))
+
+    b = make_batch().to(torch.bfloat16)
+    values = [x.bfloat16().requires_grad_() for x in (torch.randn(5, 7, 8), torch.randn(133, 8), torch.randn(133))]
+
+    def gradients():
+        h, w, c = values
+        loss = gk.linear_grpo_loss(h, w, b.targets, b.advantages.float(), b.mask, bias=c, chunk_rows=4).loss
+        return torch.autograd.grad(loss, values)
+
+    assert not linear_loops.adds_in_float32(torch.device("cpu"), torch.bfloat16)
+    widened = gradients()
+    monkeypatch.setattr(torch, "addmm", stand_in)
+    monkeypatch.setattr(linear_loops, "adds_in_float32", lambda *_: True)
+    for mine, theirs in zip(gradients(), widened, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert len(calls) > 1 and set(calls) == {torch.bfloat16}

@@ -10,6 +10,7 @@ from forms import FORMS, OBJECTIVES, with_everything
 
 import grpo_kernels as gk
 from grpo_kernels.config import AGGREGATIONS, KL_ESTIMATORS, KL_GRADIENTS, METRICS, RATIO_LEVELS
+from grpo_kernels.layout import real_dtype
 from grpo_kernels.testing.compare import assert_as_accurate, relative_l2
 from grpo_kernels.testing.inputs import make_batch
 
@@ -92,17 +93,52 @@ def test_single_pass_is_two_passes_bitwise(instruction_set, dtype, inplace):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("g", [0.5, 0.0, 3.0])
+@pytest.mark.parametrize("g", [0.5, 0.0, 3.0, 1.0])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_upstream_gradient_is_scale(inplace, g):
-    b, config = make_batch(), gk.LossConfig(**FULL)
-    x = b.logits.clone().requires_grad_()
-    args = (b.targets, b.advantages, b.mask)
-    (a,) = torch.autograd.grad(gk.grpo_loss(x * 1, *args, config=config, inplace=inplace, **b.keywords()).loss * g, x)
-    (c,) = torch.autograd.grad(
-        gk.grpo_loss(x * 1, *args, config=config, inplace=inplace, scale=g, **b.keywords()).loss, x
-    )
+def test_upstream_gradient_is_scale(backend, inplace, g):
+    b = make_batch(tokens=4)
+    x = torch.nn.functional.pad(b.logits, (0, 0, 0, 1)).requires_grad_()  # [B, T + 1, V], of which T are read
+    options = {"config": gk.LossConfig(**FULL), "inplace": inplace, "backend": backend, **b.keywords()}
+
+    def loss(scale):
+        return gk.grpo_loss(x * 1, b.targets, b.advantages, b.mask, scale=scale, **options).loss
+
+    (a,) = torch.autograd.grad(loss(1.0) * g, x)
+    (c,) = torch.autograd.grad(loss(g), x)
     torch.testing.assert_close(a, c, rtol=1e-12, atol=0)
+    assert not a[:, -1].any()
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_several_backwards_of_one_loss(backend, linear):
+    """While the graph is kept, no product may take the place of what the next one reads."""
+    b = make_batch(sequences=3, tokens=4, vocab=50)
+    values = [b.logits.clone().requires_grad_()]
+    if linear:
+        values = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4, 8), (50, 8), (50,))]
+        out = gk.linear_grpo_loss(*values[:2], b.targets, b.advantages, b.mask, bias=values[2], backend=backend)
+    else:
+        out = gk.grpo_loss(values[0] * 1, b.targets, b.advantages, b.mask, backend=backend)
+    grads = []
+    for g, keep in ((0.0, True), (3.0, True), (1.0, True), (0.5, False)):
+        grads.append(torch.autograd.grad(out.loss, values, torch.tensor(g, dtype=torch.float64), retain_graph=keep))
+    for zero, three, one, half in zip(*grads, strict=True):
+        assert one.any() and not zero.any() and torch.equal(half, one / 2)
+        torch.testing.assert_close(three, one * 3, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_scale_over_several_blocks(backend, dtype):
+    from grpo_kernels.backends import implementation
+
+    factor = torch.tensor(1 / 3, dtype=real_dtype(dtype))
+    whole = torch.randn(3, 3, 9001).to(dtype)
+    rest = whole[:, 2].clone()
+    for view in (whole[:, :2], whole[0, :2].clone(), whole[1, 1].clone()):
+        expected = view * factor
+        implementation(backend).scale(view, factor)
+        assert torch.equal(view, expected)
+    assert torch.equal(whole[:, 2], rest)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -78,6 +78,21 @@ def test_ragged_groups_with_everything(baseline, scale):
         torch.testing.assert_close(mine, exact, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("ids", [None, torch.arange(60) % 7 * -3], ids=["size", "ids"])
+def test_diversity_in_many_products_and_blocks(monkeypatch, ids):
+    """Groups in several parts, columns in several products, a group over several blocks of the kernel."""
+    from grpo_kernels.backends.triton import diversity
+
+    monkeypatch.setattr(diversity, "COLUMNS", 8)
+    monkeypatch.setattr(diversity, "BLOCK", 4)
+    monkeypatch.setattr(diversity, "ELEMENTS", 300)
+    tokens = torch.randint(0, 4, (60, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(16) < torch.arange(60)[:, None] % 17
+    options = {"threshold": 0.5, "ngram": 2, **({"group_size": 12} if ids is None else {"group_ids": ids})}
+    mine, theirs = (gk.group_diversity(tokens, mask, backend=b, **options) for b in ("triton", "cpu"))
+    assert all(map(torch.equal, mine, theirs)) and 0 < mine.keep.sum() < 60
+
+
 @pytest.mark.parametrize("target", TARGETS, ids="-".join)
 def test_compiled(target):
     """dry_tokens.py: one variant for all shapes and numbers, every form, no spills, no doubles."""

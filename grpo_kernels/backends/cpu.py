@@ -108,6 +108,11 @@ def row_policy(rows: Rows, inputs: PolicyInputs, gradient: Tensor) -> RowStats:
     return stats
 
 
+def scale(matrix: Tensor, factor: Tensor) -> None:
+    if factor != 1:
+        matrix.mul_(factor)  # of a 0-d factor, which keeps its precision and the matrix's dtype
+
+
 def token_policy(
     logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, inputs: PolicyInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The Triton kernels: tensors become arguments here, and a launch is chosen; nothing is computed.
 
-Whitening is plain torch, whose own reductions are a sweep each. Near-duplicates have no kernel here.
+Whitening is plain torch, whose own reductions are a sweep each.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from ...reference.advantages import masked_moments as masked_moments
 from ...reference.advantages import whiten as whiten
 from . import tuning
 from .advantages import group_advantages as group_advantages
+from .diversity import group_diversity as group_diversity
 from .launch import INTERPRETED, REALS, aligned, bits, on_device_of
 from .policy_inputs import form_args, policy_args, view_args
 from .returns import gae as gae
 from .returns import value_loss as value_loss
 from .row import gradient_kernel, policy_kernel, stats_kernel
+from .scale import scale as scale
 from .token import token_policy as token_policy
 
 
@@ -39,12 +41,6 @@ def runs_on(device: torch.device) -> bool:
 
 def new_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(shape, dtype=dtype or like.dtype)
-
-
-def group_diversity(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError(
-        "group_diversity has no Triton kernel: move the token ids to the CPU, or pass backend='reference'"
-    )
 
 
 def row_forward(rows: Rows, sum_p2: bool) -> tuple[RowStats, Tensor]:
