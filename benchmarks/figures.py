@@ -47,7 +47,7 @@ def cases() -> Iterator[tuple[Case, Sequence[Provider]]]:
     small = of_model(SMALL, Task("logits"), 4, 64)
     tasks = [Task("logits", kl_coef=KL), Task("logits", entropy_coef=ENTROPY), Task("logits", "gspo")]
     changes: list[dict[str, Any]] = [
-        {"dtype": "fp32"}, {"fill": 0.3}, {"silent": 0.4}, {"peaked": True}, {"upstream": 0.5}, {"mode": "backward"},
+        {"dtype": "fp32"}, {"fill": 0.3}, {"silent": 0.4}, {"peaked": True}, {"upstream": 0.5},
         *({"task": task} for task in tasks),
     ]  # fmt: skip
     for change in changes:
