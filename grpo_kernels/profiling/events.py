@@ -161,8 +161,9 @@ def _recording_of(roots: list[Any]) -> Recording:
             device = device_name(fields.device)
             events.append(MemoryEvent(begin, fields.ptr, fields.alloc_size, device, operators, node, call))
         elif kind == "_ExtraFields_TorchOp":
-            if fields.scope.name == "USER_SCOPE" and not event.name.startswith(_COMPILERS):
-                spans.append(Span(event.name, begin, seconds(event.end_time_ns)))
+            if fields.scope.name == "USER_SCOPE":
+                if not event.name.startswith(_COMPILERS):
+                    spans.append(Span(event.name, begin, seconds(event.end_time_ns)))
             elif event.name.startswith(BACKWARD):
                 operators, node, call = (), event.name.removeprefix(BACKWARD), 0
             else:

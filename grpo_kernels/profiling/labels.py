@@ -127,7 +127,7 @@ def _backward(block: Block) -> bool:
 
 
 def _head_role(block: Block) -> str:
-    sum_of_chunks = operator_of(block) == "aten::zeros_like"
+    sum_of_chunks = "aten::zeros_like" in block.operators
     return "gradient of lm_head" if _backward(block) or sum_of_chunks else "copy of lm_head"
 
 

@@ -36,8 +36,8 @@ class Panel:
         return [sum(values) for values in zip(*self.layers.values(), strict=True)]
 
 
-def panel_of(profile: MemoryProfile) -> Panel:
-    """Of a measured profile, in milliseconds."""
+def panel_of(profile: MemoryProfile, *, relative: bool = False) -> Panel:
+    """Of a measured profile, in milliseconds, or in per cent of its time: beside others whose speeds are no topic."""
     changes: dict[str, list[int]] = {}
     for block in profile.blocks:
         change = changes.setdefault(label(block, profile.sizes), [0] * len(profile.times))
@@ -45,9 +45,11 @@ def panel_of(profile: MemoryProfile) -> Panel:
         if block.died is not None:
             change[block.died] -= block.nbytes
     layers = {name: list(itertools.accumulate(change)) for name, change in changes.items()}
-    times = [1e3 * seconds for seconds in profile.times]
-    phases = [(p.name, 1e3 * p.begin, 1e3 * p.end) for p in profile.phases]
-    return Panel(times, worth_drawing(layers, profile.peak), phases, "ms")
+    last = max((profile.times or [0.0])[-1], 1e-9)
+    unit, scale = ("% of the step's time", 100 / last) if relative else ("ms", 1e3)
+    times = [scale * seconds for seconds in profile.times]
+    phases = [(p.name, scale * p.begin, scale * min(p.end, last)) for p in profile.phases]
+    return Panel(times, worth_drawing(layers, profile.peak), phases, unit)
 
 
 def worth_drawing(layers: Mapping[str, Sequence[int]], peak: int) -> dict[str, list[int]]:
@@ -59,8 +61,9 @@ def worth_drawing(layers: Mapping[str, Sequence[int]], peak: int) -> dict[str, l
 
 
 def save_profiles(profiles: Mapping[str, MemoryProfile], path: str | Path, title: str | None = None) -> None:
-    """One panel a profile, by title, on one scale."""
-    save_panels({name: panel_of(profile) for name, profile in profiles.items()}, path, title)
+    """One panel a profile, by title, on one scale of bytes; several on a relative scale of time."""
+    relative = len(profiles) > 1
+    save_panels({name: panel_of(profile, relative=relative) for name, profile in profiles.items()}, path, title)
 
 
 def save_panels(panels: Mapping[str, Panel], path: str | Path, title: str | None = None) -> None:
