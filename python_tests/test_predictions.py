@@ -141,6 +141,8 @@ def test_impossible_shapes_are_refused(changes):
 def test_a_provider_without_a_formula_is_refused():
     with pytest.raises(ValueError, match="no formula for 'quack' from linear"):
         predict("quack", BATCH)
+    with pytest.raises(ValueError, match="no formula for 'trl' from logits"):  # a kernel of its own
+        predict("trl", dataclasses.replace(BATCH, device="cuda"), "logits")
 
 
 @pytest.mark.parametrize(("path", "name"), FORMULAS)

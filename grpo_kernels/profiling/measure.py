@@ -114,7 +114,7 @@ def outcomes(
     found = []
     for provider in chosen:
         on_start(provider.name)
-        has_formula = formula_of(provider.name, task.path) is not None
+        has_formula = formula_of(provider.name, task.path, shape) is not None
         prediction = predict(provider.name, shape, task.path) if has_formula else None
         reason, profile = provider.missing("cpu" if shape.on_cpu else "cuda"), None
         needed = _COPIES * inputs + (0 if prediction is None else prediction.peak)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..backends import NAMES
-from .formulas import FORMULAS
+from .formulas import CPU_ONLY, FORMULAS
 from .profile import Holding
 from .shape import LossShape, Moment
 
@@ -43,20 +43,21 @@ def predict(provider: str, shape: LossShape, path: str = "linear") -> Prediction
     Raises:
         ValueError: for a provider and path without a formula.
     """
-    formula = formula_of(provider, path)
+    formula = formula_of(provider, path, shape)
     if formula is None:
         known = ", ".join(f"{name} from {of}" for of, name in FORMULAS)
         raise ValueError(f"there is no formula for {provider!r} from {path}; there is one for {known}")
     return Prediction(provider, path, tuple(formula(shape)))
 
 
-def formula_of(provider: str, path: str) -> Callable[[LossShape], list[Moment]] | None:
+def formula_of(provider: str, path: str, shape: LossShape) -> Callable[[LossShape], list[Moment]] | None:
     """None where there is none. What a backend of ours is called does not matter: all allocate alike."""
     first, _, rest = provider.partition("-")
     backend, _, way = rest.partition("-")
     if first == "ours" and backend in NAMES:
         provider = f"ours-{way}" if way else "ours"
-    return FORMULAS.get((path, provider))
+    key = (path, provider)
+    return None if key in CPU_ONLY and not shape.on_cpu else FORMULAS.get(key)
 
 
 # ---- the largest batch ----

@@ -63,7 +63,7 @@ def _held(holdings: Sequence[Holding]) -> str:
 
 
 def _largest(provider: str, shape: LossShape, path: str, fit: float) -> str:
-    if formula_of(provider, path) is None:
+    if formula_of(provider, path, shape) is None:
         return ""
     budget = int(fit * GIB)
     if path == "linear":
