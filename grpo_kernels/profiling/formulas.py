@@ -50,8 +50,8 @@ def row_by_row(s: LossShape) -> list[Moment]:
     one = s.logits // s.sequences
     stacked = {"gradient of logits": s.logits, "gradient of logits, by sequence": s.logits}
     if s.half:
-        # log-softmax in half precision, kept of every sequence; a sequence's backward scatters into a float32 matrix and
-        # rounds it; all sequences' gradients are stacked at the end.
+        # log-softmax in half precision, kept of every sequence; a sequence's backward scatters into a float32 matrix
+        # and rounds it; all sequences' gradients are stacked at the end.
         return [
             Moment("log-softmax of the last sequence", {"log-softmax": s.logits}),
             Moment("backward of gather", {"log-softmax": s.logits, "gradient of log-softmax": 3 * one}),
