@@ -9,7 +9,7 @@ from typing import Any
 
 from ..testing.providers import PATHS
 from .results import Results
-from .table import MIB, milliseconds, timed, times
+from .table import MIB, mib, milliseconds, timed
 
 COLOURS = {
     "ours": "#c1272d", "eager": "#6b7280", "compile": "#1f6feb", "trl": "#e0a100", "liger": "#0b8a6b",
@@ -42,27 +42,35 @@ def _save(figure: Any, results: Results, path: Path) -> Path:
     return path
 
 
-def bars(record: dict[str, Any], results: Results, path: Path) -> Path:
-    """One case: a bar for each provider, time to the left and peak memory to the right."""
+def bars(records: dict[str, Any] | Sequence[dict[str, Any]], results: Results, path: Path) -> Path:
+    """For each case a bar for each provider: time to the left, peak memory to the right."""
     pyplot = _pyplot()
+    records = [records] if isinstance(records, dict) else list(records)
+    heights = [0.6 + 0.3 * len(timed(record)) for record in records]
+    with pyplot.rc_context(STYLE):
+        figure, rows = pyplot.subplots(
+            len(records), 2, figsize=(9, 0.9 + sum(heights)), height_ratios=heights, squeeze=False, sharey="row"
+        )
+        for record, axes in zip(records, rows, strict=True):
+            _bars(record, axes)
+        return _save(figure, results, path)
+
+
+def _bars(record: dict[str, Any], axes: Sequence[Any]) -> None:
     entries = timed(record)
     names = sorted(entries, key=lambda name: entries[name]["seconds"])
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, 2, figsize=(9, 1.3 + 0.34 * len(names)), sharey=True)
-        seconds = [entries[name]["seconds"] * 1e3 for name in names]
-        peaks = [entries[name].get("peak_bytes", 0) / MIB for name in names]
-        labels = [milliseconds(x / 1e3) for x in seconds], [f"{x:.0f}" if x >= 10 else f"{x:.2f}" for x in peaks]
-        for axis, values, texts in zip(axes, (seconds, peaks), labels, strict=True):
-            drawn = axis.barh(names, values, color=[colour(name) for name in names])
-            axis.bar_label(drawn, texts, padding=3, fontsize=8)
-            axis.margins(x=0.14)
-            axis.invert_yaxis() if axis is axes[0] else None
-        unit = record["unit_seconds"]["seconds"] * 1e3
-        axes[0].axvline(unit, color="black", linewidth=1, linestyle=":")
-        axes[0].set_xlabel(f"milliseconds (dotted: {record['unit']})")
-        axes[1].set_xlabel("peak memory above the inputs, MiB")
-        figure.suptitle(record["case"], fontsize=10)
-        return _save(figure, results, path)
+    seconds = [entries[name]["seconds"] for name in names]
+    peaks = [entries[name].get("peak_bytes", 0) for name in names]
+    panels = ((seconds, 1e3, milliseconds), (peaks, 1 / MIB, mib))
+    for axis, (values, factor, text) in zip(axes, panels, strict=True):
+        drawn = axis.barh(names, [value * factor for value in values], color=[colour(name) for name in names])
+        axis.bar_label(drawn, [text(value) for value in values], padding=3, fontsize=8)
+        axis.margins(x=0.14)
+    axes[0].invert_yaxis()
+    axes[0].axvline(record["unit_seconds"]["seconds"] * 1e3, color="black", linewidth=1, linestyle=":")
+    axes[0].set_xlabel(f"milliseconds (dotted: {record['unit']})")
+    axes[1].set_xlabel("peak memory above the inputs, MiB")
+    axes[0].set_title(record["case"], fontsize=9, loc="left")
 
 
 def sweep(records: Sequence[dict[str, Any]], axis: str, results: Results, path: Path) -> Path:
@@ -124,35 +132,4 @@ def lengths(record: dict[str, Any], results: Results, path: Path) -> Path:
         axis.grid(alpha=0.3, linewidth=0.5)
         axis.legend(fontsize=7, frameon=False)
         figure.suptitle(record["case"], fontsize=10)
-        return _save(figure, results, path)
-
-
-def overview(records: Sequence[dict[str, Any]], results: Results, path: Path) -> Path:
-    """Several cases: every provider's time as a multiple of the unit, and its memory as one of the logits."""
-    pyplot = _pyplot()
-    names = list(dict.fromkeys(name for record in records for name in timed(record)))
-    height = 0.8 / len(names)
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 1.2 + 0.2 * len(names) * len(records)), sharey=True)
-        for i, name in enumerate(names):
-            for j, record in enumerate(records):
-                entry = timed(record).get(name)
-                if entry is None:
-                    continue
-                unit, at = record["unit_seconds"]["seconds"], j + (i - len(names) / 2 + 0.5) * height
-                multiples = entry["seconds"] / unit, entry.get("peak_bytes", 0) / record["logits_bytes"]
-                for axis, value, text in zip(
-                    axes, multiples, (times(multiples[0]), f"{multiples[1]:.2f}"), strict=True
-                ):
-                    bar = axis.barh(at, value, height * 0.9, color=colour(name), label=name if j == 0 else None)
-                    axis.bar_label(bar, [text], padding=2, fontsize=6)
-        axes[0].set_yticks(range(len(records)), [textwrap.fill(r["case"], 26) for r in records], fontsize=8)
-        axes[0].invert_yaxis()
-        axes[0].set_xscale("log")
-        axes[0].set_xlabel(f"time, multiples of {' or '.join(dict.fromkeys(r['unit'] for r in records))} (log)")
-        axes[1].set_xlabel("peak memory above the inputs, multiples of the logits")
-        for axis in axes:
-            axis.margins(x=0.12)
-        axes[1].legend(fontsize=7, frameon=False)
-        figure.suptitle("What a GRPO loss and its gradient cost", fontsize=10)
         return _save(figure, results, path)

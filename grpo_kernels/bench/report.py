@@ -72,7 +72,7 @@ def section(results: Results, stem: str, pictures: Path, document: Path) -> str:
     parts = [f"{results.caption}. `{results.command}`"]
     shown = headline(results)
     if shown:
-        drawn = plots.overview(shown, results, pictures / f"{stem}-overview.png")
+        drawn = plots.bars(shown, results, pictures / f"{stem}-overview.png")
         parts.append(picture(drawn, "time and memory of a GRPO loss and its gradient by provider"))
         parts += [f"**{r['case']}**\n\n{case_table(r)}" for r in shown]
     parts += ["### All cases\n\nBelow 1x in a column, that one wins.", overview_table(single_cases(results))]
