@@ -30,6 +30,7 @@ if X86:
 CXX_FLAGS = shlex.split(
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
 )
+NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden"
 DEFAULT_ARCHS = ("80", "90", "100", "120")
 
 RULES = """
@@ -38,7 +39,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = nvcc -MMD -MF $out.d -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {archs} {include} $flags -c $in -o $out
+  command = nvcc -MMD -MF $out.d {nvcc} {archs} {include} $flags -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -90,7 +91,7 @@ class NinjaBuild(build_ext):
         archs = cuda_architectures() if cuda else ""
         cxx = compiler()
         link = f"nvcc -ccbin {cxx} -cudart static" if cuda else cxx  # nvcc knows where its libraries are
-        lines = [RULES.format(cxx=cxx, link=link, flags=flags, archs=archs, include=include)]
+        lines = [RULES.format(cxx=cxx, nvcc=NVCC_FLAGS, link=link, flags=flags, archs=archs, include=include)]
         objects = []
 
         def add(rule: str, source: str, suffix: str = "", extra: str = "") -> None:
