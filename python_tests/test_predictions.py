@@ -25,7 +25,7 @@ from grpo_kernels.testing.providers import Task, provider_named, providers
 from grpo_kernels.testing.shapes import SHAPES, ModelShape
 
 TOLERANCE = 0.02
-GRIDS = [(4, 64, 20011, 64), (1, 200, 16384, 48), (8, 32, 16384, 96)]  # sequences, tokens, vocabulary, hidden
+GRIDS = [(8, 32, 16384, 96), (1, 200, 16411, 48)]  # sequences, tokens, vocabulary, hidden
 DTYPES = [torch.bfloat16, torch.float32]
 HERE = [p for p in providers("cpu") if p.missing("cpu") is None]
 CASES = [
