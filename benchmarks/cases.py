@@ -12,7 +12,7 @@ from grpo_kernels.testing.providers import LOSSES, Task
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
-GRID = (8, 1024) if ON_GPU else (4, 128)
+GRID = (4, 1024) if ON_GPU else (4, 128)
 MODELS = ("qwen2.5-0.5b", "llama3.2-1b", "gemma3-1b", "gpt-oss-20b") if ON_GPU else ("qwen2.5-0.5b", "smollm2-135m")
 HEAD = "qwen3-8b" if ON_GPU else "smollm2-135m"  # whose lm_head the linear path multiplies
 TOKEN_GRID = (512, 4096) if ON_GPU else (64, 1024)

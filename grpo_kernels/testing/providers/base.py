@@ -98,6 +98,7 @@ class Provider(ABC):
     distribution: ClassVar[str | None] = None  # on PyPI
     needs_gpu: ClassVar[bool] = False
     rounded_logps: ClassVar[bool] = False  # computes log-probs in the logits' own dtype: compared at its precision
+    approximates: ClassVar[float] = 0.0  # relative L2 that its own approximation may move a gradient by
     compiles: ClassVar[bool] = False  # by torch.compile: the first call takes seconds
 
     def missing(self, device: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -49,7 +50,12 @@ class Verl(Provider):
             return _advantages(task, batch)
         from verl.utils.torch_functional import logprobs_from_logits
 
-        tokens = batch.tokens
+        tokens, logits = batch.tokens, batch.logits
+        # With flash-attn its gradient overwrites the logits.
+        source, restore = logits, None
+        if self.on_gpu and logits is not None:
+            source = logits.clone()
+            restore = functools.partial(source.copy_, logits)
 
         def log_probs(logits: Tensor) -> Tensor:
             return logprobs_from_logits(logits, tokens.targets)
@@ -57,10 +63,10 @@ class Verl(Provider):
         if task.path == "logps":
 
             def logps() -> Result:
-                logits = leaf(batch.logits)
+                logits = leaf(source)
                 return Result((log_probs(logits) * tokens.mask,), (logits,))
 
-            return Run(logps)
+            return Run(logps, restore)
         loss = _policy_loss(task, batch)
 
         def forward() -> Result:
@@ -70,10 +76,10 @@ class Verl(Provider):
             if task.path == "linear":
                 inputs = leaf(batch.hidden), leaf(batch.weight)
                 return Result((loss(_linear_log_probs(*inputs, tokens.targets)),), inputs)
-            inputs = (leaf(batch.logits),)
+            inputs = (leaf(source),)
             return Result((loss(log_probs(inputs[0])),), inputs)
 
-        return Run(forward)
+        return Run(forward, restore)
 
 
 class VerlOnGPU(Verl):
