@@ -32,7 +32,7 @@ def test_a_dry_run_stops_in_time_and_goes_on_where_it_stopped(tmp_path: Path) ->
     assert first.returncode == 0, first.stderr + json.dumps(state["parts"], indent=1)
     assert state["dry"] and not any(state["missing"].values())
     assert state["parts"]["test"]["test_docs.py"]["passed"] > 10
-    assert state["parts"]["bench"]["bench_advantages.py"]["cases"][0]["seconds"]
+    assert state["parts"]["bench"]["bench_advantages.py"]["cases"][0]["providers"]
     again = gpu_check("--dry", "--part", "test,sanitize,bench", "--out", str(out))
     assert again.returncode == 0 and json.loads(out.read_text()) == state
 
