@@ -6,7 +6,7 @@ EDITABLE := $(PIP) --no-build-isolation --editable
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 ARGS ?=
 
-.PHONY: demo test bench memory lint sanitize triton-versions clean
+.PHONY: demo test bench figures memory lint sanitize triton-versions clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/grpo-kernels demo $(ARGS)
@@ -17,8 +17,13 @@ test: $(VENV)/.test
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks -o addopts= --benchmark-only --full $(ARGS)
 
+# What docs/benchmarks.md shows, measured anew.
+figures: $(VENV)/.test
+	$(VENV)/bin/python -m benchmarks.figures
+	$(VENV)/bin/python -m benchmarks.report benchmarks/results/cpu.json --into docs/benchmarks.md
+
 memory: $(VENV)/.test
-	$(VENV)/bin/python -m benchmarks.memory $(ARGS)
+	$(VENV)/bin/grpo-kernels memory $(ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

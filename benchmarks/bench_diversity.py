@@ -16,7 +16,7 @@ from torch import Tensor
 import grpo_kernels as gk
 
 from . import eager
-from .harness import Case, Harness
+from .harness import Harness
 
 VOCAB, THRESHOLD = 150_000, 0.9
 COMPLETIONS = TOKENS = 4096
@@ -41,7 +41,9 @@ def completions(data: str, count: int, tokens: int) -> Tensor:
     return ids
 
 
-def build(harness: Harness, data: str, group: int, ngram: int) -> Case:
+@pytest.mark.parametrize("data", ["random", "zipf", "near"])
+@pytest.mark.parametrize("group, ngram", CONFIGS)
+def bench_diversity(benchmark: Any, harness: Harness, data: str, group: int, ngram: int) -> None:
     shape = (COMPLETIONS, TOKENS) if harness.full else (SMOKE_COMPLETIONS, SMOKE_TOKENS)
     ids = completions(data, *shape)
     size = group or len(ids)
@@ -51,17 +53,8 @@ def build(harness: Harness, data: str, group: int, ngram: int) -> Case:
             return eager.diversity_by_sets(ids, size, ngram, THRESHOLD)
         return eager.diversity_by_matrices(ids, VOCAB, THRESHOLD)
 
-    return Case(
-        name=f"diversity {list(shape)} {data}, groups of {size}, ngram {ngram}",
-        ours={"cpu": lambda: tuple(gk.group_diversity(ids, group_size=size, ngram=ngram, threshold=THRESHOLD))},
-        eager=baseline,
-        unit=("copy", ids.clone),
-        tolerance=1e-6,
-        rounds={"eager": 1, "ours": 5},
-    )
+    def ours() -> tuple[Tensor, ...]:
+        return tuple(gk.group_diversity(ids, group_size=size, ngram=ngram, threshold=THRESHOLD))
 
-
-@pytest.mark.parametrize("data", ["random", "zipf", "near"])
-@pytest.mark.parametrize("group, ngram", CONFIGS)
-def bench_diversity(benchmark: Any, harness: Harness, data: str, group: int, ngram: int) -> None:
-    harness.run(benchmark, ("diversity", data, group, ngram), "cpu", lambda: build(harness, data, group, ngram))
+    name = f"diversity {list(shape)} {data}, groups of {size}, ngram {ngram}"
+    harness.run_calls(benchmark, name, ours, baseline, lambda: (ids.clone(),), 1e-6)

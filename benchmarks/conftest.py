@@ -1,6 +1,6 @@
 """`pytest benchmarks`: tiny inputs, once. `pytest benchmarks -o addopts= --benchmark-only --full`: the measurement.
 
-pytest-benchmark times ours; its extra_info holds the medians of all providers taking turns, from which the ratios are.
+pytest-benchmark times ours; its extra_info holds the record of all providers taking turns, which the report reads.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from grpo_kernels.bench.results import of_this_machine
+from grpo_kernels.bench.table import overview_table
 from grpo_kernels.testing.bench import machine_info
 
 from .harness import Harness
-from .report import comparison_table, machine_line
 
 HARNESS = pytest.StashKey[Harness]()
 
@@ -42,8 +43,8 @@ def _machine() -> dict[str, Any]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    reports = config.stash[HARNESS].reports
-    if reports:
-        terminalreporter.section("grpo_kernels: medians of providers taking turns")
-        terminalreporter.write_line(machine_line(machine_info()))
-        terminalreporter.write_line(comparison_table(reports))
+    records = config.stash[HARNESS].records
+    if records:
+        terminalreporter.section("grpo_kernels: medians of providers taking turns; below 1x the other one wins")
+        terminalreporter.write_line(of_this_machine(records, "").caption)
+        terminalreporter.write_line(overview_table(records))

@@ -1,65 +1,57 @@
-"""The comparison as a Markdown table: after a run, and again from its JSON (`python -m benchmarks.report FILE`)."""
+"""Tables and pictures from the JSON of runs, and the comparison of two of them.
+
+python -m benchmarks.report FILE...                              tables, in the terminal
+python -m benchmarks.report FILE... --into docs/benchmarks.md    tables and pictures, between the file's markers
+python -m benchmarks.report --compare OLD NEW                    exit status 1 where something became worse
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
+import sys
 from pathlib import Path
-from typing import Any
 
-HEADINGS = ("case", "ms", "ratio to unit", "x eager", "x compile", "peak MiB", "peak MiB eager")
-MIB = 1 << 20
+from grpo_kernels.bench import report
+from grpo_kernels.bench.compare import compare, comparison_table
+from grpo_kernels.bench.results import load
+from grpo_kernels.bench.table import markdown_table
 
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Padded, so that it reads as well in a terminal; the first column to the left."""
-    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = cells
-        padded = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [("-" * (width - 1) + ":") if i else "-" * width for i, width in enumerate(widths)]
-    return "\n".join([line(headings), line(rule), *map(line, rows)])
+__all__ = ["main", "markdown_table"]
 
 
-def comparison_row(info: dict[str, Any]) -> list[str]:
-    """`info`: the extra_info of one benchmark; see conftest.Comparison."""
-    ratios, peaks = info["ratios"], info["peak_bytes"]
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, nargs="*", help="of grpo-kernels bench, benchmarks.figures or pytest")
+    parser.add_argument("--into", type=Path, help="a document with <!-- begin STEM --> and <!-- end STEM --> lines")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="flag regressions")
+    parser.add_argument("--force", action="store_true", help="compare different devices all the same")
+    given = parser.parse_args()
+    if bool(given.json) == bool(given.compare):
+        parser.error("give result files, or --compare with two of them")
+    try:
+        if given.compare:
+            return _compare(*given.compare, given.force)
+        for file in given.json:
+            results = load(file)
+            if given.into is None:
+                print(report.markdown(results), end="\n\n")
+                continue
+            pictures = given.into.parent / "images"
+            report.insert(given.into, file.stem, report.section(results, file.stem, pictures, given.into))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
-    def times(provider: str) -> str:
-        return f"{ratios[provider]:.2f}" if provider in ratios else ""
 
-    def mib(provider: str) -> str:
-        return f"{peaks[provider] / MIB:.2f}" if provider in peaks else ""
-
-    unit = f"{1 / ratios[info['unit']]:.2f} {info['unit']}"
-    milliseconds = f"{info['seconds']['ours'] * 1e3:.2f}"
-    return [info["case"], milliseconds, unit, times("eager"), times("compile"), mib("ours"), mib("eager")]
-
-
-def comparison_table(infos: Sequence[dict[str, Any]]) -> str:
-    return markdown_table(HEADINGS, [comparison_row(info) for info in infos])
-
-
-def machine_line(machine: dict[str, Any]) -> str:
-    cpu = (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads, {machine['instruction_set']}"
-    )
-    return f"{cpu}; torch {machine['torch']}, Python {machine['python']}, commit {machine['commit'] or 'unknown'}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, help="what pytest --benchmark-json=FILE wrote")
-    content = json.loads(parser.parse_args().json.read_text())
-    machine = content["machine_info"].get("grpo_kernels")
-    if machine:
-        print(f"{machine_line(machine)}; {content['datetime'][:16]}\n")
-    print(comparison_table([b["extra_info"] for b in content["benchmarks"] if "ratios" in b["extra_info"]]))
+def _compare(old: Path, new: Path, force: bool) -> int:
+    before, now = load(old), load(new)
+    changes = compare(before, now, force=force)
+    print(f"before: {before.caption}\nnow:    {now.caption}\n\n{comparison_table(changes)}\n")
+    regressions = [c for c in changes if c.regression]
+    print(f"{len(regressions)} of {len(changes)} became worse beyond 5 % and twice the noise.")
+    return 1 if regressions else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

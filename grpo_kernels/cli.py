@@ -1,4 +1,4 @@
-"""`grpo-kernels demo | doctor`."""
+"""`grpo-kernels demo | bench | memory | doctor`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ except ImportError as missing:
     # Only the console script and `python -m` import this module: one sentence serves them better than a traceback.
     raise SystemExit(f"grpo-kernels needs {missing.name}: run `pip install 'grpo-kernels[demo]'`.") from None
 
+from .bench.command import bench
 from .demo import run, tasks, train
 from .demo.errors import DemoError, require
+from .doctor import doctor
+from .profiling.command import memory
 
 if TYPE_CHECKING:
     from .demo.policy import Policy
@@ -22,11 +25,16 @@ if TYPE_CHECKING:
 STEPS = f"{train.SMOLLM.steps}, synthetic {train.SYNTHETIC.steps}"
 
 app = typer.Typer(
-    help="Fused GRPO loss kernels: see them learn, and see what runs on this machine.",
+    help="Fused GRPO loss kernels: see them learn, what a loss costs in time and in bytes, and what runs here.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.command()(bench)
+app.command()(memory)
+app.command()(doctor)
 
 
 @app.command()
@@ -79,15 +87,6 @@ def _language_model(console: Console) -> Policy:
     path = smollm.find_model()
     with console.status(f"loading {smollm.SmolPolicy.name}"):
         return smollm.SmolPolicy(path)
-
-
-@app.command()
-def doctor() -> None:
-    """Versions, devices, backends, a self-test, and one line to paste into a bug report."""
-    from .demo.doctor import print_diagnosis
-
-    if not print_diagnosis(Console()):
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -21,10 +22,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def build_emulated() -> None:
-    """Tests alone need it, so no installation has it; ninja compiles what has changed."""
+    """Tests alone need it, so no installation has it; ninja compiles what has changed, for one session at a time."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     environment = {**os.environ, "GRPO_KERNELS_EMULATED": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / "emulated.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the emulated CUDA kernels do not build:\n{done.stdout}{done.stderr}")
 

@@ -185,6 +185,16 @@ def test_gae_over_several_blocks(backend, length, gamma, lam):
         assert_as_accurate(a.cpu(), b, c)
 
 
+def test_gae_over_more_pieces_than_a_block_has_threads(backend):
+    values, mask, others = tokens((300 * PIECE,))
+    rewards, values, mask = (on_device(x[None], backend) for x in (others["ref_logps"].float(), values.float(), mask))
+    gamma = 1 - 2**-11  # a sum reaches over several pieces; exact in float32, as its rounding would show
+    mine = gk.gae(rewards, values, mask, gamma=gamma, lam=1.0, backend=backend)
+    exact = gk.gae(rewards.double().cpu(), values.double().cpu(), mask.cpu(), gamma=gamma, lam=1.0, backend="cpu")
+    for a, b in zip(mine, exact, strict=True):
+        assert (a.cpu().double() - b).abs().max() < 1e-5 * b.abs().max()
+
+
 def test_packed_gae_is_each_sequence_alone(backend):
     cu = torch.tensor([0, 5, 5, 6, PIECE + 6, 4 * PIECE, 4 * PIECE + 1])
     values, mask, others = tokens((5 * PIECE,))
@@ -276,7 +286,7 @@ def test_an_outlier_takes_no_bit_of_the_others(backend):
 DIVERSITY = {
     "one group": {"group_size": 24},
     "groups": {"group_size": 6},
-    "ragged": {"group_ids": torch.arange(24) // 2 * 7 % 5 - 2},
+    "ragged": {"group_ids": torch.arange(24) // 3 * 7 % 5 - 2},
 }
 
 
@@ -287,8 +297,8 @@ def test_diversity_of_completions_of_any_length(backend, grouping, length):
     g = torch.Generator().manual_seed(length)
     ids = torch.randint(0, 1 << 40, (24, length), generator=g)
     mask = torch.rand(24, length, generator=g) < 0.9
-    for i in range(1, 24, 2):  # nearer and nearer to the one before
-        same = torch.rand(length, generator=g) < i / 24
+    for i in range(1, 24):  # nearer and nearer to the one before, but for every third
+        same = torch.rand(length, generator=g) < (i / 24 if i % 3 else 0)
         ids[i], mask[i] = torch.where(same, ids[i - 1], ids[i]), mask[i - 1]
     options = {"threshold": 0.3, "ngram": 2, **DIVERSITY[grouping]}
     exact = gk.group_diversity(ids, mask, **options, backend="cpu")

@@ -1,4 +1,4 @@
-"""The demo and `grpo-kernels doctor`, as a newcomer meets them."""
+"""The demo, as a newcomer meets it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from grpo_kernels import cli, demo
-from grpo_kernels.demo import doctor, measure, report, smollm, train
+from grpo_kernels.demo import measure, report, smollm, train
 from grpo_kernels.demo.errors import DemoError, require
 from grpo_kernels.demo.policy import completion_mask
 from grpo_kernels.demo.synthetic import SyntheticPolicy, one_thread
@@ -38,11 +38,6 @@ def _one_thread():
 
 def invoke(*arguments: str):
     return CliRunner().invoke(cli.app, list(arguments))
-
-
-def flat(output: str) -> str:
-    """Without the line breaks that a narrow terminal puts in."""
-    return " ".join(output.split())
 
 
 class Silent:
@@ -213,19 +208,6 @@ def test_missing_model_names_both_ways_out(tmp_path, monkeypatch):
 def test_missing_extra_is_one_sentence():
     with pytest.raises(DemoError, match=r"needs no_such_module: run `pip install 'grpo-kernels\[demo\]'`"):
         require(["json", "no_such_module"])
-
-
-def test_doctor_says_what_runs():
-    result = invoke("doctor")
-    assert result.exit_code == 0, result.output
-    for expected in ("backend cpu", "backend reference", "instruction set", torch.__version__, "self-test ok"):
-        assert expected in flat(result.output)
-
-
-def test_doctor_fails_when_the_kernels_are_wrong(monkeypatch):
-    monkeypatch.setattr(doctor, "self_test", lambda: doctor.SelfTest(error=float("nan"), seconds=0.0))
-    result = invoke("doctor")
-    assert result.exit_code == 1 and "FAILED" in result.output
 
 
 class Constant(CopyDigits):

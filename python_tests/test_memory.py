@@ -12,7 +12,7 @@ from torch import Tensor
 
 import grpo_kernels as gk
 from grpo_kernels.testing.bench import produced
-from grpo_kernels.testing.memory import PeakMemory, peak_memory, peak_of_events
+from grpo_kernels.testing.memory import PeakMemory, peak_memory
 
 B, T, V = 8, 64, 49152
 N = B * T
@@ -124,10 +124,6 @@ def test_what_was_there_before_does_not_count() -> None:
         return torch.ones(1 << 19)
 
     assert peak_memory(run, setup=lambda: there.append(torch.ones(1 << 20))).tensor_bytes == 2 << 20
-
-
-def test_frees_of_unknown_addresses_are_ignored() -> None:
-    assert peak_of_events([("a", -8), ("b", 4), ("a", -8), ("c", 4), ("b", -4), ("d", 2)]) == (8, 4)
 
 
 def test_resident_memory_falls_back_to_sampling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

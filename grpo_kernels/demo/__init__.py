@@ -19,7 +19,8 @@ __all__ = ["run"]
 
 def run(policy: Policy, task: Task, settings: Settings, out: Path, console: Console) -> Run:
     """Train, compare, print the tables, write `reward.png` and `report.json` under `out`."""
-    from . import environment, report
+    from .. import environment
+    from . import report
     from .progress import LiveProgress
     from .train import train
 

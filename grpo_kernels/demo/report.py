@@ -15,7 +15,7 @@ from rich.table import Table
 
 import grpo_kernels as gk
 
-from . import environment
+from .. import environment
 from .measure import LARGER, Comparison
 from .train import Evaluation, Run
 

@@ -1,19 +1,17 @@
 """Timing that survives a noisy machine: providers take turns, and every figure is a ratio within one run.
 
-The unit is ``copy``: ``out.copy_(logits)`` into memory that is mapped already. It moves as many bytes as a loss and its
-gradient must, so its time is the floor.
+The unit of what reads logits is ``copy``: ``out.copy_(logits)`` into memory that is mapped already. It moves as many
+bytes as a loss and its gradient must, so its time is the floor.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +19,9 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu
+from .clock import Clock, WallClock
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The lm_head of a model: [vocab, hidden]."""
-
-    model: str
-    vocab: int
-    hidden: int
-
-
-SHAPES = {
-    "smollm2": Shape("SmolLM2-135M", 49152, 576),
-    "llama3": Shape("Llama-3.2-1B", 128256, 2048),
-    "qwen2.5": Shape("Qwen2.5-0.5B", 151936, 896),
-    "qwen3": Shape("Qwen3-0.6B", 151936, 1024),
-    "gemma3": Shape("Gemma-3-1B", 262144, 1152),
-}
-
-
-@dataclass(frozen=True)
-class Provider:
-    """Who computes it, and how often: the slow ones vary less and cost more."""
-
-    name: str
-    description: str
-    rounds: int
-
-
-PROVIDERS = {
-    p.name: p
-    for p in (
-        Provider("ours", "this library, backend cpu", 9),
-        Provider("eager", "plain PyTorch, float32 log-softmax, autograd", 3),
-        Provider("compile", "torch.compile of the eager function", 3),
-        Provider("copy", "out.copy_(logits) into mapped memory", 9),
-    )
-}
+PACKAGES = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels", "transformers")
 
 
 def measure_interleaved(
@@ -66,6 +29,8 @@ def measure_interleaved(
     rounds: int | Mapping[str, int],
     setup: Callable[[], object] | None = None,
     *,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+    clock: Clock | None = None,
     warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each call of each provider. They take turns, so that a disturbance of the machine hits all alike.
@@ -74,36 +39,31 @@ def measure_interleaved(
         providers: by name.
         rounds: calls of each provider, or by name; the fewer ones are spread over the rounds of the others.
         setup: called before every call of every provider, untimed, so that all start from the same caches.
+        prepare: by name, called before every call of that provider, untimed: restores what the last call overwrote.
+        clock: the wall clock when left out. Its flush is the last thing before each call.
         warm_up: call each provider once before the first round, untimed.
     """
+    clock, prepare = clock or WallClock(), prepare or {}
+
+    def timed(name: str) -> float:
+        for before in (setup, prepare.get(name)):
+            if before is not None:
+                before()
+        clock.flush()
+        return clock.seconds(providers[name])
+
     wanted = {name: rounds if isinstance(rounds, int) else rounds[name] for name in providers}
     total = max(wanted.values())
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     names = list(providers)
     if warm_up:
         for name in names:
-            _timed(providers[name], setup)
+            timed(name)
     for turn in range(total):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same neighbour
             if (turn + 1) * wanted[name] // total > turn * wanted[name] // total:
-                seconds[name].append(_timed(providers[name], setup))
+                seconds[name].append(timed(name))
     return seconds
-
-
-def _timed(run: Callable[[], object], setup: Callable[[], object] | None) -> float:
-    if setup is not None:
-        setup()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        begin = time.perf_counter()
-        result = run()
-        seconds = time.perf_counter() - begin
-        del result  # its memory goes back before the next provider's turn, outside the timing
-        return seconds
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
@@ -128,17 +88,39 @@ def produced(logits: Tensor) -> Tensor:
 
 
 def machine_info() -> dict[str, Any]:
-    """What a figure must be read with: CPU, cores, threads, instruction set, versions and commit."""
+    """What a figure must be read with: processor, GPU, threads, instruction set, versions and commit."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "instruction_set": cpu.instruction_set(),
+        "gpu": _gpu(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": _commit(),
+        "packages": {name: found for name in PACKAGES if (found := _installed(name))},
     }
+
+
+def device_of(machine: Mapping[str, Any]) -> str:
+    """The one that two results must share to be compared: the GPU, else the processor and how much of it."""
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['torch_threads']} threads, {machine['instruction_set']}"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    memory = f"{found.total_memory / 2**30:.0f} GiB"
+    return f"{found.name}, {memory}, sm_{found.major}{found.minor}, CUDA {torch.version.cuda}"
 
 
 def _cpu_model() -> str:

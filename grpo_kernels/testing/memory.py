@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import json
-import os
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from ..profiling.events import native_stderr_silenced
+from ..profiling.profile import profile_memory
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_HIGH_WATER_MARK = "5"
@@ -64,47 +63,10 @@ def peak_memory(
 
 
 def _tensor_peak(run: Callable[[], object]) -> tuple[int, int]:
-    """From the profiler's events: they come from the allocator, below any operator (a TorchDispatchMode sees none of
-    what a custom operator allocates)."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with _native_stderr_silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with native_stderr_silenced(), profile_memory("cpu", shapes=False) as profile:
         result = run()
     del result
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    memory = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0]
-    memory.sort(key=lambda e: (e["ts"], e["args"]["Ev Idx"]))
-    return peak_of_events((e["args"]["Addr"], e["args"]["Bytes"]) for e in memory)
-
-
-def peak_of_events(events: Iterable[tuple[Any, int]]) -> tuple[int, int]:
-    """Peak and largest of (address, +- bytes). Only what was allocated here counts when it is freed: the profiler's own
-    running total also falls for memory that an earlier profile saw allocated."""
-    alive: dict[Any, int] = {}
-    total = peak = largest = 0
-    for address, size in events:
-        total -= alive.pop(address, 0)
-        if size > 0:
-            alive[address] = size
-            total += size
-        peak, largest = max(peak, total), max(largest, size)
-    return peak, largest
-
-
-@contextlib.contextmanager
-def _native_stderr_silenced() -> Iterator[None]:
-    """The profiler's native half writes status lines to file descriptor 2, past sys.stderr and its log level."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    return profile.peak, profile.largest
 
 
 # ---- the process ----

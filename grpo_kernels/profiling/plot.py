@@ -1,0 +1,133 @@
+"""Timelines as a picture: bytes alive, stacked by what holds them, the peak labelled."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .labels import label
+
+if TYPE_CHECKING:
+    from .profile import MemoryProfile
+
+OTHERS = "others"
+_SHARE = 0.04  # of the peak: what is smaller is drawn as one
+_LAYERS = 7
+_LONGEST = 52  # characters of a legend's line
+_NAMED_PHASE = 0.08  # of the width: a narrower one has no room for its name
+_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One timeline: `layers` are the bytes of each label after each of `times`, `phases` (name, begin, end)."""
+
+    times: Sequence[float]
+    layers: Mapping[str, Sequence[int]]
+    phases: Sequence[tuple[str, float, float]]
+    xlabel: str
+
+    @property
+    def totals(self) -> list[int]:
+        return [sum(values) for values in zip(*self.layers.values(), strict=True)]
+
+
+def panel_of(profile: MemoryProfile, *, relative: bool = False) -> Panel:
+    """Of a measured profile, in milliseconds, or in per cent of its time: beside others whose speeds are no topic."""
+    changes: dict[str, list[int]] = {}
+    for block in profile.blocks:
+        change = changes.setdefault(label(block, profile.sizes), [0] * len(profile.times))
+        change[block.born] += block.nbytes
+        if block.died is not None:
+            change[block.died] -= block.nbytes
+    layers = {name: list(itertools.accumulate(change)) for name, change in changes.items()}
+    last = max((profile.times or [0.0])[-1], 1e-9)
+    unit, scale = ("% of the step's time", 100 / last) if relative else ("ms", 1e3)
+    times = [scale * seconds for seconds in profile.times]
+    phases = [(p.name, scale * p.begin, scale * min(p.end, last)) for p in profile.phases]
+    return Panel(times, worth_drawing(layers, profile.peak), phases, unit)
+
+
+def worth_drawing(layers: Mapping[str, Sequence[int]], peak: int) -> dict[str, list[int]]:
+    """The layers that grow to a visible height, in the order of appearance; the sum of the others on top."""
+    large = sorted((name for name in layers if max(layers[name]) >= _SHARE * peak), key=lambda name: -max(layers[name]))
+    kept = {name: list(layers[name]) for name in layers if name in large[:_LAYERS]}
+    small = [values for name, values in layers.items() if name not in kept]
+    return {**kept, OTHERS: [sum(values) for values in zip(*small, strict=True)]} if small else kept
+
+
+def save_profiles(profiles: Mapping[str, MemoryProfile], path: str | Path, title: str | None = None) -> None:
+    """One panel a profile, by title, on one scale of bytes; several on a relative scale of time."""
+    relative = len(profiles) > 1
+    save_panels({name: panel_of(profile, relative=relative) for name, profile in profiles.items()}, path, title)
+
+
+def save_panels(panels: Mapping[str, Panel], path: str | Path, title: str | None = None) -> None:
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (0.8 + 3.6 * columns, 0.4 + 4.4 * rows)
+    figure = _new_figure(figsize=size, dpi=110, layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    highest = max((max(panel.totals, default=0) for panel in panels.values()), default=0)
+    scale, unit = next(((size, name) for size, name in _UNITS if highest >= 4 * size), (1, "bytes"))
+    colours: dict[str, Any] = {}
+    cells = list(grid.flat)
+    for cell, (name, panel) in zip(cells, panels.items(), strict=False):
+        _draw(cell, name, panel, scale, unit, colours)
+        cell.set_ylim(0, 1.18 * max(highest, 1) / scale)
+    for cell in cells[len(panels) :]:
+        cell.set_axis_off()
+    for row in grid:
+        row[0].set_ylabel(f"tensors alive, {unit}")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+
+
+def _draw(axes: Any, name: str, panel: Panel, scale: int, unit: str, colours: dict[str, Any]) -> None:
+    from matplotlib import colormaps
+
+    palette: Any = colormaps["tab20"]
+    layers = {key: [value / scale for value in values] for key, values in panel.layers.items() if any(values)}
+    for key in layers:
+        colours.setdefault(key, "0.75" if key == OTHERS else palette(len(colours) % palette.N))
+    names, shades = [_shortened(key) for key in layers], [colours[key] for key in layers]
+    axes.stackplot(panel.times, *layers.values(), labels=names, colors=shades, step="post", linewidth=0)
+    totals = panel.totals
+    if totals:
+        step = totals.index(max(totals))
+        at, height = panel.times[step], totals[step] / scale
+        axes.plot([at], [height], "v", color="black", markersize=5)
+        late = at > (panel.times[0] + panel.times[-1]) / 2
+        text = f"peak {height:,.{0 if height >= 100 else 1}f} {unit}"
+        axes.annotate(
+            text, (at, height), (-6 if late else 6, 5), textcoords="offset points", fontsize=9, fontweight="bold",
+            ha="right" if late else "left",
+        )  # fmt: skip
+    width = panel.times[-1] - panel.times[0] if panel.times else 0.0
+    for phase, begin, end in panel.phases:
+        axes.axvspan(begin, end, ymin=0.95, ymax=1, color="0.9", zorder=0)
+        axes.axvline(begin, color="0.6", linewidth=0.6, linestyle=":")
+        if end - begin > _NAMED_PHASE * width:
+            axes.text(begin, 0.96, f" {phase}", transform=axes.get_xaxis_transform(), fontsize=7, va="bottom")
+    axes.set_title(name, fontsize=10)
+    axes.set_xlabel(panel.xlabel, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=1, frameon=False)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def _new_figure(**options: Any) -> Any:
+    """Not pyplot's, which would choose a backend for the whole process."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"a plot needs matplotlib ({error}): run `pip install 'grpo-kernels[bench]'`") from error
+    return Figure(**options)
