@@ -16,7 +16,7 @@ COLOURS = {
     "cce": "#7d4cc2", "verl": "#8a5a2b", "quack": "#2aa5c9",
 }  # fmt: skip
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-DPI, WRAP = 110, 150
+DPI, WRAP = 90, 150
 MARKERS = "osD^vPX*"
 
 
