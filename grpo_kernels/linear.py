@@ -109,7 +109,7 @@ def _logps(
     if backend == "reference":
         ops.check_targets(rows, weight.shape[0], validate)
         return reference.token_logps(torch.nn.functional.linear(rows.logits, weight, bias), rows)
-    chunk = chunk_rows_for(weight, chunk_rows)
+    chunk = chunk_rows_for(weight, chunk_rows, rows.targets.numel(), torch.is_grad_enabled())
     outputs: tuple[Tensor, Tensor, Tensor] = LinearLogps.apply(
         rows.logits, weight, bias, chunk, sum_p2, validate, backend, *rows[1:]
     )
@@ -144,7 +144,8 @@ def linear_token_logps(
         weight: ``[V, H]`` of the lm_head, same dtype (under autocast both are cast).
         targets: ``[...]`` integer token ids.
         bias: ``[V]`` or None.
-        chunk_rows: rows of logits held at a time; None: as many as fit 128 MiB (1 GiB on a GPU).
+        chunk_rows: rows of logits held at a time; None: as many as fit 128 MiB (1 GiB on a GPU), or
+            all where that takes less memory than two chunks.
         mask, temperature, logit_scale, softcap, ignore_index, validate, return_entropy, return_sum_p2, backend: as in
             ``token_logps``.
 
@@ -234,10 +235,10 @@ def linear_grpo_loss(
     entropy: Tensor | None
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if single_pass and config.form.token_local and backend != "reference" and wants_grad:
+        chunk = chunk_rows_for(weight, chunk_rows, targets.numel(), gradient=True)
         loss, logps, entropy, per_token, metrics = LinearSinglePass.apply(
-            rows.logits, weight, bias, layout.cu_seqlens, chunk_rows_for(weight, chunk_rows), validate, backend,
-            *rows[1:], *inputs,
-        )  # fmt: skip
+            rows.logits, weight, bias, layout.cu_seqlens, chunk, validate, backend, *rows[1:], *inputs
+        )
     else:
         logps, entropy, _ = _logps(rows, weight, bias, chunk_rows, False, validate, backend)
         loss, per_token, metrics = token_loss(logps, entropy, rows.active, layout, inputs, config, backend)

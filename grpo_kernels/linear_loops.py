@@ -23,13 +23,24 @@ PER_TOKEN = PolicyInputs._fields[:-4]  # all but group_size, advantage_eps, scal
 WIDENED_COLUMNS = 16384  # of a half-precision gradient in float32 at a time
 
 
-def chunk_rows_for(weight: Tensor, chunk_rows: int | None) -> int:
+def chunk_rows_for(weight: Tensor, chunk_rows: int | None, rows: int, gradient: bool) -> int:
+    """The caller's, or what is best for so many rows, of which some may be masked."""
     if chunk_rows is not None:
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
         return chunk_rows
-    budget = GPU_CHUNK_BYTES if weight.is_cuda else CHUNK_BYTES
-    return max(1, budget // (weight.shape[0] * weight.element_size()))
+    vocab, hidden = weight.shape
+    return default_chunk_rows(vocab, hidden, weight.dtype, weight.is_cuda, rows, gradient and weight.requires_grad)
+
+
+def default_chunk_rows(
+    vocab: int, hidden: int, dtype: torch.dtype, on_gpu: bool, rows: int, weight_gradient: bool
+) -> int:
+    """As many rows of logits as fit the budget; or all of them, where that takes less than a second chunk would: the
+    weight's gradient in float32 beside itself, 4 V H bytes of half precision, which is 2 H rows of logits."""
+    limit = max(1, (GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (vocab * dtype.itemsize))
+    all_at_once = limit + 2 * hidden
+    return all_at_once if weight_gradient and dtype.itemsize == 2 and rows <= all_at_once else limit
 
 
 @functools.cache
@@ -128,6 +139,7 @@ class _Gradients:
                 self.weight[v : v + step].addmm_(columns.t(), hidden)
             if self._needs[2]:
                 self.bias[v : v + step].add_(columns.sum(0))
+            del columns  # or two blocks would be alive while the next is made
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.hidden, self.weight.to(self._weight.dtype), self.bias.to(self._bias_dtype)
@@ -163,6 +175,8 @@ def backward(
             chunk.rows(logits), chunk_saved, chunk.gather(g_logps), chunk.gather_any(g_entropy), logits[None]
         )
         gradients.add(chunk, logits)
+        del logits
+    del head  # the buffer of the chunks, before the gradient is rounded
     return gradients.finish()
 
 
@@ -185,4 +199,6 @@ def policy(
         found = backend.row_policy(chunk.rows(logits), chunk_inputs, logits[None])
         logps[chunk.at], entropy[chunk.at] = found.logps[0], found.entropy[0]
         gradients.add(chunk, logits)
+        del logits
+    del head  # the buffer of the chunks, before the gradient is rounded
     return (*gradients.finish(), logps, entropy)

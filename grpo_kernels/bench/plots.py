@@ -16,7 +16,8 @@ COLOURS = {
     "cce": "#7d4cc2", "verl": "#8a5a2b", "quack": "#2aa5c9",
 }  # fmt: skip
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-DPI, WRAP = 110, 150
+LEGEND = {"fontsize": 7, "frameon": False}
+DPI, WRAP = 90, 150
 MARKERS = "osD^vPX*"
 
 
@@ -35,7 +36,7 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, results: Results, path: Path) -> Path:
     figure.text(0.01, 0.005, textwrap.fill(results.caption, WRAP), fontsize=6, color="#666666", va="bottom")
-    figure.tight_layout(rect=(0, 0.055, 1, 0.97))
+    figure.tight_layout(rect=(0, 0.055, 1, 0.96))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     _pyplot().close(figure)
@@ -102,7 +103,8 @@ def sweep(records: Sequence[dict[str, Any]], axis: str, results: Results, path: 
             panel.set_xlabel(axis)
             panel.set_ylabel(label)
             panel.grid(alpha=0.3, linewidth=0.5)
-        left.legend(fontsize=7, frameon=False)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, ncols=len(labels), loc="upper center", bbox_to_anchor=(0.5, 0.945), **LEGEND)
         figure.suptitle(_common_name(records), fontsize=10)
         return _save(figure, results, path)
 
@@ -130,6 +132,6 @@ def lengths(record: dict[str, Any], results: Results, path: Path) -> Path:
         axis.set_xlabel("completion length, a new one at each step")
         axis.set_ylabel("milliseconds (dotted: the same length again)")
         axis.grid(alpha=0.3, linewidth=0.5)
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(**LEGEND)
         figure.suptitle(record["case"], fontsize=10)
         return _save(figure, results, path)

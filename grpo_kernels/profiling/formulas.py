@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..config import METRICS
-from ..linear_loops import CHUNK_BYTES, GPU_CHUNK_BYTES, WIDENED_COLUMNS
+from ..linear_loops import WIDENED_COLUMNS, default_chunk_rows
 from .shape import LossShape, Moment
 
 _TRL_TILE = (4096, 32768)  # tokens, columns: trl 1.16, kernels/chunked_logprob.py and trainer/utils.py
@@ -145,30 +145,25 @@ def liger_linear(s: LossShape) -> list[Moment]:
 
 def chunks_of(s: LossShape) -> tuple[int, int]:
     """How many chunks our linear path makes of the active rows, and the rows of the largest."""
-    budget = CHUNK_BYTES if s.on_cpu else GPU_CHUNK_BYTES
-    limit = s.chunk_rows or max(1, budget // (s.vocab * s.dtype.itemsize))
+    limit = s.chunk_rows or default_chunk_rows(s.vocab, s.hidden, s.dtype, not s.on_cpu, s.rows, weight_gradient=True)
     chunks = -(-s.active_rows // limit)
     return chunks, -(-s.active_rows // chunks)
 
 
 def ours_linear(s: LossShape) -> list[Moment]:
-    # Active rows only. Several chunks sum lm_head's gradient in float32 and round it at the end, when the buffer of
-    # the chunk is still there; a single chunk writes it at once.
+    # Active rows only. Several chunks sum lm_head's gradient in float32 and round it at the end, when their buffer has
+    # gone; a single chunk writes it at once.
     chunks, rows = chunks_of(s)
-    chunk = {
-        "chunk of logits, then their gradient": rows * s.vocab * s.dtype.itemsize,
-        "gradient of hidden": s.hidden_states,
-        "hidden of a chunk": rows * s.hidden * s.dtype.itemsize,
-    }
+    rest = {"gradient of hidden": s.hidden_states, "hidden of a chunk": rows * s.hidden * s.dtype.itemsize}
+    chunk = {"chunk of logits, then their gradient": rows * s.vocab * s.dtype.itemsize, **rest}
     if chunks == 1:
         return [Moment("the only chunk", {**chunk, "gradient of lm_head": s.head})]
     sums = {"gradient of lm_head, fp32": s.head32}
-    # On a CPU, columns of half precision are widened a block at a time, and Python still names the one before.
-    columns = min(2 * WIDENED_COLUMNS, s.vocab)
+    columns = min(WIDENED_COLUMNS, s.vocab)  # widened at a time, on a CPU
     widened = rows * (columns + s.hidden) * 4 if s.half and s.on_cpu else 0
     return [
         Moment("a chunk", {**sums, **chunk, "columns widened to fp32": widened}),
-        Moment("gradient rounded", {**sums, **chunk, "gradient of lm_head": s.head if s.half else 0}),
+        Moment("gradient rounded", {**sums, **rest, "gradient of lm_head": s.head if s.half else 0}),
     ]
 
 
