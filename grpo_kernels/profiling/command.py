@@ -20,6 +20,7 @@ from .plot import save_profiles
 from .profile import MemoryProfile
 from .report import (
     heading,
+    held_table,
     profile_tables,
     step_note,
     step_table,
@@ -67,6 +68,7 @@ def run(request: Request, console: Console) -> dict[str, list[Outcome]]:
             found[path] = outcomes(chosen, task, shape, available, lambda name: status.update(f"measuring {name}"))
         if found[path]:
             console.print(step_table(found[path], shape, path, request.fit))
+            console.print(held_table(found[path]))
             console.print(step_note(found[path], shape, path), style="dim")
     states = compared_states(request)
     console.print(training_table(states, request.model.model, shape, request.precision))

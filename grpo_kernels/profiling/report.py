@@ -20,18 +20,31 @@ _SHARE = 0.1  # of the peak: who holds less is not named in a row
 
 
 def step_table(found: Sequence[Outcome], shape: LossShape, path: str, fit: float) -> Table:
-    """One row a provider, the least memory first; who could not be measured last, with the reason."""
+    """One row a provider with a figure, the least memory first."""
     there = "the logits" if path == "logits" else "hidden states and lm_head"
     table = Table(
         title=f"{PATHS[path]}: peak beside {there} ({readable(bytes_of_inputs(shape, path))})", title_justify="left"
     )
-    table.add_column("provider")
-    for heading in ("measured", "predicted", "off by", "x logits", f"largest batch in {fit:g} GiB"):
+    table.add_column("provider", no_wrap=True)
+    for heading in ("measured", "predicted", "off by", "x logits", f"fit in {fit:g} GiB"):
         table.add_column(heading, justify="right")
-    table.add_column("what holds the peak")
-    for outcome in sorted(found, key=lambda o: (o.profile is None, o.peak is None, o.peak or 0)):
+    for outcome in _in_order(found):
         table.add_row(*_row(outcome, shape, path, fit))
     return table
+
+
+def held_table(found: Sequence[Outcome]) -> Table:
+    """What holds the peak of each provider, and why one was not measured."""
+    table = Table("provider", "what holds the peak", show_edge=False, box=None)
+    for outcome in _in_order(found):
+        holdings = outcome.profile or outcome.prediction
+        held = [] if holdings is None else [_held(holdings.at_peak)]
+        table.add_row(outcome.provider, escape("; ".join([*([outcome.reason] if outcome.reason else []), *held])))
+    return table
+
+
+def _in_order(found: Sequence[Outcome]) -> list[Outcome]:
+    return sorted((o for o in found if o.peak is not None), key=lambda o: (o.profile is None, o.peak))
 
 
 def _row(outcome: Outcome, shape: LossShape, path: str, fit: float) -> list[str]:
@@ -41,20 +54,8 @@ def _row(outcome: Outcome, shape: LossShape, path: str, fit: float) -> list[str]
     off = ""
     if profile is not None and prediction is not None:
         off = f"{100 * (prediction.peak / profile.peak - 1):+.1f} %"
-    held = profile.at_peak if profile is not None else [] if prediction is None else prediction.at_peak
-    words = outcome.reason or ""
-    if held:
-        words = _held(held) if outcome.reason is None else f"({outcome.reason}) {_held(held)}"
     share = "" if outcome.peak is None else f"{outcome.peak / shape.logits:.2f}"
-    return [
-        outcome.provider,
-        measured,
-        predicted,
-        off,
-        share,
-        _largest(outcome.provider, shape, path, fit),
-        escape(words),
-    ]
+    return [outcome.provider, measured, predicted, off, share, _largest(outcome.provider, shape, path, fit)]
 
 
 def _held(holdings: Sequence[Holding]) -> str:
@@ -80,10 +81,12 @@ def step_note(found: Sequence[Outcome], shape: LossShape, path: str) -> str:
         return "Nothing measured and nothing predicted."
     least = min(measured, key=lambda o: o.peak or 0)
     how = "measured" if least.profile is not None else f"predicted for {shape.device}, {_HELD[shape.on_cpu]}"
+    missing = "; ".join(f"{o.provider}: {o.reason or 'no formula'}" for o in found if o.peak is None)
     return (
         f"Least memory, {how}: {least.provider} ({escape(least.title)}). Bytes of tensors alive at one moment, above "
-        "what is there before the step, gradients included. The largest batch counts sequences of "
+        "what is there before the step, gradients included. What fits is counted in sequences of "
         f"{shape.tokens:,} tokens, by the prediction, inputs included."
+        + (f" Not in the table: {escape(missing)}." if missing else "")
     )
 
 
