@@ -5,6 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 EDITABLE := $(PIP) --no-build-isolation --editable
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 ARGS ?=
+JOBS ?= 2
 
 .PHONY: demo test bench figures memory lint sanitize triton-versions clean
 
@@ -12,7 +13,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/grpo-kernels demo $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest python_tests $(ARGS)
+	$(VENV)/bin/python -m pytest python_tests -n $(JOBS) $(ARGS)
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks -o addopts= --benchmark-only --full $(ARGS)

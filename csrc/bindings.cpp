@@ -87,7 +87,6 @@ PYBIND11_MODULE(GK_MODULE, m) {
         gk::row_forward(p, stats(out), pointer(stream));
       },
       Release());
-#if 1
   m.def(
       "row_backward",
       [](const gk::Rows& p, const std::array<Address, 5>& saved, Address g_logps, Address g_entropy,
@@ -102,7 +101,6 @@ PYBIND11_MODULE(GK_MODULE, m) {
         gk::row_policy(p, stats(out), policy(inputs, group, form, scalars), view(gradient), pointer(stream));
       },
       Release());
-#endif
 #ifndef GK_CPU
   m.def(
       "scale",
