@@ -21,14 +21,20 @@ from grpo_kernels.backends import DtypeUnsupported, cpu
 ROOT = Path(__file__).parents[1]
 
 
+def environment(**changes: str) -> dict[str, str]:
+    """Of a process of its own: it is none of pytest-xdist's workers, where pytest-benchmark would measure nothing."""
+    return {**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}, **changes}
+
+
 def build_emulated() -> None:
     """Tests alone need it, so no installation has it; ninja compiles what has changed, for one session at a time."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environment = {**os.environ, "GRPO_KERNELS_EMULATED": "1"}
     (ROOT / "build").mkdir(exist_ok=True)
     with open(ROOT / "build" / "emulated.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(GRPO_KERNELS_EMULATED="1"), capture_output=True, text=True, check=False
+        )
     if done.returncode != 0:
         raise RuntimeError(f"the emulated CUDA kernels do not build:\n{done.stdout}{done.stderr}")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import environment
 
 from grpo_kernels.bench import compare as comparing
 from grpo_kernels.bench import plots, report, results, table
@@ -49,10 +50,11 @@ def small(path: str = "logits", **changes: Any) -> Case:
 
 
 def python(*arguments: str, status: int = 0) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, *arguments], cwd=ROOT, env=environment(PYTHONPATH=path), capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -93,9 +93,10 @@ def test_presets_build_and_run(name):
     needed = {"dro_beta": 0.1} if name == "verl_dro" else {}
     config = gk.LossConfig.preset(name, entropy_coef=0.25, **needed)
     assert config.entropy_coef == 0.25
-    x = torch.randn(3, 4, requires_grad=True)
+    g = torch.Generator().manual_seed(0)
+    x = (0.05 * torch.randn(3, 4, generator=g)).requires_grad_()  # within every clip range
     gk.policy_loss(
-        x, torch.randn(3), old_logps=torch.zeros(3, 4), ref_logps=torch.zeros(3, 4), rollout_logps=-torch.ones(3, 4),
+        x, torch.randn(3, generator=g), old_logps=torch.zeros(3, 4), ref_logps=torch.zeros(3, 4), rollout_logps=-torch.ones(3, 4),
         entropy=torch.ones(3, 4), config=config,
     ).loss.backward()  # fmt: skip
     assert x.grad.abs().sum() > 0

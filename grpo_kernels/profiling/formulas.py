@@ -102,6 +102,11 @@ def compiled_linear(s: LossShape) -> list[Moment]:
     return [Moment("backward", {**held, "gradient of logits, fp32": s.logits32}), _lm_head_gradients(s)]
 
 
+def cce_compiled(s: LossShape) -> list[Moment]:
+    # Its torch_compile: log-softmax and its gradient never reach memory in float32.
+    return [Moment("lm_head", {"logits": s.logits}), _lm_head_gradients(s)]
+
+
 def _lm_head_gradients(s: LossShape) -> Moment:
     """The end of every path that holds all logits: two matmuls read their gradient."""
     holds = {"gradient of logits": s.logits, "gradient of lm_head": s.head, "gradient of hidden": s.hidden_states}
@@ -179,9 +184,10 @@ FORMULAS: dict[tuple[str, str], Callable[[LossShape], list[Moment]]] = {
     ("linear", "compile"): compiled_linear,
     ("linear", "trl"): trl_chunked,
     ("linear", "liger"): liger_linear,
+    ("linear", "cce"): cce_compiled,
     ("linear", "ours"): ours_linear,
     ("linear", "ours-two-pass"): ours_linear,
 }
 
 # On a GPU they run Triton kernels of their own, which nobody has measured here.
-CPU_ONLY = frozenset({("logits", "trl"), ("logits", "verl")})
+CPU_ONLY = frozenset({("logits", "trl"), ("logits", "verl"), ("linear", "cce")})
