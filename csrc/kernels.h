@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "math/advantage.h"
-#include "math/policy.h"
+#include "math/tokens.h"
 
 namespace gk {
 
@@ -66,36 +66,6 @@ struct ScaleParams {  // matrix *= factor, real [1]; not touched where that is 1
   DType dtype;
   int64_t batch, tokens, columns;
   const void* factor;
-};
-
-enum Metric : int {  // the order of METRICS in grpo_kernels/config.py
-  kPolicyLoss,
-  kKlLoss,
-  kEntropyLoss,
-  kTokens,
-  kEntropy,
-  kKl,
-  kApproxKl,
-  kApproxKlK3,
-  kRatioMean,
-  kRatioMin,
-  kRatioMax,
-  kClipLow,
-  kClipHigh,
-  kClipRegion,
-  kClipCap,
-  kClipLowMin,
-  kClipHighMax,
-  kGradientWeight,
-  kRejected,
-  kWeightMean,
-  kWeightMin,
-  kWeightMax,
-  kWeightEss,
-  kRolloutKl,
-  kRolloutKlK3,
-  kRolloutAbsDiff,
-  kMetricCount
 };
 
 struct TokenParams {

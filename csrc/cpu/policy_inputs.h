@@ -25,12 +25,9 @@ inline bool is_active(const View& active, int64_t row, int64_t tokens) {
   return !active.data || static_cast<const uint8_t*>(active.data)[active.offset(row, tokens)] != 0;
 }
 
-struct TokenInputs {
-  double adv, weight, old, ref, rollout, token_weight, entropy_weight, entropy_mask, selected, pooled_weight;
-};
-
 // `logp` stands in for what is not given: on-policy, a ratio of 1.
-inline TokenInputs read_token(const PolicyInputs& in, int64_t row, int64_t tokens, bool is_double, double logp) {
+inline TokenInputs<double> read_token(const PolicyInputs& in, int64_t row, int64_t tokens, bool is_double,
+                                      double logp) {
   const auto get = [&](const View& v, double absent) { return read(v, row, tokens, is_double, absent); };
   const double weight = get(in.weights, 1);
   return {get(in.advantages, 0),
@@ -43,16 +40,6 @@ inline TokenInputs read_token(const PolicyInputs& in, int64_t row, int64_t token
           get(in.entropy_mask, 1),
           get(in.selected, 0),
           get(in.pooled_weights, 1)};
-}
-
-// The token as the maths sees it. `log_ratio`: at the ratio's level.
-inline TokenValues<double> token_values(const TokenInputs& t, double logp, double log_ratio,
-                                        const Pooled<double>& pooled) {
-  return {logp, t.old, log_ratio, t.adv, t.token_weight, t.selected, t.ref, t.rollout, pooled};
-}
-
-inline double clamp_log_ratio(double log_ratio, const Scalars<double>& s) {
-  return clamp_(log_ratio, -s.log_ratio_clamp, s.log_ratio_clamp);
 }
 
 }  // namespace gk

@@ -170,7 +170,7 @@ void row_policy(const Rows& p, const RowStats& stats, const PolicyInputs& in, co
   const Scalars<double>& s = in.scalars;
   RowKernel(p, stats).run(false, &gradient, [&](int64_t r) {
     const double logp = load_real(stats.logps, r, is_double);
-    const TokenInputs t = read_token(in, r, p.tokens, is_double, logp);
+    const TokenInputs<double> t = read_token(in, r, p.tokens, is_double, logp);
     const double raw = logp - t.old, log_ratio = clamp_log_ratio(raw, s);
     const TokenLoss<double> loss = token_loss(in.form, token_values(t, logp, log_ratio, {}), s);
     // Rounded as the token kernel stores them: one pass and two give the same bits.

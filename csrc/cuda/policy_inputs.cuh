@@ -18,10 +18,6 @@ inline Scalars<float> real_scalars(const Scalars<double>& s) {
   return real;
 }
 
-struct TokenInputs {
-  float adv, weight, old, ref, rollout, token_weight, entropy_weight, entropy_mask, selected, pooled_weight;
-};
-
 __device__ inline float read(const View& v, int64_t row, int64_t t, float absent) {
   return v.data ? static_cast<const float*>(v.data)[row * v.stride_b + t * v.stride_t] : absent;
 }
@@ -30,7 +26,7 @@ __device__ inline bool is_active(const View& v, int64_t row, int64_t t) {
 }
 
 // `logp` stands in for what is not given: on-policy, a ratio of 1.
-__device__ inline TokenInputs read_token(const PolicyInputs& in, int64_t row, int64_t t, float logp) {
+__device__ inline TokenInputs<float> read_token(const PolicyInputs& in, int64_t row, int64_t t, float logp) {
   const float weight = read(in.weights, row, t, 1);
   return {read(in.advantages, row, t, 0),
           weight,
@@ -42,11 +38,6 @@ __device__ inline TokenInputs read_token(const PolicyInputs& in, int64_t row, in
           read(in.entropy_mask, row, t, 1),
           read(in.selected, row, t, 0),
           read(in.pooled_weights, row, t, 1)};
-}
-
-__device__ inline TokenValues<float> token_values(const TokenInputs& t, float logp, float log_ratio,
-                                                  const Pooled<float>& pooled) {
-  return {logp, t.old, log_ratio, t.adv, t.token_weight, t.selected, t.ref, t.rollout, pooled};
 }
 
 }  // namespace gk

@@ -224,11 +224,11 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   __device__ void pull(int64_t row, RowResult& result) const {
     const int64_t b = row / args.tokens, t = row % args.tokens;
     const Scalars<float>& s = args.scalars;
-    TokenInputs token = read_token(args.in, b, t, result.logp);
+    TokenInputs<float> token = read_token(args.in, b, t, result.logp);
     const Advantages made = args.in.form.advantages;
     if (made != Advantages::given)
       token.adv = sample_advantage(WarpTeam{}, args.in.advantages, made, b, args.in.group_size, args.advantage_eps);
-    const float raw = result.logp - token.old, log_ratio = clamp_(raw, -s.log_ratio_clamp, s.log_ratio_clamp);
+    const float raw = result.logp - token.old, log_ratio = clamp_log_ratio(raw, s);
     const TokenLoss<float> loss = token_loss(args.in.form, token_values(token, result.logp, log_ratio, {}), s);
     result.g_logp = token.weight * (loss.d_logp + (inside(raw, log_ratio) ? loss.d_log_ratio : 0));
     result.g_entropy = -s.entropy_coef * token.entropy_mask * token.entropy_weight;

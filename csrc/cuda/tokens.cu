@@ -8,12 +8,30 @@
 #include "group.cuh"
 #include "launch.h"
 #include "pieces.cuh"
-#include "token_sums.cuh"
+#include "policy_inputs.cuh"
 
 namespace gk {
 namespace {
 
 constexpr int kThreads = 256;
+
+using Sums = TokenSums<float>;
+static_assert(sizeof(Sums) == kTokenSums * sizeof(float));
+
+struct TokenCounts {  // of a sequence; integers, as blocks add them up in any order
+  int32_t tokens, low, high;
+};
+
+struct ClipShares {  // the extremes over the sequences
+  float low_min = INFINITY, high_max = -INFINITY;
+  __device__ ClipShares merge(const ClipShares& o) const {
+    return {min_(low_min, o.low_min), max_(high_max, o.high_max)};
+  }
+  __device__ static ClipShares of(const TokenCounts& c) {
+    if (c.tokens == 0) return {};
+    return {float(c.low) / float(c.tokens), float(c.high) / float(c.tokens)};
+  }
+};
 
 struct PoolSums {
   float ratio = 0, counted = 0, tokens = 0, adv = 0, log_weight = 0;
@@ -28,14 +46,6 @@ struct Pull {  // d loss / d the pooled log-ratio
   __device__ Pull merge(const Pull& o) const { return {value + o.value}; }
 };
 
-// What a sequence's tokens share: the pooled log-ratio with the factor that takes its derivative back to each token,
-// whether the bound on it passes the gradient, and what gmpo asks of the sequence.
-struct Sequence {
-  Pooled<float> pooled{0, 0, 1};
-  float share = 0;
-  bool open = true;
-};
-
 struct TokenArgs {
   TokenParams p;
   Scalars<float> s;
@@ -43,7 +53,7 @@ struct TokenArgs {
   int64_t pieces;
   int phases;  // 3 where a sequence may have several pieces and pools its ratios
 
-  __device__ TokenSums* sums() const { return static_cast<TokenSums*>(p.scratch.partial); }
+  __device__ Sums* sums() const { return static_cast<Sums*>(p.scratch.partial); }
   __device__ PoolSums* pools() const { return reinterpret_cast<PoolSums*>(sums() + pieces); }
   __device__ Pull* pulls() const { return reinterpret_cast<Pull*>(pools() + pieces); }
   __device__ int32_t* ticket() const { return p.scratch.counters; }
@@ -65,7 +75,7 @@ class TokenBlock {
     PoolSums sums;
     for_each_active([&](int64_t t) {
       const float logp = read(p.logps, piece.row, t, 0);
-      const TokenInputs in = inputs(t, logp);
+      const TokenInputs<float> in = inputs(t, logp);
       const float count = count_of(in);
       sums = sums.merge(
           {count * term(in, logp).value, count, 1, in.adv, log_(in.pooled_weight + float(kGmpoWeightFloor))});
@@ -73,7 +83,7 @@ class TokenBlock {
     return block_merge(sums);
   }
 
-  __device__ Sequence sequence_of(const PoolSums& sums) const {
+  __device__ Sequence<float> sequence_of(const PoolSums& sums) const {
     const float share = form.pooling() == Pooling::sum ? 1 : 1 / max_(sums.counted, 1.0f), n = max_(sums.tokens, 1.0f);
     const float raw = sums.ratio * share, log_ratio = pooled_limit(form, raw, s);
     return {{log_ratio, sums.adv / n, p.in.pooled_weights.data ? exp_(sums.log_weight / n) : 1},
@@ -82,8 +92,8 @@ class TokenBlock {
   }
 
   // Stores the tokens' results and leaves the sums; returns the derivative in the sequence's pooled log-ratio.
-  __device__ Pull tokens(const Sequence& sequence) const {
-    TokenSums sums;
+  __device__ Pull tokens(const Sequence<float>& sequence) const {
+    Sums sums;
     Pull pull;
     for (int64_t t = piece.begin + threadIdx.x; t < piece.end; t += blockDim.x)
       if (active(t))
@@ -96,11 +106,11 @@ class TokenBlock {
   }
 
   // The same threads as in `tokens` add to what they stored, or others do in a later phase.
-  __device__ void push_back(const Sequence& sequence, const Pull& pull) const {
+  __device__ void push_back(const Sequence<float>& sequence, const Pull& pull) const {
     if (!sequence.open || pull.value == 0) return;  // a NaN is something
     for_each_active([&](int64_t t) {
       const float logp = read(p.logps, piece.row, t, 0);
-      const TokenInputs in = inputs(t, logp);
+      const TokenInputs<float> in = inputs(t, logp);
       if (!term(in, logp).open) return;
       float* g = static_cast<float*>(p.g_logps) + piece.row * p.tokens + t;
       *g = left_by_other(g) + count_of(in) * sequence.share * pull.value;
@@ -124,16 +134,16 @@ class TokenBlock {
     for (int64_t t = piece.begin + threadIdx.x; t < piece.end; t += blockDim.x)
       if (active(t)) fn(t);
   }
-  __device__ TokenInputs inputs(int64_t t, float logp) const {
-    TokenInputs in = read_token(p.in, piece.row, t, logp);
+  __device__ TokenInputs<float> inputs(int64_t t, float logp) const {
+    TokenInputs<float> in = read_token(p.in, piece.row, t, logp);
     if (form.advantages != Advantages::given) in.adv = adv;
     return in;
   }
-  __device__ PooledTerm<float> term(const TokenInputs& in, float logp) const {
+  __device__ PooledTerm<float> term(const TokenInputs<float>& in, float logp) const {
     return pooled_term(form, logp - in.old, in.adv, in.pooled_weight, s);
   }
   // How much a token counts in a pooled mean: gmpo leaves out what the entropy mask does.
-  __device__ float count_of(const TokenInputs& in) const {
+  __device__ float count_of(const TokenInputs<float>& in) const {
     return form.objective == Objective::gmpo ? in.token_weight : 1;
   }
   __device__ void store(int64_t t, float value, float g_logp, float g_entropy) const {
@@ -143,24 +153,15 @@ class TokenBlock {
     if (p.g_entropy) static_cast<float*>(p.g_entropy)[at] = g_entropy;
   }
 
-  __device__ float token(int64_t t, const Sequence& sequence, TokenSums& sums) const {
+  __device__ float token(int64_t t, const Sequence<float>& sequence, Sums& sums) const {
     const float logp = read(p.logps, piece.row, t, 0), entropy = read(p.entropy, piece.row, t, 0);
-    const TokenInputs in = inputs(t, logp);
-    const RatioLevel level = form.ratio_level;
-    const float raw = logp - in.old, clamped = clamp_(raw, -s.log_ratio_clamp, s.log_ratio_clamp);
-    const float log_ratio = level == RatioLevel::token ? clamped : sequence.pooled.log_ratio;
-    const TokenLoss<float> loss = token_loss(form, token_values(in, logp, log_ratio, sequence.pooled), s);
-    const bool own =
-        level == RatioLevel::token ? inside(raw, clamped) : level == RatioLevel::sequence_token && sequence.open;
-    const bool shared = level == RatioLevel::sequence || level == RatioLevel::sequence_product;
-    const float bonus = s.entropy_coef * in.entropy_mask;
-    store(t, loss.value(s) - bonus * entropy, in.weight * (loss.d_logp + (own ? loss.d_log_ratio : 0)),
-          -bonus * in.entropy_weight);
-    sums = sums.merge(sums_of(in, s, logp, exp_(log_ratio), entropy, bonus, loss));
-    return in.weight * (loss.d_pooled + (shared ? loss.d_log_ratio : 0));
+    const TokenResult<float> r = token_result(form, inputs(t, logp), logp, entropy, sequence, s);
+    store(t, r.value, r.g_logp, r.g_entropy);
+    sums = sums.merge(r.sums);
+    return r.pull;
   }
 
-  __device__ void leave(const TokenSums& sums) const {
+  __device__ void leave(const Sums& sums) const {
     a.sums()[piece.first + piece.index] = sums;
     if (!piece.inside) return;
     TokenCounts& counts = a.counts()[piece.sequence];
@@ -173,12 +174,14 @@ class TokenBlock {
 // The last block to have left its sums makes the loss and the metrics.
 __device__ void finish(const TokenArgs& a) {
   if (!arrive(a.finished(), a.pieces)) return;
-  const TokenSums sums = sum_left(a.sums(), a.pieces);
+  const Sums sums = sum_left(a.sums(), a.pieces);
   ClipShares shares;
   for (int64_t i = threadIdx.x; i < a.p.sequences; i += blockDim.x)
     shares = shares.merge(ClipShares::of(left_by_other(a.counts() + i)));
   shares = block_merge(shares);
-  if (threadIdx.x == 0) store_metrics(sums, shares, static_cast<float*>(a.p.loss), static_cast<float*>(a.p.metrics));
+  if (threadIdx.x > 0) return;
+  *static_cast<float*>(a.p.loss) = loss_of(sums);
+  metrics_of(sums, shares.low_min, shares.high_max, static_cast<float*>(a.p.metrics));
 }
 
 __global__ void __launch_bounds__(kThreads) token_kernel(TokenArgs a) {
@@ -189,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) token_kernel(TokenArgs a) {
   if (phase > 0 && (alone || piece.size() == 0)) return;
   const TokenBlock block(a, piece);
   if (alone || piece.size() == 0) {
-    const Sequence sequence = pooled ? block.sequence_of(block.pool()) : Sequence{};
+    const Sequence<float> sequence = pooled ? block.sequence_of(block.pool()) : Sequence<float>{};
     block.push_back(sequence, block.tokens(sequence));
     finish(a);
   } else if (phase == 0) {
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) token_kernel(TokenArgs a) {
     arrive(a.arrived(0, piece.sequence), piece.siblings);
   } else {
     wait_for(a.arrived(phase - 1, piece.sequence), piece.siblings);
-    const Sequence sequence = block.sequence_of(sum_left(a.pools() + piece.first, piece.siblings));
+    const Sequence<float> sequence = block.sequence_of(sum_left(a.pools() + piece.first, piece.siblings));
     if (phase == 2) {
       block.push_back(sequence, sum_left(a.pulls() + piece.first, piece.siblings));
       return;
