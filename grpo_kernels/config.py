@@ -22,7 +22,7 @@ KL_GRADIENTS = ("pathwise", "straight_through", "importance_weighted", "score_fu
 ADVANTAGES = ("given", "centred", "normalised")  # the last two: made of rewards in the loss's own launch
 AGGREGATIONS = ("token_mean", "token_sum", "sequence_mean", "sequence_sum", "fixed_length")
 
-# Sums of the token kernel, in the order of `Metric` in csrc/kernels.h; described in policy.LossOutput.
+# Sums of the token kernel, in the order of `Metric` in csrc/math/tokens.h; described in policy.LossOutput.
 METRICS = (
     "policy_loss", "kl_loss", "entropy_loss", "tokens", "entropy", "kl", "approx_kl", "approx_kl_k3",
     "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_region", "clip_cap", "clip_low_min",

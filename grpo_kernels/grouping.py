@@ -82,6 +82,13 @@ def real_rewards(rewards: Tensor) -> Tensor:
     return rewards.detach().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
 
 
+def sorted_by_group(group_ids: Tensor, *, ends: bool) -> tuple[Tensor, Tensor]:
+    """The samples group after group, in their order within it, and where the group of each position there ends, or
+    begins. Nothing waits for the device."""
+    ids, order = group_ids.sort(stable=True)
+    return order, torch.searchsorted(ids, ids, right=ends)
+
+
 class Groups(NamedTuple):
     """Reductions over the groups of [S, ...] tensors, each given back to every sample."""
 

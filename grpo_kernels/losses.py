@@ -58,7 +58,7 @@ def scaled(ctx: Any, gradient: Tensor, g: Tensor) -> Tensor:
         return gradient
     if another_may_come or ctx.lent:
         return gradient * g
-    implementation(ctx.backend).scale(gradient, g)
+    implementation(ctx.backend).scale(gradient if gradient.dim() == 3 else gradient.view(1, 1, -1), g)
     return gradient
 
 
@@ -143,8 +143,7 @@ def grpo_loss(
     fitting = None if advantages is not None else _rewards_in_launch(rewards, *group, layout, logits, config, backend)
     source = fitting or advantages_of(advantages, rewards, *group, backend)
     inputs = policy_inputs(
-        layout, rows.active, real_dtype(logits.dtype), config,
-        advantages=source,
+        layout, rows.active, real_dtype(logits.dtype), config, advantages=source,
         old_logps=old_logps, ref_logps=ref_logps, rollout_logps=rollout_logps, token_weights=token_weights,
         entropy_mask=entropy_mask, sequence_weights=sequence_weights, denominator=denominator, scale=scale,
     )  # fmt: skip

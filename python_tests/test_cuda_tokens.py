@@ -164,7 +164,7 @@ def test_scale(backend, dtype, columns):
         HERE[backend].scale(moved[:, 1:3, :columns], on_device(torch.tensor(factor), backend))
         assert torch.equal(moved.cpu(), whole if factor == 1 else expected)
     one = on_device(torch.tensor([math.inf, 2.0, math.nan], dtype=dtype), backend)
-    HERE[backend].scale(one, on_device(torch.tensor(1.0), backend))
+    HERE[backend].scale(one.view(1, 1, -1), on_device(torch.tensor(1.0), backend))
     assert torch.equal(one.cpu()[:2], torch.tensor([math.inf, 2.0], dtype=dtype))
 
 

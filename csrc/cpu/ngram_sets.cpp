@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "../math/hash.h"
 #include "parallel.h"
 #include "popcount.h"
 
@@ -23,12 +24,6 @@ constexpr uint64_t kFrequentFlag = uint64_t(1) << 63;  // | column within the bu
 constexpr uint64_t kOnce = ~uint64_t(0) - 1;           // in no other sample
 constexpr uint64_t kRepeated = ~uint64_t(0);           // seen before in this sample
 
-uint64_t mix(uint64_t x) {  // a bijection: single tokens never collide
-  x = (x ^ x >> 32) * 0xd6e8feb86659fd93;
-  x = (x ^ x >> 32) * 0xd6e8feb86659fd93;
-  return x ^ x >> 32;
-}
-
 template <typename Token> void read_tokens(const DiversityParams& p, int64_t sample, std::vector<uint64_t>& mixed) {
   const int64_t row = p.cu_seqlens ? 0 : sample, first = p.cu_seqlens ? p.cu_seqlens[sample] : 0;
   const int64_t length = length_of(p, sample);
@@ -44,11 +39,7 @@ template <typename Token> void read_tokens(const DiversityParams& p, int64_t sam
 void hash_ngrams(std::vector<uint64_t>& mixed, int64_t ngram) {
   if (mixed.empty()) return;
   const size_t n = std::min(mixed.size(), size_t(ngram)), count = mixed.size() - n + 1;
-  for (size_t i = 0; i < count; ++i) {
-    uint64_t h = n;
-    for (size_t k = 0; k < n; ++k) h = h * 0x9e3779b97f4a7c15 + mixed[i + k];
-    mixed[i] = h;
-  }
+  for (size_t i = 0; i < count; ++i) mixed[i] = ngram_hash(&mixed[i], int64_t(n));
   mixed.resize(count);
 }
 

@@ -167,15 +167,12 @@ void row_backward(const Rows& p, const RowStats& saved, const void* g_logps, con
 
 void row_policy(const Rows& p, const RowStats& stats, const PolicyInputs& in, const View& gradient, Stream) {
   const bool is_double = p.dtype == DType::f64;
-  const Scalars<double>& s = in.scalars;
   RowKernel(p, stats).run(false, &gradient, [&](int64_t r) {
     const double logp = load_real(stats.logps, r, is_double);
-    const TokenInputs<double> t = read_token(in, r, p.tokens, is_double, logp);
-    const double raw = logp - t.old, log_ratio = clamp_log_ratio(raw, s);
-    const TokenLoss<double> loss = token_loss(in.form, token_values(t, logp, log_ratio, {}), s);
+    const TokenInputs<double> token = read_token(in, r, p.tokens, is_double, logp);
+    const TokenResult<double> result = token_result(in.form, token, logp, 0.0, {}, in.scalars);
     // Rounded as the token kernel stores them: one pass and two give the same bits.
-    return Pull{as_real(t.weight * (loss.d_logp + (inside(raw, log_ratio) ? loss.d_log_ratio : 0)), is_double),
-                as_real(-s.entropy_coef * t.entropy_mask * t.entropy_weight, is_double)};
+    return Pull{as_real(result.g_logp, is_double), as_real(result.g_entropy, is_double)};
   });
 }
 

@@ -12,15 +12,19 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 __device__ __forceinline__ int lane_of_thread() { return int(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp_of_thread() { return int(threadIdx.x) / kWarp; }
 
-template <typename T> __device__ __forceinline__ T shuffle_xor(const T& value, int lanes) {
+// Another lane's value; shuffle(word) moves four bytes of it.
+template <typename T, typename Shuffle> __device__ __forceinline__ T shuffled(const T& value, const Shuffle& shuffle) {
   static_assert(sizeof(T) % 4 == 0, "whole words");
   unsigned words[sizeof(T) / 4];
   memcpy(words, &value, sizeof(T));
 #pragma unroll
-  for (int i = 0; i < int(sizeof(T) / 4); ++i) words[i] = __shfl_xor_sync(kFullWarp, words[i], lanes);
+  for (int i = 0; i < int(sizeof(T) / 4); ++i) words[i] = shuffle(words[i]);
   T other;
   memcpy(&other, words, sizeof(T));
   return other;
+}
+template <typename T> __device__ __forceinline__ T shuffle_xor(const T& value, int lanes) {
+  return shuffled(value, [=](unsigned word) { return __shfl_xor_sync(kFullWarp, word, lanes); });
 }
 
 // Every lane gets the whole warp's, the lower lane's on the left of each merge: all compute the same bits.

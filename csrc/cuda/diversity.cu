@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) ngram_kernel(DiversityArgs a) {
   const NgramTable table = table_for(a, sample, ngrams, shared);
   for (int64_t first = 0; first < ngrams; first += kThreads) {
     const int64_t i = first + threadIdx.x;
-    const Hash h = i < ngrams ? ngram_hash(set + i, n) : 0;
+    const Hash h = i < ngrams ? key_of(set + i, n) : 0;
     __syncthreads();  // the set grows over tokens that have been read
     if (h && table.insert(h)) set[atomicAdd(&distinct, 1)] = h;
   }

@@ -1,21 +1,15 @@
 // Hash tables of 64-bit n-gram hashes, open addressing; 0 is a free slot, so a hash of 0 counts as 1.
 #pragma once
 #include "../kernels.h"
+#include "../math/hash.h"
 
 namespace gk {
 
 using Hash = unsigned long long;  // what atomicCAS takes
 
-__device__ inline Hash mix(Hash x) {  // a bijection: single tokens never collide
-  x = (x ^ x >> 32) * 0xd6e8feb86659fd93;
-  x = (x ^ x >> 32) * 0xd6e8feb86659fd93;
-  return x ^ x >> 32;
-}
-
-// Of n tokens that follow each other.
-__device__ inline Hash ngram_hash(const Hash* mixed, int64_t n) {
-  Hash h = Hash(n);
-  for (int64_t k = 0; k < n; ++k) h = h * 0x9e3779b97f4a7c15 + mixed[k];
+// Of n tokens that follow each other, as the table takes it.
+__device__ inline Hash key_of(const Hash* mixed, int64_t n) {
+  const Hash h = ngram_hash(mixed, n);
   return h ? h : 1;
 }
 

@@ -223,15 +223,12 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   __device__ void pull(int64_t row, RowResult& result) const {
     const int64_t b = row / args.tokens, t = row % args.tokens;
-    const Scalars<float>& s = args.scalars;
     TokenInputs<float> token = read_token(args.in, b, t, result.logp);
     const Advantages made = args.in.form.advantages;
     if (made != Advantages::given)
       token.adv = sample_advantage(WarpTeam{}, args.in.advantages, made, b, args.in.group_size, args.advantage_eps);
-    const float raw = result.logp - token.old, log_ratio = clamp_log_ratio(raw, s);
-    const TokenLoss<float> loss = token_loss(args.in.form, token_values(token, result.logp, log_ratio, {}), s);
-    result.g_logp = token.weight * (loss.d_logp + (inside(raw, log_ratio) ? loss.d_log_ratio : 0));
-    result.g_entropy = -s.entropy_coef * token.entropy_mask * token.entropy_weight;
+    const TokenResult<float> pulls = token_result(args.in.form, token, result.logp, 0.0f, {}, args.scalars);
+    result.g_logp = pulls.g_logp, result.g_entropy = pulls.g_entropy;
   }
 
   __device__ void store(int64_t row, const RowResult& result, float sum_p2) const {

@@ -6,14 +6,7 @@ namespace gk {
 
 // Of the lane `distance` behind; its own where there is none.
 template <typename T> __device__ __forceinline__ T shuffle_down(const T& value, int distance) {
-  static_assert(sizeof(T) % 4 == 0, "whole words");
-  unsigned words[sizeof(T) / 4];
-  memcpy(words, &value, sizeof(T));
-#pragma unroll
-  for (int i = 0; i < int(sizeof(T) / 4); ++i) words[i] = __shfl_down_sync(kFullWarp, words[i], distance);
-  T later;
-  memcpy(&later, words, sizeof(T));
-  return later;
+  return shuffled(value, [=](unsigned word) { return __shfl_down_sync(kFullWarp, word, distance); });
 }
 
 // Of the threads behind this one; `whole`: of all. A thread's default Step changes nothing.

@@ -112,10 +112,10 @@ class Kernels:
         return stats
 
     def scale(self, matrix: Tensor, factor: Tensor) -> None:
-        """[B, T, V] with any strides of the first two, [R, V] or [R]."""
-        x = matrix.view(1, 1, -1) if matrix.is_contiguous() and matrix.dim() < 3 else matrix
-        factor = factor.to(real_dtype(x.dtype))
-        self._launch(self._module.scale, x.device, _view(x), _DTYPES.index(x.dtype), tuple(x.shape), _address(factor))
+        factor, dtype = factor.to(real_dtype(matrix.dtype)), _DTYPES.index(matrix.dtype)
+        self._launch(
+            self._module.scale, matrix.device, _view(matrix), dtype, tuple(matrix.shape), _address(factor)
+        )  # fmt: skip
 
     def token_policy(
         self, logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, inputs: PolicyInputs

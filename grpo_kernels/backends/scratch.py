@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..grouping import sorted_by_group
+
 
 class Scratch(NamedTuple):
     """gk::Scratch; to be kept until the launch."""
@@ -18,11 +20,9 @@ class Scratch(NamedTuple):
 
     @property
     def addresses(self) -> tuple[int, int]:
-        return (
-            (0, 0)
-            if self.counters is None or self.partial is None
-            else (self.counters.data_ptr(), self.partial.data_ptr())
-        )
+        if self.counters is None or self.partial is None:
+            return 0, 0
+        return self.counters.data_ptr(), self.partial.data_ptr()
 
 
 class NoMemory:
@@ -72,13 +72,13 @@ class GpuMemory(NoMemory):
         return _scratch(grid, 1, self._pieces_of(grid.numel()) * self._module.MOMENT_SUMS)
 
     def advantages(self, rewards: Tensor, group_ids: Tensor | None) -> list[Tensor | None]:
-        order, _, ends = _sorted(group_ids)
+        order, ends = (None, None) if group_ids is None else sorted_by_group(group_ids, ends=True)
         return [order, ends, torch.empty(1, dtype=torch.float32, device=rewards.device)]
 
     def diversity(
         self, token_ids: Tensor, samples: int, group_ids: Tensor | None
     ) -> tuple[list[Tensor | None], Scratch]:
-        order, begins, _ = _sorted(group_ids)
+        order, begins = (None, None) if group_ids is None else sorted_by_group(group_ids, ends=False)
         small = token_ids.shape[1] <= self._module.TOKENS_IN_TABLE  # every sample's table fits a block's own memory
 
         def integers(make: Callable[..., Tensor], a_token: int) -> Tensor:
@@ -103,12 +103,3 @@ def _scratch(like: Tensor, counters: int, floats: int) -> Scratch:
         torch.zeros(counters, dtype=torch.int32, device=like.device),
         torch.empty(floats, dtype=torch.float32, device=like.device),
     )
-
-
-def _sorted(group_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Samples group after group: which one lies where, and where the group of each position begins and ends. Stable:
-    within a group they keep their order."""
-    if group_ids is None:
-        return None, None, None
-    ids, order = group_ids.sort(stable=True)
-    return order, torch.searchsorted(ids, ids), torch.searchsorted(ids, ids, right=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...grouping import AdvantageForm, Samples
+from ...grouping import AdvantageForm, Samples, sorted_by_group
 from ...layout import real_dtype
 from .group import (
     ABOVE,
@@ -156,7 +156,7 @@ def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Ten
     informative, batch_std = rewards.new_empty(count, dtype=torch.bool), None
     if not count:
         return advantages, means, stds, informative
-    order, ends = (None, None) if ids is None else order_of(ids)
+    order, ends = (None, None) if ids is None else sorted_by_group(ids, ends=True)
     read = (rewards, components, weights, valid)
     constants: dict[str, Any] = {"REAL": REALS[real], "enable_fp_fusion": False, **registers(REGISTERS)}
     numbers = (form.eps, form.critic_weight, form.clip_low, form.clip_high)
@@ -172,9 +172,3 @@ def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Ten
             BASELINE=form.baseline, SCALE=form.scale, BLOCK=GROUP_BLOCK.value, num_warps=WARPS, **constants,
         )  # fmt: skip
     return advantages, means, stds, informative
-
-
-def order_of(group_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The samples group after group, and where each one's group ends there."""
-    ids, order = group_ids.sort()
-    return order, torch.searchsorted(ids, ids, right=True)

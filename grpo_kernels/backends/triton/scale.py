@@ -1,11 +1,12 @@
 """A gradient times the upstream one, which only the device knows: every program reads it, and ends where it is 1."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...layout import real_dtype
 from .launch import INTERPRETED, REALS, aligned, kernel, on_device_of
+from .policy_inputs import view_args
 from .row import row_at
 
 BLOCK, WARPS = 4096, 8
@@ -30,15 +31,13 @@ def scale_kernel(
 
 
 def scale(matrix: Tensor, factor: Tensor) -> None:
-    """[B, T, V] with any strides of the first two, [R, V] or [R]."""
-    x = matrix.view(1, 1, -1) if matrix.is_contiguous() and matrix.dim() < 3 else matrix
-    rows, columns = x.shape[0] * x.shape[1], x.shape[2]
-    real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if not x.numel():
+    batch, tokens, columns = matrix.shape
+    rows = batch * tokens
+    if not matrix.numel():
         return
-    with on_device_of(x):
+    with on_device_of(matrix):
         scale_kernel[(min(PROGRAMS, rows * triton.cdiv(columns, BLOCK)),)](
-            x, x.stride(0), x.stride(1), factor.contiguous(), rows, x.shape[1], columns,
-            REAL=REALS[real], ALIGNED=aligned(x), BLOCK=BLOCK, num_warps=1 if INTERPRETED else WARPS,
-            enable_fp_fusion=False,
+            *view_args(matrix), factor, rows, tokens, columns,
+            REAL=REALS[real_dtype(matrix.dtype)], ALIGNED=aligned(matrix), BLOCK=BLOCK,
+            num_warps=1 if INTERPRETED else WARPS, enable_fp_fusion=False,
         )  # fmt: skip
