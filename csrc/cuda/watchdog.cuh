@@ -1,6 +1,9 @@
 // A wait for another block, or for a copy, that lasts for seconds will last for ever: it ends the grid with an error
 // that names the kernel, where it would have hung the process and taken the GPU with it.
 #pragma once
+#include <stdexcept>
+#include <string>
+
 #include "launch.h"
 
 #ifndef GK_EMULATED
