@@ -1,10 +1,13 @@
 // The row kernel and the emulator in one file, for test_cuda_rows.py to break.
+static int mutant;  // which of its changes is made
+
 #include "cuda/rows.cu"
 #include "cuda/rows_cluster.cu"
 #include "emulation/emulator.cpp"
 
 // Log-probs of column 3 of float rows and the gradient of half their sum, on a machine of one multiprocessor.
-extern "C" int probe(float* logits, float* gradient, float* logps, int rows, int vocab, int schedule) try {
+extern "C" int probe(float* logits, float* gradient, float* logps, int rows, int vocab, int schedule, int changed) try {
+  mutant = changed;
   gk::emulation::machine() = {1, 64, 10 << 10, true, gk::emulation::Schedule(schedule)};
   std::vector<int64_t> targets(rows, 3);
   std::vector<float> others(4 * rows), weights(rows, 0.5f), zeros(rows, 0.0f);

@@ -3,12 +3,12 @@ emulation notices a barrier that is not there."""
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BACKENDS_HERE, ROOT
+from probes import compiled_probe
 
 import grpo_kernels as gk
 from grpo_kernels.testing.compare import assert_as_accurate
@@ -119,7 +119,7 @@ def test_neither_schedule_nor_copies_nor_passes_change_a_bit(vocab):
     for schedule in emulated.SCHEDULES:
         with emulated.machine(**MACHINE, schedule=schedule):
             results.append((*case.two_passes(), *case.loss(config=config)))
-    assert same(results[0], results[1]) and same(results[0], results[2])
+    assert all(same(results[0], other) for other in results[1:])
     assert same(case.two_passes(inplace=True), case.two_passes())
     one = case.loss(config=config)
     assert same(case.loss(config=config, inplace=True), one)
@@ -159,36 +159,44 @@ def test_rows_without_a_distribution_or_a_pull(vocab):
 
 # ---- the emulation's teeth ----
 
-MUTANTS = {  # what is removed from the kernels: file, text, what takes its place
-    "the barrier after the epilogue": ("row_kernel.cuh", "meet_computing();\n    return", "return"),
-    "the barrier of the reduction": ("block.cuh", "  sync();\n", ""),
-    "the wait for a chunk": ("row_kernel.cuh", "wait(&ring.full[slot], ring.phase(slot));", ""),
-    "the wait for a free slot": ("row_kernel.cuh", "wait(&ring.empty[slot], ring.phase(slot) ^ 1);", ""),
-    "the release of a slot": ("row_kernel.cuh", "if (lane_of_thread() == 0) arrive(&ring.empty[slot]);", ""),
-    "the wait for the cluster": ("row_kernel.cuh", "wait_cluster(&control->exchanged[parity], phase);", ""),
-    "nothing": ("row_kernel.cuh", "", ""),
+MUTANTS = {  # file, statement that is left out; or what takes its place: ON in the mutant, OFF in the others
+    "nothing": ("row_kernel.cuh", ""),
+    "the first meeting": ("row_kernel.cuh", "meet();\n  }"),
+    "the last meeting": ("row_kernel.cuh", "meet();  // nobody leaves"),
+    "the publishing of barriers": ("row_kernel.cuh", "publish_barriers();"),
+    "the barrier after the epilogue": ("row_kernel.cuh", "meet_computing();\n    return"),
+    "the barrier of the reduction": ("block.cuh", "sync();\n"),
+    "the wait for a chunk": ("row_kernel.cuh", "wait(&ring.full[slot]"),
+    "the wait for a free slot": ("row_kernel.cuh", "wait(&ring.empty[slot]"),
+    "a warp's barrier before the release": ("row_kernel.cuh", "__syncwarp();\n    if (lane_of_thread() == 0) arrive("),
+    "the release of a slot": ("row_kernel.cuh", "arrive(&ring.empty[slot])"),
+    "the wait for the cluster": ("row_kernel.cuh", "wait_cluster(&control->exchanged"),
+    "alignment": ("row_kernel.cuh", "load16(", "load16((ON ? 4 : 0) + "),
+    "half of each warp at a barrier": (
+        "row_kernel.cuh",
+        "sync_threads(1, computing)",
+        "if (OFF || lane_of_thread() < kWarp / 2) sync_threads(1, ON ? computing / 2 : computing)",
+    ),
 }
 
 
-def build_probe(folder, mutant):
-    name, old, new = MUTANTS[mutant]
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    """rows_probe.cpp's function; every mutant is in it, and an argument says which one runs."""
+    folder = tmp_path_factory.mktemp("mutants")
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    source = folder / "csrc/cuda" / name
-    text = source.read_text()
-    assert old in text
-    source.write_text(text.replace(old, new, 1))
+    for number, (name, old, *new) in enumerate(MUTANTS.values()):
+        source = folder / "csrc/cuda" / name
+        text = source.read_text()
+        assert old in text, old
+        changed = (new[0] if new else f"if (OFF) {old}" if old else "").replace("OFF", f"mutant != {number}")
+        source.write_text(text.replace(old, changed.replace("ON", f"mutant == {number}"), 1))
     shutil.copy(Path(__file__).parent / "rows_probe.cpp", folder)
-    library = folder / "probe.so"
-    include = ["-include", folder / "csrc/emulation/cuda_on_cpu.h", "-I", folder / "csrc"]
-    flags = "c++ -std=c++17 -O0 -fPIC -shared -w -DGK_EMULATED".split()
-    subprocess.run([*flags, *include, "-o", library, folder / "rows_probe.cpp"], check=True)
-    return ctypes.CDLL(str(library))
+    return compiled_probe(folder / "rows_probe.cpp", folder / "csrc", folder).probe
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_missing_barrier_is_noticed(mutant, tmp_path):
-    probe = build_probe(tmp_path, mutant).probe
-    probe.restype = ctypes.c_int
+@pytest.mark.parametrize("number, mutant", list(enumerate(MUTANTS)))
+def test_a_missing_barrier_is_noticed(number, mutant, probe):
     outcomes = set()
     for vocab in (5003, 8001):
         logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0))
@@ -197,10 +205,10 @@ def test_a_missing_barrier_is_noticed(mutant, tmp_path):
         for schedule in range(len(emulated.SCHEDULES)):
             gradient, logps = torch.zeros_like(logits), torch.zeros(5)
             addresses = map(ctypes.c_void_p, (logits.data_ptr(), gradient.data_ptr(), logps.data_ptr()))
-            if probe(*addresses, 5, vocab, schedule):
+            if probe(*addresses, 5, vocab, schedule, number):
                 outcomes.add("error")
             elif not torch.allclose(logps, exact, atol=1e-4):
                 outcomes.add("wrong")
             gradients.append(gradient)
-        outcomes.add("same" if same(gradients[:1] * 3, gradients) else "races")
+        outcomes.add("same" if all(same(gradients[:1], [g]) for g in gradients) else "races")
     assert (outcomes == {"same"}) == (mutant == "nothing"), outcomes

@@ -313,7 +313,7 @@ def test_diversity_of_completions_of_any_length(backend, grouping, length):
 
 
 @pytest.mark.skipif("emulated" not in HERE, reason="a GPU has its own schedule")
-@pytest.mark.parametrize("schedule", ["one_warp_ahead", "shuffled"])
+@pytest.mark.parametrize("schedule", HERE["emulated"].SCHEDULES[1:] if "emulated" in HERE else ())
 def test_bits_do_not_hang_on_the_schedule(schedule):
     """Neither threads of a block nor blocks of a grid run in a promised order."""
     logps, mask, others = tokens((3, PIECE + 70))

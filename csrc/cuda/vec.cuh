@@ -33,6 +33,14 @@ inline float exp2_approx(float y) {
   return e < 1.17549435e-38f ? 0.0f : e;
 }
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? b : a; }
+inline uint4 load16(const void* aligned) {
+  emulation::check_aligned(aligned);
+  return *static_cast<const uint4*>(aligned);
+}
+inline void store16(void* aligned, uint4 v) {
+  emulation::check_aligned(aligned);
+  *static_cast<uint4*>(aligned) = v;
+}
 
 #else
 
@@ -62,6 +70,8 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
   return m;
 }
+__device__ __forceinline__ uint4 load16(const void* aligned) { return *static_cast<const uint4*>(aligned); }
+__device__ __forceinline__ void store16(void* aligned, uint4 v) { *static_cast<uint4*>(aligned) = v; }
 
 #endif
 
@@ -100,9 +110,6 @@ template <typename T> struct Vector {
     return {words[0], words[1], words[2], words[3]};
   }
 };
-
-__device__ __forceinline__ uint4 load16(const void* aligned) { return *static_cast<const uint4*>(aligned); }
-__device__ __forceinline__ void store16(void* aligned, uint4 v) { *static_cast<uint4*>(aligned) = v; }
 
 template <typename T> __device__ __forceinline__ bool is_aligned16(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;

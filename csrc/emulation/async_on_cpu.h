@@ -13,64 +13,75 @@ struct Mbarrier {  // 8 bytes, as there
   int16_t phase;
   int16_t unused;
 };
-struct MbarrierBytes {  // what a barrier still waits for, beside the arrivals
-  std::map<const Mbarrier*, int64_t> missing;
-};
-inline MbarrierBytes& mbarrier_bytes() {
-  static MbarrierBytes one;
-  return one;
-}
 
+inline emulation::MbarrierState& state_of(const Mbarrier* barrier) {
+  const auto found = emulation::mbarriers().find(barrier);
+  emulation::check(found != emulation::mbarriers().end(), "a barrier not initialised, or of a block that has ended");
+  return found->second;
+}
 inline void complete_if_all_came(Mbarrier* barrier) {
-  if (barrier->arrivals != barrier->expected || mbarrier_bytes().missing[barrier] != 0) return;
+  if (barrier->arrivals != barrier->expected || state_of(barrier).missing_bytes != 0) return;
   barrier->arrivals = 0, barrier->phase ^= 1;
   emulation::wake(barrier);
 }
 
 inline void init_barrier(Mbarrier* barrier, int arrivals) {
+  emulation::check(arrivals > 0 && arrivals <= UINT16_MAX, "a barrier of no arrivals, or of too many");
   *barrier = {0, uint16_t(arrivals), 0, 0};
-  mbarrier_bytes().missing[barrier] = 0;
+  emulation::mbarriers()[barrier] = {};
 }
-inline void publish_barriers() {}
+inline void publish_barriers() {
+  const emulation::Block& block = *emulation::self().block;
+  auto& all = emulation::mbarriers();
+  const auto end = all.lower_bound(block.shared.get() + block.shared_bytes);
+  for (auto at = all.lower_bound(block.shared.get()); at != end; ++at) at->second.published = true;
+}
+inline void check_published(const Mbarrier* barrier) {
+  emulation::check(state_of(barrier).published, "a barrier that is not published, by a copy or from another block");
+}
 
 inline void arrive(Mbarrier* barrier) {
+  state_of(barrier);
   emulation::check(barrier->arrivals < barrier->expected, "more arrivals at a barrier than it expects");
   ++barrier->arrivals;
   complete_if_all_came(barrier);
 }
 inline void arrive_expecting(Mbarrier* barrier, int bytes) {
-  mbarrier_bytes().missing[barrier] += bytes;
+  constexpr int64_t kMost = (1 << 20) - 1;
+  int64_t& missing = state_of(barrier).missing_bytes;
+  missing += bytes;
+  emulation::check(missing <= kMost, "more bytes than a barrier can wait for");
   arrive(barrier);
 }
 inline void wait(Mbarrier* barrier, int phase) {
+  state_of(barrier);
   emulation::wait(barrier, [=] { return barrier->phase != phase; });
 }
 inline void wait_cluster(Mbarrier* barrier, int phase) { wait(barrier, phase); }
 
-inline void check_aligned(const void* a, const void* b, int bytes) {
-  const uintptr_t all = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | uintptr_t(bytes);
-  emulation::check(all % 16 == 0, "an asynchronous copy that is not of aligned 16 bytes");
-}
 inline void bulk_copy(void* to, const void* from, int bytes, Mbarrier* barrier) {
-  check_aligned(to, from, bytes);
+  for (const void* end : {static_cast<const void*>(to), from}) emulation::check_aligned(end);
+  emulation::check(bytes > 0 && bytes % 16 == 0, "a bulk copy that is not of whole 16 bytes");
+  check_published(barrier);
   emulation::copy_later([=] {
     std::memcpy(to, from, size_t(bytes));
-    mbarrier_bytes().missing[barrier] -= bytes;
+    state_of(barrier).missing_bytes -= bytes;
     complete_if_all_came(barrier);
   });
 }
 inline void async_copy16(void* to, const void* from) {
-  check_aligned(to, from, 16);
+  for (const void* end : {static_cast<const void*>(to), from}) emulation::check_aligned(end);
   emulation::copy_later([=] { std::memcpy(to, from, 16); });
 }
 inline void arrive_when_copied(Mbarrier* barrier) {
-  emulation::copy_later([=] { arrive(barrier); });
+  emulation::copy_later([=] { arrive(barrier); }, true);
 }
-inline void wait_for_own_copies() {}  // nothing outlives the grid here
+inline void wait_for_own_copies() {
+  const emulation::Thread& thread = emulation::self();
+  emulation::wait(&thread, [&] { return thread.copies == 0; });
+}
 
-inline void sync_threads(int name, int threads) {
-  emulation::arrive_and_wait(emulation::self().block->barriers[name], threads);
-}
+inline void sync_threads(int name, int threads) { emulation::sync_warps(name, threads); }
 
 inline int cluster_rank() { return int(emulation::self().block->cluster_rank); }
 inline int cluster_size() { return int(emulation::cluster().blocks.size()); }
@@ -78,12 +89,24 @@ inline void cluster_sync() {
   auto& cluster = emulation::cluster();
   emulation::arrive_and_wait(cluster.barrier, int(cluster.blocks.size() * cluster.blocks[0].threads.size()));
 }
+// To be used at once: whether the other block is still there is asked here.
 template <typename T> T* at_rank(T* own, int rank) {
-  unsigned char* begin = emulation::self().block->shared.get();
-  const auto offset = reinterpret_cast<unsigned char*>(own) - begin;
-  return reinterpret_cast<T*>(emulation::cluster().blocks[size_t(rank)].shared.get() + offset);
+  auto& cluster = emulation::cluster();
+  emulation::Block& here = *emulation::self().block;
+  emulation::check(rank >= 0 && rank < cluster_size(), "a block outside the cluster");
+  emulation::Block& there = cluster.blocks[size_t(rank)];
+  emulation::check(!there.ended, "an access to the shared memory of a block that has ended");
+  if (&there != &here) here.touched = there.touched = cluster.barrier.phase + 1;
+  return reinterpret_cast<T*>(there.shared.get() + (reinterpret_cast<unsigned char*>(own) - here.shared.get()));
 }
-inline void arrive_remote(Mbarrier* own, int rank) { arrive(at_rank(own, rank)); }
-inline void store_streaming(void* aligned, uint4 v) { *static_cast<uint4*>(aligned) = v; }
+inline void arrive_remote(Mbarrier* own, int rank) {
+  Mbarrier* there = at_rank(own, rank);
+  check_published(there);
+  arrive(there);
+}
+inline void store_streaming(void* aligned, uint4 v) {
+  emulation::check_aligned(aligned);
+  *static_cast<uint4*>(aligned) = v;
+}
 
 }  // namespace gk

@@ -39,6 +39,11 @@ struct alignas(16) float4 {
 
 namespace gk::emulation {
 
+// A CPU does not care, a GPU stops.
+inline void check_aligned(const void* p) {
+  check(reinterpret_cast<uintptr_t>(p) % 16 == 0, "an access of 16 bytes that are not aligned");
+}
+
 inline void sync_warp(uint32_t mask) {
   Warp& warp = self().warp();
   mask &= warp.lanes;

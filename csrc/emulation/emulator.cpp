@@ -8,78 +8,14 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
-#ifndef __x86_64__
-#include <ucontext.h>
-#endif
+#include "fiber.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace gk::emulation {
 namespace {
 
-constexpr size_t kStackBytes = 128 << 10;
-
 struct Stop {};  // unwinds a thread whose grid has failed
-
-#ifdef __x86_64__
-
-// What a call preserves goes on the stack; ucontext would make two system calls a switch.
-asm(".text\n"
-    ".type gk_switch_stack, @function\n"
-    "gk_switch_stack:\n"
-    "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
-    "  movq %rsp, (%rdi)\n"
-    "  movq %rsi, %rsp\n"
-    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
-    "  ret\n");
-extern "C" void gk_switch_stack(void** from, void* to);
-
-struct Context {
-  void* top = nullptr;
-  void start(char* stack, size_t size, void (*entry)()) {
-    void** frame = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + size) / 16 * 16) - 8;
-    std::fill(frame, frame + 8, nullptr);  // six registers, where to return to, and from there to nowhere
-    frame[6] = reinterpret_cast<void*>(entry);
-    top = frame;
-  }
-  void switch_to(const Context& other) { gk_switch_stack(&top, other.top); }
-};
-
-#else
-
-struct Context {
-  ucontext_t registers;
-  void start(char* stack, size_t size, void (*entry)()) {
-    getcontext(&registers);
-    registers.uc_stack.ss_sp = stack, registers.uc_stack.ss_size = size, registers.uc_link = nullptr;
-    makecontext(&registers, entry, 0);
-  }
-  void switch_to(const Context& other) { swapcontext(&registers, &other.registers); }
-};
-
-#endif
-
-struct Fiber {
-  Context context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
-};
-
-// Tells AddressSanitizer which stack is in use.
-class StackSwitch {
- public:
-#if defined(__SANITIZE_ADDRESS__)
-  StackSwitch(const void* bottom, size_t size, bool last) {
-    __sanitizer_start_switch_fiber(last ? nullptr : &saved, bottom, size);
-  }
-  ~StackSwitch() { __sanitizer_finish_switch_fiber(saved, nullptr, nullptr); }
-  void* saved = nullptr;
-#else
-  StackSwitch(const void*, size_t, bool) {}
-#endif
-};
 
 class Scheduler {
  public:
@@ -93,7 +29,9 @@ class Scheduler {
       for (Thread& thread : block.threads) start(thread);
     live = ready.size();
     while (live > 0) {
-      if (ready.empty())
+      if (copies_at_random() && !pending.empty() && draw() % 4 == 0)
+        land(any_pending());
+      else if (ready.empty())
         land_or_fail();
       else
         resume(*next());
@@ -115,17 +53,25 @@ class Scheduler {
     ready.insert(ready.end(), woken, waiting.end());
     waiting.erase(woken, waiting.end());
   }
-  void copy(std::function<void()> copy) {
-    if (machine().schedule == Schedule::round_robin) return copy();
-    pending.push_back(std::move(copy));
+  void copy(std::function<void()> copy, bool behind_own) {
+    const bool waits = behind_own && running->copies > 0;
+    if (machine().schedule == Schedule::round_robin || (copies_at_random() && !waits && draw() % 2)) return copy();
+    ++running->copies;
+    pending.push_back({running, behind_own, std::move(copy)});
   }
 
  private:
+  struct Copy {
+    Thread* owner;
+    bool behind_own;
+    std::function<void()> land;
+  };
+
   const std::function<void()>* body = nullptr;
   std::exception_ptr failed;
   std::deque<Thread*> ready;
   std::vector<Thread*> waiting;
-  std::deque<std::function<void()>> pending;
+  std::deque<Copy> pending;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::mt19937 draw{7};
   Context home;
@@ -145,7 +91,7 @@ class Scheduler {
   Thread* next() {
     auto at = ready.begin();
     if (machine().schedule == Schedule::one_warp_ahead) at = ready.end() - 1;
-    if (machine().schedule == Schedule::shuffled) at += draw() % ready.size();
+    if (machine().schedule == Schedule::shuffled || copies_at_random()) at += draw() % ready.size();
     Thread* thread = *at;
     ready.erase(at);
     return thread;
@@ -180,10 +126,10 @@ class Scheduler {
     suspend();
   }
 
-  // An exited thread is waited for no more.
+  // An exited thread is waited for no more; what its block has in shared memory goes with the last one.
   void leave() {
     Block& block = *running->block;
-    --block.live;
+    if (--block.live == 0) end(block);
     for (auto& [name, barrier] : block.barriers)
       if (name == 0 && barrier.arrived > 0 && barrier.arrived == block.live) {
         barrier.arrived = 0, ++barrier.phase;
@@ -191,20 +137,49 @@ class Scheduler {
       }
   }
 
+  void end(Block& block) {
+    const auto own = [&](const Copy& copy) { return copy.owner->block == &block; };
+    if (std::any_of(pending.begin(), pending.end(), own)) fail("a block has ended before its copies");
+    // A block can tell that nobody is still on the way to its memory only from a barrier of them all, later than that.
+    if (block.touched == cluster.barrier.phase + 1)
+      fail("a block has ended without a cluster_sync behind remote accesses");
+    block.ended = true;
+    std::memset(block.shared.get(), 0xff, block.shared_bytes);
+    auto& barriers = mbarriers();
+    barriers.erase(barriers.lower_bound(block.shared.get()),
+                   barriers.lower_bound(block.shared.get() + block.shared_bytes));
+  }
+
+  void fail(const std::string& what) { fail(std::make_exception_ptr(std::runtime_error(what))); }
   void fail(std::exception_ptr error) {
     if (!failed) failed = error;
+    pending.clear();
     for (Thread* t : waiting) ready.push_back(t);
     waiting.clear();
   }
 
+  static bool copies_at_random() { return machine().schedule == Schedule::shuffled_copies; }
+
   void land_or_fail() {
-    if (pending.empty()) {
-      const std::string count = std::to_string(waiting.size());
-      return fail(std::make_exception_ptr(std::runtime_error("deadlock: " + count + " threads wait for each other")));
+    if (pending.empty()) return fail("deadlock: " + std::to_string(waiting.size()) + " threads wait for each other");
+    land(copies_at_random() ? any_pending() : 0);
+  }
+  size_t any_pending() {
+    const size_t i = draw() % pending.size();
+    if (!pending[i].behind_own) return i;
+    const auto same = [&](const Copy& copy) { return copy.owner == pending[i].owner; };
+    return size_t(std::find_if(pending.begin(), pending.end(), same) - pending.begin());
+  }
+  void land(size_t i) {
+    const Copy copy = std::move(pending[i]);
+    pending.erase(pending.begin() + i);
+    --copy.owner->copies;
+    try {
+      copy.land();
+    } catch (...) {
+      fail(std::current_exception());
     }
-    const auto copy = std::move(pending.front());
-    pending.pop_front();
-    copy();
+    wake(copy.owner);
   }
 
  public:
@@ -223,7 +198,7 @@ Cluster cluster_at(dim3 grid, dim3 block, size_t shared_bytes, unsigned size, ui
     Block& b = cluster.blocks[rank];
     const uint64_t i = first + rank;
     b.index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
-    b.cluster_rank = rank;
+    b.cluster_rank = rank, b.shared_bytes = shared_bytes;
     b.shared.reset(static_cast<unsigned char*>(::operator new(shared_bytes, std::align_val_t(kSharedAlign))));
     std::memset(b.shared.get(), 0xff, shared_bytes);  // NaNs
     b.live = int(block.x * block.y * block.z);
@@ -263,17 +238,42 @@ void arrive_and_wait(Barrier& barrier, int expected) {
   wait(&barrier, [&barrier, phase] { return barrier.phase != phase; });
 }
 
-void copy_later(std::function<void()> copy) { scheduler().copy(std::move(copy)); }
+void sync_warps(int name, int threads) {
+  check(name >= 0 && name < 16, "bar.sync of a barrier that is none of the 16");
+  check(threads > 0 && threads % kWarp == 0, "bar.sync of a number of threads that is not whole warps");
+  Block& block = *self().block;
+  Barrier& barrier = block.barriers[name];
+  if (barrier.arrived == 0) barrier.expected = threads;
+  check(barrier.expected == threads, "bar.sync of one barrier by two numbers of threads");
+  barrier.lanes.resize(block.warps.size());
+  barrier.lanes[self().rank / kWarp] |= 1u << self().lane();
+  if (barrier.arrived + 1 == threads)
+    for (size_t w = 0; w < block.warps.size(); ++w) {
+      check(barrier.lanes[w] == 0 || barrier.lanes[w] == block.warps[w].lanes, "bar.sync by part of a warp");
+      barrier.lanes[w] = 0;
+    }
+  arrive_and_wait(barrier, threads);
+}
+
+void copy_later(std::function<void()> copy, bool behind_own) { scheduler().copy(std::move(copy), behind_own); }
+std::map<const void*, MbarrierState>& mbarriers() {
+  static std::map<const void*, MbarrierState> all;
+  return all;
+}
 
 void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_size,
               const std::function<void()>& kernel) {
   static std::mutex one_grid_at_a_time;
   const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  check(grid.x % cluster_size == 0, "the grid is not whole clusters");
   gridDim = grid, blockDim = block;
   const bool backwards = machine().schedule != Schedule::round_robin;  // the order of blocks is not promised
   try {
+    const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+    check(grid.x % cluster_size == 0, "the grid is not whole clusters");
+    check(cluster_size >= 1 && cluster_size <= kMostBlocksACluster, "a cluster of more blocks than every GPU has");
+    check(threads >= 1 && threads <= kMostThreads, "a block of no thread, or of more than 1024");
+    check(int64_t(shared_bytes) <= machine().shared_bytes, "more shared memory than the machine has");
     for (uint64_t i = 0; i < blocks; i += cluster_size) {
       Cluster started = cluster_at(grid, block, shared_bytes, cluster_size, backwards ? blocks - cluster_size - i : i);
       for (Block& b : started.blocks)

@@ -2,8 +2,8 @@
 //
 // A thread runs until it has to wait; which of those that can go on does so is the schedule's choice. A kernel without
 // races gives the same bits under every schedule, so tests run them all. Asynchronous copies are done when they are
-// asked for (eager) or when no thread can go on without them (late). Threads that all wait for each other are a
-// deadlock, and an exception.
+// asked for (eager), when no thread can go on without them (late), or at any time between. Threads that all wait for
+// each other are a deadlock, and an exception; so is what a GPU leaves undefined, where the machine can see it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,7 +19,8 @@ struct dim3 {
 
 namespace gk::emulation {
 
-enum class Schedule : int { round_robin, one_warp_ahead, shuffled };  // the last two with late copies
+// Copies are eager, late, late, and at random.
+enum class Schedule : int { round_robin, one_warp_ahead, shuffled, shuffled_copies };
 
 struct Machine {  // what cuda/launch.cuh finds in place of a GPU
   int multiprocessors = 2, threads = 64, shared_bytes = 10 << 10;
@@ -31,10 +32,18 @@ Machine& machine();
 constexpr int kWarp = 32;
 constexpr size_t kWidest = 64;  // bytes a shuffle moves
 constexpr size_t kSharedAlign = 128;
+constexpr unsigned kMostThreads = 1024, kMostBlocksACluster = 8;
 
 struct Barrier {
   int arrived = 0;
   uint64_t phase = 0;
+  int expected = 0;             // by bar.sync
+  std::vector<uint32_t> lanes;  // of each warp, that have come to bar.sync
+};
+
+struct MbarrierState {  // beside what it counts itself
+  int64_t missing_bytes = 0;
+  bool published = false;
 };
 
 struct Block;
@@ -52,8 +61,7 @@ struct Thread {
   uint64_t collectives = 0;
   const void* awaits = nullptr;
   bool done = false;
-  std::vector<std::function<void()>> copies;               // cp.async not yet in a group
-  std::vector<std::vector<std::function<void()>>> groups;  // committed, oldest first
+  int copies = 0;  // that have not landed
   Warp& warp() const;
   unsigned lane() const { return rank % kWarp; }
 };
@@ -66,6 +74,9 @@ struct Block {
   dim3 index;
   unsigned cluster_rank;
   std::unique_ptr<unsigned char, FreeShared> shared;
+  size_t shared_bytes = 0;
+  uint64_t touched = 0;  // one past the cluster barrier's phase at the last access from or to another block; 0: none
+  bool ended = false;    // all threads have; `shared` is NaNs again
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::map<int, Barrier> barriers;  // bar.sync's names; 0: __syncthreads
@@ -92,7 +103,13 @@ void check(bool holds, const char* what);  // throws from the kernel
 void arrive_and_wait(Barrier&, int expected);
 void arrive(Barrier&, int expected);
 
-void copy_later(std::function<void()> copy);  // at once where copies are eager
+void sync_warps(int name, int threads);  // bar.sync
+
+// At once where copies are eager. `behind_own`: not before those that the thread has asked for so far.
+void copy_later(std::function<void()> copy, bool behind_own = false);
+
+// Those in shared memory that are initialised and whose block has not ended.
+std::map<const void*, MbarrierState>& mbarriers();
 
 void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_size,
               const std::function<void()>& kernel);

@@ -26,7 +26,7 @@ def row_plan(shared_bytes: int, threads: int, bulk_copies: bool, row_bytes: int,
     return RowPlan(*_emulated.row_plan(shared_bytes, threads, bulk_copies, row_bytes, twice))
 
 
-SCHEDULES = ("round_robin", "one_warp_ahead", "shuffled")  # in the order of gk::emulation::Schedule
+SCHEDULES = ("round_robin", "one_warp_ahead", "shuffled", "shuffled_copies")  # as gk::emulation::Schedule
 
 
 @contextlib.contextmanager
