@@ -161,7 +161,7 @@ def test_rows_without_a_distribution_or_a_pull(vocab):
 
 MUTANTS = {  # what is removed from the kernels: file, text, what takes its place
     "the barrier after the epilogue": ("row_kernel.cuh", "meet_computing();\n    return", "return"),
-    "the barrier of the reduction": ("block.cuh", "  sync();\n", ""),
+    "the barrier of the reduction": ("row_kernel.cuh", "meet_computing();\n    if (warp", "if (warp"),
     "the wait for a chunk": ("row_kernel.cuh", "wait(&ring.full[slot], ring.phase(slot));", ""),
     "the wait for a free slot": ("row_kernel.cuh", "wait(&ring.empty[slot], ring.phase(slot) ^ 1);", ""),
     "the release of a slot": ("row_kernel.cuh", "if (lane_of_thread() == 0) arrive(&ring.empty[slot]);", ""),
