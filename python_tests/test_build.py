@@ -71,6 +71,7 @@ try:
     cuda.row_forward(cuda.Rows((8, 9, 9), (8, 1, 1), None, None, 0, (1, 1, 9), 1.0, 1.0, 0.0, 1), [8] * 5, 0)
 except RuntimeError as error:
     print(error)
+print(cuda.unusable())
 """
 
 
@@ -81,7 +82,9 @@ def test_cuda_joins_where_nvcc_is_and_its_errors_name_the_kernel(tree):
     assert done.returncode == 0 and modules(tree) == {"_cpu", "_cuda"}, done.stderr
     command = [sys.executable, "-c", LAUNCH, next((tree / "grpo_kernels").glob("_cuda*.so"))]
     done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-    assert done.stdout.startswith("kernel row_forward: "), done.stdout + done.stderr
+    failure, unusable = done.stdout.splitlines()
+    assert failure.startswith("kernel row_forward: "), done.stdout + done.stderr
+    assert "; built with CUDA " in unusable and "the driver is for" in unusable  # there is none
 
 
 @pytest.mark.parametrize("compiler", ["c++", "clang++", "aarch64-linux-gnu-g++"])
