@@ -57,7 +57,8 @@ class Layout(NamedTuple):
         """Sums over each sequence, [R], of [B, T] integers."""
         if self.padded:
             return tokens.sum(-1)
-        ends = torch.nn.functional.pad(tokens[0].cumsum(0), (1, 0))[self.cu_seqlens]
+        bounds = self.cu_seqlens.clamp(0, tokens.shape[1])  # type: ignore[union-attr]  # a GPU's are not checked
+        ends = torch.nn.functional.pad(tokens[0].cumsum(0), (1, 0))[bounds]
         return ends[1:] - ends[:-1]
 
     def tokens(self, values: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:

@@ -16,6 +16,8 @@ MOST_REGISTERS = {"rows.cu": 112, "rows_cluster.cu": 112}
 DOUBLES = {"diversity.cu", "whiten.cu"}
 # Numbers that come or go as doubles are converted, and no more.
 ARITHMETIC = re.compile(r"^\s*(?:@\S+ )?(?!ld|st|cvt|mov|selp)\w+\S*\.f64.*$", re.MULTILINE)
+# That wait for other blocks.
+WAITING = {"tokens.cu": ["token_kernel"], "gae.cu": ["gae_kernel"], "diversity.cu": ["decide_kernel"]}
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,6 +35,19 @@ def compiled(source, arch, folder):
     return done.stdout + done.stderr, (folder / f"{source.stem}.ptx").read_text()
 
 
+def waits_for_blocks(ptx):
+    """The kernels that do, each of which must end by itself with its name where it waits for ever."""
+    constants = re.findall(r"\.b8 \S+\[\d+\] = \{([\d, ]+)\}", ptx)
+    strings = [bytes(int(code) for code in c.split(",")).rstrip(b"\0").decode("latin-1") for c in constants]
+    kernels = []
+    for entry in ptx.split(".entry ")[1:]:
+        if "ld.acquire.gpu" not in entry:
+            continue
+        kernels += [name for name in strings if name.endswith("_kernel") and name in entry.split("(")[0]]
+        assert "__assertfail" in entry and "globaltimer" in entry, entry.split("(")[0]
+    return kernels
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_registers_spills_and_doubles(arch, tmp_path):
     with ThreadPoolExecutor(2) as pool:
@@ -44,4 +59,5 @@ def test_registers_spills_and_doubles(arch, tmp_path):
         assert max(registers) <= MOST_REGISTERS.get(source.name, 128), (source.name, registers)
         assert ".local " not in ptx, source.name
         assert bool(ARITHMETIC.findall(ptx.replace(".reg .f64", ""))) == (source.name in DOUBLES), source.name
+        assert waits_for_blocks(ptx) == WAITING.get(source.name, []), source.name
         print(f"sm_{arch} {source.name}: at most {max(registers)} registers")

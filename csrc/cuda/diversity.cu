@@ -6,6 +6,7 @@
 #include "finish.cuh"
 #include "launch.h"
 #include "ngram_table.cuh"
+#include "pieces.cuh"
 #include "scan.cuh"
 
 namespace gk {
@@ -25,25 +26,35 @@ struct Count {
 struct DiversityArgs {
   DiversityParams p;
 
-  __device__ int64_t begin(int64_t sample) const { return p.cu_seqlens ? p.cu_seqlens[sample] : sample * p.tokens; }
-  __device__ int64_t length(int64_t sample) const {
-    return p.cu_seqlens ? p.cu_seqlens[sample + 1] - p.cu_seqlens[sample] : p.tokens;
+  // A sample's tokens among all.
+  __device__ Boundaries::Span span(int64_t sample) const {
+    if (p.cu_seqlens) return Boundaries{p.cu_seqlens, p.samples, p.tokens}[sample];
+    return {sample, sample * p.tokens, (sample + 1) * p.tokens};
   }
-  __device__ Hash* set(int64_t sample) const { return static_cast<Hash*>(p.hashes) + begin(sample); }
+  __device__ Hash* set(int64_t sample) const {
+    return static_cast<Hash*>(p.hashes) + (p.cu_seqlens ? begin(sample) : sample * p.tokens);
+  }
   __device__ int32_t* ticket() const { return p.scratch.counters; }
   __device__ int32_t* decision(int64_t sample) const { return p.scratch.counters + 1 + sample; }
   __device__ int32_t* cluster(int64_t leader) const { return p.scratch.counters + 1 + p.samples + leader; }
-  __device__ int32_t& size(int64_t sample) const { return static_cast<int32_t*>(p.scratch.partial)[sample]; }
-  __device__ int32_t& leader(int64_t sample) const {
-    return static_cast<int32_t*>(p.scratch.partial)[p.samples + sample];
+  // Written by ngram_kernel: a search for every comparison would be a dozen loads. Read where there are cu_seqlens.
+  __device__ int64_t& begin(int64_t sample) const { return static_cast<int64_t*>(p.scratch.partial)[sample]; }
+  __device__ int32_t& size(int64_t sample) const { return behind_begins()[sample]; }
+  __device__ int32_t& leader(int64_t sample) const { return behind_begins()[p.samples + sample]; }
+
+ private:
+  __device__ int32_t* behind_begins() const {
+    return reinterpret_cast<int32_t*>(static_cast<int64_t*>(p.scratch.partial) + p.samples);
   }
 };
 
 // A table for a set of up to `ngrams`, empty or not yet: in `shared`, or in its sample's part of global memory, which
 // is zeros at first and has the whole set after the first launch.
 __device__ NgramTable table_for(const DiversityArgs& a, int64_t sample, int64_t ngrams, Hash* shared) {
-  if (ngrams > kSharedNgrams)
-    return {static_cast<Hash*>(a.p.tables) + 2 * a.begin(sample), uint32_t(2 * a.length(sample))};
+  if (ngrams > kSharedNgrams) {
+    const Boundaries::Span span = a.span(sample);
+    return {static_cast<Hash*>(a.p.tables) + 2 * span.begin, uint32_t(2 * span.size())};
+  }
   const uint32_t slots = uint32_t(min_(2 * ngrams + 1, kSharedSlots));
   for (uint32_t i = threadIdx.x; i < slots; i += kThreads) shared[i] = 0;
   __syncthreads();
@@ -51,9 +62,9 @@ __device__ NgramTable table_for(const DiversityArgs& a, int64_t sample, int64_t 
 }
 
 // The active tokens of a sample, mixed, one after the other; returns how many.
-template <typename Token> __device__ int64_t gather(const DiversityArgs& a, int64_t sample, Hash* out) {
+template <typename Token> __device__ int64_t gather(const DiversityArgs& a, const Boundaries::Span& span, Hash* out) {
   const DiversityParams& p = a.p;
-  const int64_t row = p.cu_seqlens ? 0 : sample, first = p.cu_seqlens ? a.begin(sample) : 0, length = a.length(sample);
+  const int64_t row = p.cu_seqlens ? 0 : span.sequence, first = p.cu_seqlens ? span.begin : 0, length = span.size();
   const Token* ids = static_cast<const Token*>(p.token_ids.data) + row * p.token_ids.stride_b;
   const uint8_t* active = static_cast<const uint8_t*>(p.active.data) + row * p.active.stride_b;
   const auto on = [&](int64_t t) { return !p.active.data || active[t * p.active.stride_t] != 0; };
@@ -74,8 +85,9 @@ __global__ void __launch_bounds__(kThreads) ngram_kernel(DiversityArgs a) {
   __shared__ Hash shared[kSharedSlots];
   __shared__ int distinct;
   const int64_t sample = blockIdx.x;
-  Hash* set = a.set(sample);
-  const int64_t count = a.p.narrow ? gather<int32_t>(a, sample, set) : gather<int64_t>(a, sample, set);
+  const Boundaries::Span span = a.span(sample);
+  Hash* set = static_cast<Hash*>(a.p.hashes) + span.begin;
+  const int64_t count = a.p.narrow ? gather<int32_t>(a, span, set) : gather<int64_t>(a, span, set);
   const int64_t n = min_(count, a.p.ngram), ngrams = count ? count - n + 1 : 0;
   if (threadIdx.x == 0) distinct = 0;
   const NgramTable table = table_for(a, sample, ngrams, shared);
@@ -86,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) ngram_kernel(DiversityArgs a) {
     if (h && table.insert(h)) set[atomicAdd(&distinct, 1)] = h;
   }
   __syncthreads();
-  if (threadIdx.x == 0) a.size(sample) = distinct;
+  if (threadIdx.x == 0) a.begin(sample) = span.begin, a.size(sample) = distinct;
 }
 
 // The kept sample most like this one; ties: the first.
@@ -126,6 +138,13 @@ __device__ void decide(const DiversityArgs& a, int64_t sample, const Best& best)
   atomicExch(a.decision(sample), keep ? kKept : kDropped);
 }
 
+// Once it is made, for a warp. Nothing else that its block has written is read in this launch.
+__device__ int decision_on(const DiversityArgs& a, int64_t sample) {
+  int decision = kUndecided;
+  if (lane_of_thread() == 0) decision = spin(a.decision(sample), kKept, "decide_kernel");
+  return __shfl_sync(kFullWarp, decision, 0);
+}
+
 __global__ void __launch_bounds__(kThreads) decide_kernel(DiversityArgs a) {
   __shared__ Hash shared[kSharedSlots];
   const DiversityParams& p = a.p;
@@ -140,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) decide_kernel(DiversityArgs a) {
   Best best;
   for (int64_t q = first + threadIdx.x / kWarp; q < position; q += kWarps) {
     const int64_t other = p.order ? p.order[q] : q;
-    if (wait_for(a.decision(other), kKept) == kKept) best = best.merge(compare(a, table, sample, other, q));
+    if (decision_on(a, other) == kKept) best = best.merge(compare(a, table, sample, other, q));
   }
   best = block_merge(best);
   if (threadIdx.x == 0) decide(a, sample, best);

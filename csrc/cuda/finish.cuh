@@ -3,8 +3,30 @@
 // zeros at the start of a launch.
 #pragma once
 #include "block.cuh"
+#include "watchdog.cuh"
 
 namespace gk {
+
+// Reads of what another block may write meanwhile: from the cache that they share, and not moved by the compiler.
+#ifdef GK_EMULATED
+
+inline float load_relaxed(const float* from) { return *from; }
+inline int32_t load_acquire(const int32_t* from) { return *from; }
+
+#else
+
+__device__ __forceinline__ float load_relaxed(const float* from) {
+  float value;
+  asm volatile("ld.relaxed.gpu.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ int32_t load_acquire(const int32_t* from) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+#endif
 
 // The block's place in the order in which blocks have started.
 __device__ inline int64_t take_ticket(int32_t* counter) {
@@ -15,31 +37,47 @@ __device__ inline int64_t take_ticket(int32_t* counter) {
 }
 
 // Says that this block has written what others wait for; true in every thread of the last of `expected` to say so.
+//
+// One thread fences for the block: the barrier orders what the others wrote before its fence, and fences are
+// cumulative, so whoever sees its atomic sees their writes too. The same holds backwards for what is read afterwards.
 __device__ inline bool arrive(int32_t* counter, int64_t expected) {
   __shared__ bool last;
-  __threadfence();  // each thread's own writes, before thread 0 says so
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(counter, 1) == expected - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(counter, 1) == expected - 1;
+    __threadfence();
+  }
   __syncthreads();
-  if (last) __threadfence();
   return last;
 }
 
-// What is there once `expected` have said so. For the calling thread alone: the others of its block call it too.
-__device__ inline int32_t wait_for(const int32_t* counter, int64_t expected) {
-  int32_t seen;
-  while ((seen = *static_cast<const volatile int32_t*>(counter)) < expected) __nanosleep(100);
-  __threadfence();
+// What is there once `expected` have said so; the calling thread then sees what they wrote. `kernel`: its name.
+__device__ __forceinline__ int32_t spin(const int32_t* counter, int64_t expected, const char* kernel) {
+  int32_t seen = load_acquire(counter);
+  if (seen >= expected) return seen;
+  const uint64_t begin = nanoseconds();
+  while ((seen = load_acquire(counter)) < expected) {
+    __nanosleep(100);
+    if (nanoseconds() - begin > kStuckAfterNs) stuck(kernel);
+  }
   return seen;
 }
 
-// What another block has left: read from the cache that they share.
+// The same for the whole block, of which one thread asks.
+__device__ __forceinline__ void wait_for(const int32_t* counter, int64_t expected, const char* kernel) {
+  if (threadIdx.x == 0) spin(counter, expected, kernel);
+  __syncthreads();
+}
+
+// What another block has left, once this thread knows that it has.
 template <typename T> __device__ T left_by_other(const T* from) {
   static_assert(sizeof(T) % sizeof(float) == 0, "");
   T value;
   float words[sizeof(T) / sizeof(float)];
 #pragma unroll
-  for (int k = 0; k < int(sizeof(T) / sizeof(float)); ++k) words[k] = __ldcg(reinterpret_cast<const float*>(from) + k);
+  for (int k = 0; k < int(sizeof(T) / sizeof(float)); ++k)
+    words[k] = load_relaxed(reinterpret_cast<const float*>(from) + k);
   memcpy(&value, words, sizeof(T));
   return value;
 }

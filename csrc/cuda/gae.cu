@@ -109,13 +109,14 @@ class GaeBlock {
   }
 };
 
-// The steps that the sequence's later pieces left, composed by each thread in part and then by the block.
+// The steps that the sequence's later pieces left, composed by each thread in part and then by the block. A thread
+// waits for the pieces that it reads itself, all threads at once: one after the other would be a round trip a piece.
 __device__ Step left_behind(const GaeArgs& a, const Piece& piece) {
   const int64_t later = piece.siblings - 1 - piece.index, share = (later + kThreads - 1) / kThreads;
   const int64_t slot = piece.first + piece.index;
   Step all;
   for (int64_t k = min_((threadIdx.x + 1) * share, later); k > threadIdx.x * share; --k) {
-    wait_for(a.arrived(slot + k), 1);
+    spin(a.arrived(slot + k), 1, "gae_kernel");
     all = left_by_other(a.steps() + slot + k).after(all);
   }
   Step whole;

@@ -20,39 +20,62 @@ inline int64_t piece_count(int64_t batch, int64_t tokens, const int64_t* cu_seql
   return cu_seqlens ? sequences + 1 + tokens / kTokensAPiece : max_<int64_t>(batch * pieces_of_row(tokens), 1);
 }
 
+// The sequences of flat tokens. Their boundaries lie on the device, where nobody has checked them, and whatever they
+// are, the sequences must be disjoint, in order and within the tokens: else a kernel writes elsewhere, or waits for
+// pieces that no block takes. So each boundary counts as clamped to what the search for it has left over, which changes
+// nothing where they rise from 0 to at most `tokens`. The first counts as 0 and is not read.
+struct Boundaries {
+  const int64_t* cu_seqlens;  // [sequences + 1]
+  int64_t sequences, tokens;
+
+  struct Span {
+    int64_t sequence, begin, end;
+    __device__ int64_t size() const { return end - begin; }
+  };
+
+  // The last sequence for which reached(sequence, its begin), which is monotonous; `sequences`: the tokens behind them.
+  template <typename Reached> __device__ Span last(const Reached& reached) const {
+    Span span{0, 0, tokens};
+    for (int64_t after = sequences + 1; after - span.sequence > 1;) {
+      const int64_t middle = span.sequence + (after - span.sequence) / 2;
+      const int64_t bound = clamp_(cu_seqlens[middle], span.begin, span.end);
+      if (reached(middle, bound))
+        span.sequence = middle, span.begin = bound;
+      else
+        after = middle, span.end = bound;
+    }
+    return span;
+  }
+  __device__ Span operator[](int64_t sequence) const {
+    return last([=](int64_t s, int64_t) { return s <= sequence; });
+  }
+};
+
 struct Pieces {
   const int64_t* cu_seqlens;  // null: one sequence a batch row
   int64_t sequences, tokens;  // tokens of a batch row
 
   __device__ Piece operator[](int64_t slot) const { return cu_seqlens ? packed(slot) : padded(slot); }
 
-  // The pieces of sequence s begin at s + cu[s] / size: monotonous, and never too few for its tokens.
-  __device__ int64_t first_of(int64_t s) const { return s + cu_seqlens[s] / kTokensAPiece; }
-
  private:
+  // The pieces of a sequence begin here: monotonous, and never too few for its tokens.
+  __device__ static int64_t first_of(int64_t sequence, int64_t begin) { return sequence + begin / kTokensAPiece; }
+
   __device__ Piece padded(int64_t slot) const {
     const int64_t siblings = pieces_of_row(tokens), row = slot / siblings;
     if (row >= sequences) return {};  // a launch of no tokens
-    return cut(row, row, 0, tokens, row * siblings, slot - row * siblings, true);
+    return cut({row, 0, tokens}, row, row * siblings, slot, true);
   }
   __device__ Piece packed(int64_t slot) const {
-    int64_t s = 0;  // the last sequence that begins at `slot` or before; `sequences`: the tokens behind them
-    for (int64_t after = sequences + 1; after - s > 1;) {
-      const int64_t middle = s + (after - s) / 2;
-      if (first_of(middle) <= slot)
-        s = middle;
-      else
-        after = middle;
-    }
-    const bool inside = s < sequences;
-    const int64_t first = first_of(s);
-    return cut(s, 0, cu_seqlens[s], inside ? cu_seqlens[s + 1] : tokens, first, slot - first, inside);
+    const auto reached = [=](int64_t s, int64_t begin) { return first_of(s, begin) <= slot; };
+    const Boundaries::Span span = Boundaries{cu_seqlens, sequences, tokens}.last(reached);
+    return cut(span, 0, first_of(span.sequence, span.begin), slot, span.sequence < sequences);
   }
-  __device__ static Piece cut(int64_t sequence, int64_t row, int64_t begin, int64_t end, int64_t first, int64_t index,
-                              bool inside) {
-    const int64_t from = begin + index * kTokensAPiece, to = min_(from + kTokensAPiece, end);
-    return {sequence, row, from, max_(from, to), first, index, (end - begin + kTokensAPiece - 1) / kTokensAPiece,
-            inside};
+  __device__ static Piece cut(const Boundaries::Span& span, int64_t row, int64_t first, int64_t slot, bool inside) {
+    const int64_t index = slot - first, from = span.begin + index * kTokensAPiece;
+    const int64_t to = min_(from + kTokensAPiece, span.end),
+                  siblings = (span.size() + kTokensAPiece - 1) / kTokensAPiece;
+    return {span.sequence, row, from, max_(from, to), first, index, siblings, inside};
   }
 };
 

@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) token_kernel(TokenArgs a) {
     if (threadIdx.x == 0) a.pools()[slot] = sums;
     arrive(a.arrived(0, piece.sequence), piece.siblings);
   } else {
-    wait_for(a.arrived(phase - 1, piece.sequence), piece.siblings);
+    wait_for(a.arrived(phase - 1, piece.sequence), piece.siblings, "token_kernel");
     const Sequence<float> sequence = block.sequence_of(sum_left(a.pools() + piece.first, piece.siblings));
     if (phase == 2) {
       block.push_back(sequence, sum_left(a.pulls() + piece.first, piece.siblings));

@@ -52,7 +52,7 @@ def group_diversity(
         threshold: from 0 to 1; at 1 only equal sets are dropped.
         ngram: tokens of an n-gram, at least 1. A shorter completion is one n-gram, itself; an empty one equals other
             empty ones (similarity 1) and shares nothing with the rest.
-        cu_seqlens: ``[S + 1]``, the boundaries of flat samples.
+        cu_seqlens: ``[S + 1]``, the boundaries of flat samples; on a GPU not checked, see ``policy_loss``.
 
     Returns:
         GroupDiversity(keep, similarity, weights), each ``[S]``: bool; float32, 0 for the first of a group (the decision

@@ -87,7 +87,7 @@ def gae(
         values: per token, of the critic.
         mask: per token, any dtype, 0 masks.
         gamma, lam: in [0, 1].
-        cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences.
+        cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences; on a GPU not checked, see ``policy_loss``.
         backend: ``"auto"`` or a name from ``available_backends()``.
 
     Returns:

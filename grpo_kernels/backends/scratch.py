@@ -85,7 +85,7 @@ class GpuMemory(NoMemory):
             return make(a_token * token_ids.numel(), dtype=torch.int64, device=token_ids.device)
 
         sets = [integers(torch.empty, 1), None if small else integers(torch.zeros, 2)]
-        return [order, begins, *sets], _scratch(token_ids, 1 + 2 * samples, 2 * samples)
+        return [order, begins, *sets], _scratch(token_ids, 1 + 2 * samples, 4 * samples)
 
     def _pieces(self, grid: Tensor, cu_seqlens: Tensor | None) -> int:
         """gk::piece_count."""
