@@ -102,11 +102,3 @@ def test_a_temperature_each_is_one_temperature_for_all(inexact):
             for t in (given[0, 0].item(), given)
         )
         assert torch.equal(one.logps, each.logps) and torch.equal(one.entropy, each.entropy)
-
-
-def test_a_row_of_one_sure_token(inexact):
-    """sum p^2 and the entropy of what is certain, whatever is divided by its sum."""
-    logits = torch.full((1, 2, 40), -200.0)
-    logits[..., 3] = 7.0
-    out = gk.token_logps(logits, torch.full((1, 2), 3), return_entropy=True, backend="triton")
-    assert (out.logps == 0).all() and (out.entropy == 0).all()
