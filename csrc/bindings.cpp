@@ -14,6 +14,8 @@
 #ifdef GK_CPU
 #include "cpu/memory.h"
 #include "cpu/sweep.h"
+#else
+#include "cuda/probe.h"
 #endif
 #ifdef GK_EMULATED
 #include "emulation/cuda_on_cpu.h"
@@ -102,6 +104,7 @@ PYBIND11_MODULE(GK_MODULE, m) {
       },
       Release());
 #ifndef GK_CPU
+  m.def("unusable", &gk::unusable, Release());
   m.def(
       "scale",
       [](const ViewArg& matrix, int dtype, std::array<int64_t, 3> shape, Address factor, Address stream) {

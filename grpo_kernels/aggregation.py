@@ -30,18 +30,24 @@ def aggregation_weights(
         raise ValueError("sequence_weights over flat tokens need cu_seqlens")
     if denominator is None:
         denominator = _own_denominator(layout, active, aggregation, config)
-    weight = torch.as_tensor(scale, dtype=dtype, device=active.device) / denominator
+    weight = _on_device(scale, active, dtype) / denominator
     if aggregation != "sequence_mean" and sequence_weights is None:
         return weight.to(dtype).expand(layout.grid)
     if aggregation == "sequence_mean":
-        weight = weight / _lengths(layout, active).clamp(min=1).to(dtype)
+        weight = weight / layout.sequence_sums(active).clamp(min=1)
     if sequence_weights is not None:
         weight = weight * _checked(sequence_weights, layout).to(dtype)
     return layout.of_sequences(weight)
 
 
-def _lengths(layout: Layout, active: Tensor) -> Tensor:
-    return layout.sequence_sums(active.to(torch.int64))
+def _on_device(scale: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """0-d, without a copy to the device, which the host would wait for: a number is filled in there, and a 0-d tensor of
+    the CPU is an argument of the product."""
+    if not isinstance(scale, Tensor):
+        return torch.full((), scale, dtype=dtype, device=like.device)
+    if scale.dim() == 0 and scale.device != like.device:
+        return like.new_ones((), dtype=dtype) * scale.to(dtype)
+    return scale.to(like.device, dtype)
 
 
 def _own_denominator(layout: Layout, active: Tensor, aggregation: str, config: LossConfig) -> Tensor | int:
@@ -51,7 +57,7 @@ def _own_denominator(layout: Layout, active: Tensor, aggregation: str, config: L
         return active.sum().clamp(min=1)
     sequences: Tensor | int = max(layout.sequences, 1)
     if not config.count_empty_sequences:
-        sequences = (_lengths(layout, active) > 0).sum().clamp(min=1)
+        sequences = (layout.sequence_sums(active) > 0).sum().clamp(min=1)
     if aggregation != "fixed_length":
         return sequences
     if config.max_length is None:

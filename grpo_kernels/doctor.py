@@ -108,6 +108,9 @@ def _plans(device: str, rows: int, vocab: int, hidden: int, dtype: torch.dtype) 
     except BackendUnavailable as error:
         yield Plan("every loss", device, "none", error.reason)
         return
+    except ValueError as error:  # a GPU that is too old beside one that is not
+        yield Plan("every loss", device, "none", str(error))
+        return
     chunks, largest = chunks_of(LossShape(1, rows, vocab, hidden, dtype, device=device))
     linear = f"{chunks} chunk{'s' * (chunks > 1)} of {largest} rows at most"
     one, two = "loss and gradient in one launch", "log-probs, then the gradient: two launches"

@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     def sequence_index(self, device: torch.device) -> Tensor:
         """The sequence of each flat token, [N]; R for tokens past the last boundary."""
         positions = torch.arange(self.shape[0], device=device)
-        return torch.searchsorted(self.cu_seqlens[1:].contiguous().to(device), positions, right=True)  # type: ignore[index]
+        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), positions, right=True)  # type: ignore[index]
 
     def of_sequences(self, values: Tensor) -> Tensor:
         """[R] values as a [B, T] view or gather, each token with its sequence's."""
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
         return values[index][None] if self.sequences else values.new_zeros(self.grid)
 
     def sequence_sums(self, tokens: Tensor) -> Tensor:
-        """Sums over each sequence, [R], of [B, T] integers."""
+        """int64 sums over each sequence, [R], of [B, T] integers or bools."""
         if self.padded:
             return tokens.sum(-1)
         bounds = self.cu_seqlens.clamp(0, tokens.shape[1])  # type: ignore[union-attr]  # a GPU's are not checked
@@ -85,7 +85,8 @@ class Layout(NamedTuple):
         raise ValueError(f"{name} must have shape {tuple(self.shape)}{per_sequence}; got {tuple(values.shape)}{hint}")
 
 
-def layout_of(shape: torch.Size, cu_seqlens: Tensor | None) -> Layout:
+def layout_of(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device | None = None) -> Layout:
+    """`device`: the tokens', where the boundaries must be too, or each call would copy them there and wait."""
     if len(shape) not in (1, 2):
         raise ValueError(f"per-token tensors must be [B, T] or flat [N]; got shape {tuple(shape)}")
     if cu_seqlens is None:
@@ -94,6 +95,8 @@ def layout_of(shape: torch.Size, cu_seqlens: Tensor | None) -> Layout:
         raise ValueError(f"cu_seqlens goes with flat [N] tokens; got padded ones of shape {tuple(shape)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64 [R + 1]; got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if device is not None and cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens must be where the tokens are, on {device}; got {cu_seqlens.device}")
     if not torch.compiler.is_compiling():
         check_boundaries(cu_seqlens, shape[0])
     return Layout(shape, cu_seqlens.to(torch.int64))
@@ -144,6 +147,40 @@ class RowStats(NamedTuple):
     entropy: Tensor
     max: Tensor
     log_sum: Tensor
+
+
+def check_rows_apart(logits: Tensor) -> None:
+    """Of [B, T', V]: rows that share memory cannot be overwritten by their gradients. Exact."""
+    (batch, tokens, vocab), (batch_stride, token_stride, _) = logits.shape, logits.stride()
+    if not logits.numel():
+        return
+    dims = sorted((stride, size) for stride, size in ((batch_stride, batch), (token_stride, tokens)) if size > 1)
+    extent = vocab  # of what the smaller strides reach
+    for stride, size in dims:
+        if stride < extent:
+            break
+        extent += stride * (size - 1)
+    else:
+        return
+    if len(dims) == 2 and _interlaced(dims, vocab):
+        return
+    raise ValueError(
+        f"in place, rows of logits must not share memory: strides {logits.stride()} of shape {tuple(logits.shape)} make "
+        "them overlap (as after expand); pass inplace=False, or logits that are a copy of their own"
+    )
+
+
+def _interlaced(dims: list[tuple[int, int]], vocab: int) -> bool:
+    """Whether rows of two dimensions, (stride, size) each, the smaller stride first, lie between each other and apart,
+    as no view of torch's but as_strided has it: no other row begins within `vocab` of the first."""
+    (small, many), (large, few) = dims
+    if small < vocab:
+        return False
+    for i in range(1, few):
+        below = i * large // small
+        if any(j < many and abs(i * large - j * small) < vocab for j in (below, below + 1)):
+            return False
+    return True
 
 
 class PolicyInputs(NamedTuple):
@@ -211,7 +248,7 @@ def rows_of(
     if mask is not None:
         if mask.shape != targets.shape:
             raise ValueError(f"mask must have the shape of targets, {tuple(targets.shape)}; got {tuple(mask.shape)}")
-        active = active & mask.to(torch.bool)  # of a bool mask `!= 0` would make int64 first
+        active = torch.logical_and(active, mask)  # one operation for a mask of any dtype
     number, tensor = _temperature(temperature, targets, real_dtype(logits.dtype), grid)
     return Rows(
         logits, targets.reshape(grid), active.reshape(grid), number, tensor, float(logit_scale), float(softcap or 0)

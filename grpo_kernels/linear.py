@@ -13,7 +13,7 @@ from .backends import resolve
 from .config import LossConfig
 from .layout import Rows, layout_of, real_dtype, rows_of, within_sequences
 from .linear_loops import chunk_rows_for
-from .logps import N_ROWS, TokenLogps, shaped, unsupported_group
+from .logps import N_ROWS, TokenLogps, none_for_unused_outputs, shaped, unsupported_group
 from .losses import ConfiguredLoss, advantages_of, scaled
 from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss
 from .reference import loss as reference
@@ -35,15 +35,19 @@ class LinearLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, *rows[:2], rows[3], *stats)
         ctx.numbers, ctx.chunk_rows, ctx.backend = (rows[2], *rows[4:]), chunk_rows, backend
         ctx.mark_non_differentiable(squares)
+        none_for_unused_outputs(ctx)
         return (*stats[:2], squares)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_logps: Tensor, g_entropy: Tensor, _: Tensor) -> tuple:
+    def backward(ctx: Any, g_logps: Tensor | None, g_entropy: Tensor | None, _: Any) -> tuple:
+        if g_logps is None and g_entropy is None:
+            return (None,) * (7 + N_ROWS)
         hidden, weight, bias, targets, active, temperatures, *stats = ctx.saved_tensors
         temperature, logit_scale, softcap = ctx.numbers
         needs = list(ctx.needs_input_grad[:3])
         rows = (targets, active, temperature, temperatures, logit_scale, softcap)
+        g_logps = torch.zeros_like(stats[0]) if g_logps is None else g_logps
         gradients = ops.linear_backward(
             hidden, *rows, weight, bias, ctx.chunk_rows, needs, *stats, g_logps, g_entropy, ctx.backend
         )
@@ -73,11 +77,14 @@ class LinearSinglePass(torch.autograd.Function):
         ctx.save_for_backward(*gradients)
         ctx.inplace, ctx.lent, ctx.backend = False, False, backend
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
+        none_for_unused_outputs(ctx)
         return loss, logps, entropy, per_token, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
+        if g is None:
+            return (None,) * (7 + N_ROWS + N_INPUTS)
         needs = ctx.needs_input_grad[:3]
         gradients = [scaled(ctx, x, g) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)]
         return *gradients, *[None] * (4 + N_ROWS + N_INPUTS)
@@ -220,7 +227,7 @@ def linear_grpo_loss(
     unsupported_group("cp_group", cp_group)
     config = config or LossConfig()
     backend = resolve(backend, hidden.device, hidden.dtype)
-    layout = layout_of(targets.shape, cu_seqlens)
+    layout = layout_of(targets.shape, cu_seqlens, targets.device)
     rows, weight, bias = _prepared(
         hidden, weight, bias, targets, mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         ignore_index=ignore_index,

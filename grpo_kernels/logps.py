@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import resolve
-from .layout import Rows, rows_of
+from .layout import Rows, check_rows_apart, rows_of
 from .reference import loss as reference
 
 CONSUMED = (
@@ -31,9 +31,18 @@ class TokenLogps(NamedTuple):
 
 
 def check_inplace(logits: Tensor) -> None:
+    """Of [B, T', V] logits that are to be overwritten by their gradient."""
     base = logits if logits._base is None else logits._base
     if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
         raise ValueError("inplace overwrites the logits, and these are a leaf that requires grad; pass inplace=False")
+    if not torch.compiler.is_compiling():  # a graph's operators look at the strides of each call
+        check_rows_apart(logits)
+
+
+def none_for_unused_outputs(ctx: Any) -> None:
+    """An output whose gradient nobody asks for gives the backward None, not zeros that a launch has filled."""
+    if not torch.compiler.is_compiling():  # dynamo does not know the method, and drops such zeros itself
+        ctx.set_materialize_grads(False)
 
 
 class RowLogps(torch.autograd.Function):
@@ -47,13 +56,16 @@ class RowLogps(torch.autograd.Function):
         ctx.save_for_backward(logits, *rows[:2], rows[3], *stats)
         ctx.numbers, ctx.inplace, ctx.backend, ctx.consumed = (rows[2], *rows[4:]), inplace, backend, False
         ctx.mark_non_differentiable(squares)
+        none_for_unused_outputs(ctx)
         return (*stats[:2], squares)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_logps: Tensor, g_entropy: Tensor, _: Tensor) -> tuple:
+    def backward(ctx: Any, g_logps: Tensor | None, g_entropy: Tensor | None, _: Any) -> tuple:
         if ctx.consumed:
             raise RuntimeError(CONSUMED)
+        if g_logps is None and g_entropy is None:
+            return (None,) * (5 + N_ROWS)
         logits, targets, active, temperatures, *stats = ctx.saved_tensors
         temperature, logit_scale, softcap = ctx.numbers
         args = (
@@ -65,7 +77,7 @@ class RowLogps(torch.autograd.Function):
             logit_scale,
             softcap,
             *stats,
-            g_logps,
+            torch.zeros_like(stats[0]) if g_logps is None else g_logps,
             g_entropy,
             ctx.backend,
         )
@@ -122,7 +134,8 @@ def token_logps(
             than the targets (``[B, T + 1, V]`` against ``[B, T]``) is allowed: the last is ignored, its gradient 0.
         targets: ``[...]`` integer token ids.
         mask: ``[...]`` of any dtype, 0 masks a token: nothing of it is read and its results are 0.
-        temperature: above 0; a number, or a tensor per row ``[B]`` or per token.
+        temperature: above 0; a number, or a tensor per row ``[B]`` or per token, which is copied to the logits' device
+            if it is on another, and waited for.
         logit_scale: multiplies the logits (Cohere; 1 / logits_scaling for Granite).
         softcap: the cap ``c``, or None.
         ignore_index: a target of this value counts as masked.
@@ -137,7 +150,7 @@ def token_logps(
     Raises:
         ValueError: for shapes, strides or numbers that do not fit; for a target outside the vocabulary that is not
             masked (on the CPU, or with ``validate``; elsewhere its log-prob is NaN); for ``inplace_backward`` on a
-            leaf.
+            leaf, or on rows that overlap in memory (``expand``).
         TypeError: for dtypes that do not fit.
     """
     unsupported_group("tp_group", tp_group)

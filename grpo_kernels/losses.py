@@ -15,7 +15,7 @@ from .backends import GROUPS_IN_LAUNCH, LARGEST_GROUP_IN_LAUNCH, implementation,
 from .config import BY_COVARIANCE, LossConfig
 from .grouping import check_ddof_eps, real_rewards
 from .layout import Layout, layout_of, real_dtype, rows_of, within_sequences
-from .logps import CONSUMED, N_ROWS, check_inplace, row_logps, unsupported_group
+from .logps import CONSUMED, N_ROWS, check_inplace, none_for_unused_outputs, row_logps, unsupported_group
 from .policy import N_INPUTS, Advantages, LossOutput, output, policy_inputs, token_loss
 
 
@@ -36,13 +36,16 @@ class SinglePass(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         ctx.inplace, ctx.consumed, ctx.lent, ctx.backend = inplace, False, False, backend
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
+        none_for_unused_outputs(ctx)
         return loss, logps, entropy, per_token, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
         if ctx.consumed:
             raise RuntimeError(CONSUMED)
+        if g is None:
+            return (None,) * (5 + N_ROWS + N_INPUTS)
         (gradient,) = ctx.saved_tensors
         ctx.consumed = ctx.inplace
         return scaled(ctx, gradient, g), *[None] * (4 + N_ROWS + N_INPUTS)
@@ -120,7 +123,8 @@ def grpo_loss(
         LossOutput.
 
     Raises:
-        ValueError, TypeError: as ``token_logps`` and ``policy_loss``; for ``inplace`` on a leaf that requires grad;
+        ValueError, TypeError: as ``token_logps`` and ``policy_loss``; for ``inplace`` on a leaf that requires grad, or on rows that
+            overlap in memory;
             for advantages and rewards both given, or neither.
         RuntimeError: from a second backward through an ``inplace`` loss.
     """
@@ -128,7 +132,7 @@ def grpo_loss(
     unsupported_group("cp_group", cp_group)
     config = config or LossConfig()
     backend = resolve(backend, logits.device, logits.dtype)
-    layout = layout_of(targets.shape, cu_seqlens)
+    layout = layout_of(targets.shape, cu_seqlens, targets.device)
     rows = rows_of(
         logits,
         targets,
@@ -152,7 +156,7 @@ def grpo_loss(
     entropy: Tensor | None
     if fused and wants_grad:
         if inplace:
-            check_inplace(logits)
+            check_inplace(rows.logits)
         loss, logps, entropy, per_token, metrics = SinglePass.apply(
             rows.logits, layout.cu_seqlens, validate, inplace, backend, *rows[1:], *inputs
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import linear_loops
 from .backends import implementation
 from .config import METRICS
-from .layout import PolicyInputs, Rows, RowStats, check_boundaries, real_dtype
+from .layout import PolicyInputs, Rows, RowStats, check_boundaries, check_rows_apart, real_dtype
 
 LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 
@@ -88,6 +88,7 @@ def _row_backward(*args: Any) -> Tensor:
 
 
 def _row_backward_(*args: Any) -> None:
+    check_rows_apart(args[0])
     _row_backward_into(args[0], args)
     _modified(args[0])
 
@@ -105,6 +106,7 @@ def _row_policy(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_policy_(*args: Any) -> tuple[Tensor, Tensor]:
+    check_rows_apart(args[0])
     outputs = _row_policy_into(args[0], args)
     _modified(args[0])
     return outputs

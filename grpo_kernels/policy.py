@@ -15,7 +15,7 @@ from .backends import resolve
 from .config import BY_COVARIANCE, BY_SEQUENCE, METRICS, ROLLOUT_RATIO, LossConfig
 from .covariance import covariance_selection
 from .layout import Layout, PolicyInputs, active_tokens, layout_of, real_dtype
-from .logps import unsupported_group
+from .logps import none_for_unused_outputs, unsupported_group
 from .reference import loss as reference
 
 N_INPUTS = len(PolicyInputs._fields)
@@ -91,13 +91,15 @@ class TokenPolicy(torch.autograd.Function):
         )
         ctx.save_for_backward(g_logps, g_entropy)
         ctx.mark_non_differentiable(per_token, metrics)
+        none_for_unused_outputs(ctx)
         return loss, per_token, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:
-        g_logps, g_entropy = ctx.saved_tensors
-        return g * g_logps, g * g_entropy if ctx.needs_input_grad[1] else None, *[None] * (3 + N_INPUTS)
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
+        needs = ctx.needs_input_grad[:2]
+        gradients = [g * x if need and g is not None else None for x, need in zip(ctx.saved_tensors, needs, strict=True)]
+        return *gradients, *[None] * (3 + N_INPUTS)
 
 
 def policy_inputs(
@@ -254,7 +256,7 @@ def policy_loss(
     unsupported_group("cp_group", cp_group)
     config = config or LossConfig()
     backend = resolve(backend, logps.device, real_dtype(logps.dtype))
-    layout = layout_of(logps.shape, cu_seqlens)
+    layout = layout_of(logps.shape, cu_seqlens, logps.device)
     dtype = real_dtype(logps.dtype)
     grid_logps = logps.to(dtype).reshape(layout.grid)
     active = active_tokens(mask, layout, logps.device)

@@ -17,7 +17,7 @@ from grpo_kernels.backends.triton.token import token_kernel
 from grpo_kernels.grouping import BASELINES, SCALES, AdvantageForm, Samples
 from grpo_kernels.layout import layout_of
 from grpo_kernels.policy import Advantages, policy_inputs
-from grpo_kernels.testing.dry_driver import assembly, dry_run, resources
+from grpo_kernels.testing.dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
 ARCH = int(sys.argv[2]) if sys.argv[1] == "cuda" else sys.argv[2]
 DRY = dry_run(sys.argv[1], ARCH)
@@ -51,7 +51,8 @@ def one_variant_for_all_shapes_and_numbers():
         active = torch.ones_like(grid, dtype=torch.bool)
         backend.gae(grid, grid, active, None, 0.9 + 0.005 * i, 0.95)
         backend.value_loss(grid, grid, grid, grid, active, 0.1 + 0.01 * i)
-        backend.scale(torch.zeros(1 + i, 3, 8 + 8 * i).bfloat16(), torch.ones(()))
+        backend.scale(torch.zeros(1 + i, 3, 5 + 7 * i).bfloat16(), torch.ones(()))
+        backend.scale(torch.zeros(1 + i, 3, 64 + 8 * i).bfloat16()[..., : 8 + i], torch.ones(()))
         greedy(torch.zeros(1 + i, 2 + i, 2 + i, dtype=torch.int64), torch.ones(1 + i, dtype=torch.int64), 0.05 * i)
     assert set(variants().values()) == {1}, variants()
 
@@ -73,20 +74,26 @@ def every_form():
                 samples = Samples(torch.zeros(8, 2), None, None, ids, one, one)
                 backend.group_advantages(samples, AdvantageForm(4, baseline, scale, 1, 1e-4, 0.5, -9.0, 9.0, False))
     backend.gae(torch.zeros(1, 9), None, None, torch.tensor([0, 4, 9]), 0.9, 1.0)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        for first in (0, 1):
+            backend.scale(torch.zeros(2, 3, 64, dtype=dtype)[..., first:], torch.ones(()))
 
 
-def no_spills_no_doubles():
+def no_spills_no_doubles_wide_accesses():
     for kernel in KERNELS:
         for compiled in DRY.variants(kernel):
-            asm, needs = assembly(compiled), resources(compiled)
-            assert needs.spilled == 0, (kernel.__name__, needs, compiled.src.constants)
-            if "*fp64" not in compiled.src.signature.values():
-                assert ".f64" not in asm and "_f64" not in asm, kernel.__name__
+            asm, needs, types = assembly(compiled), resources(compiled), compiled.src.signature.values()
+            what = (kernel.__name__, needs, constants_of(compiled))
+            assert needs.spilled == 0 and needs.shared <= SHARED_BYTES[ARCH], what
+            if "*fp64" not in types:
+                assert ".f64" not in asm and "_f64" not in asm, what
+            if kernel is scale_kernel and "*fp64" not in types and constants_of(compiled)["ALIGNED"]:
+                assert all(access in asm for access in WIDE[sys.argv[1]]), what
 
 
 assert not launch.INTERPRETED
 one_variant_for_all_shapes_and_numbers()
 if ARCH in (90, "gfx942"):
     every_form()
-no_spills_no_doubles()
+no_spills_no_doubles_wide_accesses()
 print(f"{sys.argv[1]} {ARCH}: {variants()}")

@@ -1,5 +1,6 @@
 """Which backend runs, and what is said of one that cannot."""
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 import grpo_kernels as gk
 from grpo_kernels import backends
-from grpo_kernels.backends import cpu
+from grpo_kernels.backends import cpu, gpu
 
 
 def test_available_backends_name_the_reason():
@@ -66,7 +67,10 @@ def test_triton_is_what_a_gpu_gets():
 
 def test_a_gpu_gets_cuda_where_it_has_kernels(monkeypatch):
     """Built, the GPU new enough and the dtype there; inside a compiled graph too."""
-    cuda = SimpleNamespace(runs_on=lambda device, dtype: device.index != 1 and dtype != torch.float64)
+    cuda = SimpleNamespace(
+        runs_on=lambda device, dtype: device.index != 1 and dtype != torch.float64,
+        refusal=lambda index: "needs sm_80 or later; got cuda:1" if index == 1 else None,
+    )
     others = SimpleNamespace(runs_on=lambda device: True)
     monkeypatch.setattr(backends, "implementation", lambda name: cuda if name == "cuda" else others)
 
@@ -84,6 +88,77 @@ def test_a_gpu_gets_cuda_where_it_has_kernels(monkeypatch):
         backends.resolve("cuda", torch.device("cuda:1"), torch.bfloat16)
     with pytest.raises(TypeError, match="'cuda' has no float64; 'triton' and 'cpu' have"):
         backends.resolve("cuda", torch.device("cuda"), torch.float64)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """GPUs that are not there: gpus(capabilities, what the driver says of the native module on each)."""
+    pytest.importorskip("triton")
+    triton = importlib.import_module("grpo_kernels.backends.triton")
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    def forget():
+        backends.implementation.cache_clear()
+        gpu.too_old.cache_clear()
+        sys.modules.pop("grpo_kernels.backends.cuda", None)
+
+    def install(capabilities, errors):
+        forget()
+        native = SimpleNamespace(unusable=lambda: errors[current[0]])
+        monkeypatch.setitem(sys.modules, "grpo_kernels._cuda", native)
+        monkeypatch.setattr(gk, "_cuda", native, raising=False)
+        for name, value in {
+            "is_available": lambda: True, "device_count": lambda: len(capabilities), "current_device": lambda: current[0],
+            "get_device_capability": lambda i: capabilities[i], "device": on,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(triton, "INTERPRETED", False)
+
+    yield install
+    forget()
+
+
+def test_a_driver_that_runs_no_kernel_of_ours_leaves_the_gpu_to_triton(gpus):
+    gpus([(9, 0), (9, 0)], ["CUDA driver version is insufficient", "no kernel image is available"])
+    state = gk.available_backends()
+    assert "CUDA driver version is insufficient" in state["cuda"] and "use 'triton'" in state["cuda"]
+    assert state["triton"] == "ok" and backends.resolve("auto", torch.device("cuda")) == "triton"
+    with pytest.raises(backends.BackendUnavailable, match="version is insufficient"):
+        backends.resolve("cuda", torch.device("cuda"))
+
+    gpus([(9, 0), (11, 0)], ["", "no kernel image is available"])  # an image for the first alone
+    assert gk.available_backends()["cuda"] == "ok"
+    names = [backends.resolve("auto", torch.device(name)) for name in ("cuda", "cuda:0", "cuda:1")]
+    assert names == ["cuda", "cuda", "triton"]
+    with pytest.raises(ValueError, match=r"'cuda' does not run on cuda:1: .*no kernel image is available"):
+        backends.resolve("cuda", torch.device("cuda:1"))
+
+
+def test_a_gpu_that_is_too_old_is_refused_with_what_to_use(gpus, monkeypatch):
+    gpus([(7, 5)], [""])
+    state = gk.available_backends()
+    for name in ("cuda", "triton"):
+        assert "need sm_80 or later and cuda:0 is sm_75; use backend='reference'" in state[name]
+    with pytest.raises(backends.BackendUnavailable, match="sm_75; use backend='reference'"):
+        backends.resolve("auto", torch.device("cuda"))
+    assert backends.resolve("reference", torch.device("cuda")) == "reference"
+
+    gpus([(8, 0), (7, 0)], ["", ""])
+    assert gk.available_backends()["cuda"] == gk.available_backends()["triton"] == "ok"
+    for name in ("auto", "cuda", "triton"):
+        with pytest.raises(ValueError, match="cuda:1 is sm_70; use backend='reference'"):
+            backends.resolve(name, torch.device("cuda:1"))
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # whose numbers are others
+    gpus([(7, 0)], [""])
+    assert backends.resolve("triton", torch.device("cuda")) == "triton"
 
 
 def test_a_missing_native_module_says_how_to_build_it(monkeypatch):

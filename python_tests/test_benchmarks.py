@@ -259,7 +259,11 @@ class FakeCuda:
     """A stream on which a call takes as many milliseconds as it says, and the host none."""
 
     def __init__(self) -> None:
-        self.now, self.synchronised = 0.0, 0
+        self.now, self.synchronised, self.head_starts = 0.0, 0, 0
+
+    def _sleep(self, cycles: int) -> None:
+        self.now += cycles
+        self.head_starts += 1
 
     def Event(self, enable_timing: bool) -> Any:
         assert enable_timing
@@ -288,6 +292,7 @@ def test_a_gpu_is_timed_by_events() -> None:
     clock = CudaClock(cuda, flush_bytes=64)
     seconds = bench.measure_interleaved({"kernel": run}, 3, clock=clock)
     assert seconds["kernel"] == pytest.approx([2.5e-3] * 3) and cuda.synchronised == 4
+    assert cuda.head_starts == 4  # before the first event each time: the host launches meanwhile
 
 
 def test_summary_is_median_and_quartiles() -> None:

@@ -62,6 +62,34 @@ def test_a_failing_cuda_build_leaves_the_cpu_module(tree):
     assert quiet.returncode == 0 and "was not built" not in quiet.stderr
 
 
+def test_either_module_may_be_left_out(tree):
+    list_them = "import setuptools\nsetuptools.setup = lambda ext_modules, **_: print([e.name for e in ext_modules])\n"
+    script = list_them + (tree / "setup.py").read_text()
+    for switches, expected in (({"GRPO_KERNELS_CPU": "0"}, "_cuda"), ({"GRPO_KERNELS_CUDA": "0"}, "_cpu")):
+        env = {**os.environ, "GRPO_KERNELS_CUDA": "1", **switches}
+        (tree / "listed.py").write_text(script)
+        done = subprocess.run([sys.executable, "listed.py"], cwd=tree, env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == f"['grpo_kernels.{expected}']", done.stderr
+
+
+WITHOUT_CPU = """
+import sys
+sys.modules["grpo_kernels._cpu"] = None
+import torch
+import grpo_kernels as gk
+from grpo_kernels.testing.bench import machine_info
+assert "does not load" in gk.available_backends()["cpu"]
+assert machine_info()["instruction_set"]
+assert gk.whiten(torch.randn(3, 4), backend="reference").isfinite().all()
+print("well")
+"""
+
+
+def test_the_package_imports_without_the_cpu_module():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_CPU], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "well", done.stderr
+
+
 LAUNCH = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("_cuda", sys.argv[1])
@@ -71,6 +99,7 @@ try:
     cuda.row_forward(cuda.Rows((8, 9, 9), (8, 1, 1), None, None, 0, (1, 1, 9), 1.0, 1.0, 0.0, 1), [8] * 5, 0)
 except RuntimeError as error:
     print(error)
+print(cuda.unusable())
 """
 
 
@@ -81,7 +110,9 @@ def test_cuda_joins_where_nvcc_is_and_its_errors_name_the_kernel(tree):
     assert done.returncode == 0 and modules(tree) == {"_cpu", "_cuda"}, done.stderr
     command = [sys.executable, "-c", LAUNCH, next((tree / "grpo_kernels").glob("_cuda*.so"))]
     done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-    assert done.stdout.startswith("kernel row_forward: "), done.stdout + done.stderr
+    failure, unusable = done.stdout.splitlines()
+    assert failure.startswith("kernel row_forward: "), done.stdout + done.stderr
+    assert "; built with CUDA " in unusable and "the driver is for" in unusable  # there is none
 
 
 @pytest.mark.parametrize("compiler", ["c++", "clang++", "aarch64-linux-gnu-g++"])

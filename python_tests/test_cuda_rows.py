@@ -165,7 +165,7 @@ MUTANTS = {  # file, statement that is left out; or what takes its place: ON in 
     "the last meeting": ("row_kernel.cuh", "meet();  // nobody leaves"),
     "the publishing of barriers": ("row_kernel.cuh", "publish_barriers();"),
     "the barrier after the epilogue": ("row_kernel.cuh", "meet_computing();\n    return"),
-    "the barrier of the reduction": ("block.cuh", "sync();\n"),
+    "the barrier of the reduction": ("row_kernel.cuh", "meet_computing();\n    if (warp"),
     "the wait for a chunk": ("row_kernel.cuh", "wait(&ring.full[slot]"),
     "the wait for a free slot": ("row_kernel.cuh", "wait(&ring.empty[slot]"),
     "a warp's barrier before the release": ("row_kernel.cuh", "__syncwarp();\n    if (lane_of_thread() == 0) arrive("),

@@ -137,6 +137,37 @@ def test_nan_stays_in_its_row(backend):
         assert torch.equal(gx[rest], gy[rest])
 
 
+def rows_at_the_lowest_number(vocab, dtype):
+    """Masked by finfo.min: all but the target and one, everything, a mixture with -inf, the first half; and targets."""
+    g = torch.Generator().manual_seed(vocab)
+    lowest, z = torch.finfo(dtype).min, torch.randn(1, 4, vocab, generator=g).to(dtype)
+    z[0, 0, 1:-1] = lowest
+    z[0, 1] = lowest
+    z[0, 2] = torch.where(torch.rand(vocab, generator=g) < 0.8, lowest, z[0, 2])
+    z[0, 2] = torch.where(torch.rand(vocab, generator=g) < 0.4, -math.inf, z[0, 2])
+    z[0, 3, : vocab // 2] = lowest
+    z[0, 2, -1] = 1.0
+    return z, torch.tensor([[0, vocab // 2, vocab - 1, vocab - 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])  # below 1 the quotient overflows
+def test_columns_at_the_lowest_number_are_columns_without_probability(backend, dtype, temperature):
+    for vocab in (2, 3, 300, 5003) if backend == "emulated" else (2, 300):
+        z, targets = rows_at_the_lowest_number(vocab, dtype)
+        results = []
+        for x, name in ((z, backend), (z.double().clamp(min=-1e300), "reference")):
+            x.requires_grad_()
+            keywords = {"temperature": temperature, "return_entropy": True, "return_sum_p2": True}
+            out = gk.token_logps(x, targets, backend=name, **keywords)
+            weights = torch.tensor([[1.0, -2.0, 0.5, 3.0]], dtype=out.logps.dtype)
+            (gradient,) = torch.autograd.grad((out.logps * weights - 0.3 * out.entropy).sum(), x)
+            results.append([v.detach().double() for v in (out.logps, out.entropy, out.sum_p2, gradient)])
+        precise = dtype == torch.float32
+        for got, exact in zip(*results, strict=True):
+            torch.testing.assert_close(got, exact, rtol=1e-5 if precise else 1e-2, atol=1e-5 if precise else 4e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_inplace(dtype):
     b, config = make_batch(), gk.LossConfig(**FULL)

@@ -24,7 +24,7 @@ import triton
 from grpo_kernels.backends.triton import launch, tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TARGETS = [("cuda", "80"), ("cuda", "90"), ("cuda", "100"), ("hip", "gfx942")]
+TARGETS = [("cuda", "80"), ("cuda", "89"), ("cuda", "90"), ("cuda", "100"), ("cuda", "120"), ("hip", "gfx942")]
 FULL = {"delta": 1.6, "dual_clip": 1.4, "kl_coef": 0.1, "entropy_coef": 0.05}
 
 
@@ -243,6 +243,17 @@ def test_alignment_is_of_every_row():
     assert not launch.aligned(torch.empty(2, 3, 50257, dtype=torch.bfloat16))
 
 
+def test_scaling_in_whole_accesses_needs_no_whole_rows():
+    from grpo_kernels.backends.triton.scale import rows_begin_aligned, rows_without_gaps
+
+    odd, padded = torch.empty(2, 3, 50257, dtype=torch.bfloat16), torch.empty(2, 3, 64, dtype=torch.bfloat16)
+    assert rows_without_gaps(odd).shape == (1, 1, odd.numel()) and rows_begin_aligned(rows_without_gaps(odd))
+    for view in (padded[..., :37], padded[:, :1], padded[:, ::2]):
+        assert rows_without_gaps(view) is view and rows_begin_aligned(view)
+    assert not rows_begin_aligned(odd) and not rows_begin_aligned(padded[..., 1:])
+    assert not rows_begin_aligned(rows_without_gaps(odd.view(-1)[1:].view(1, 1, -1)))
+
+
 def test_the_table_covers_what_is_newer():
     known = tuning.TABLE
     assert tuning.config_of("cuda", 80) == tuning.config_of("cuda", 89) == known["cuda", 80]
@@ -254,17 +265,19 @@ def test_the_table_covers_what_is_newer():
 
 def test_shapes_follow_the_element_and_few_rows_are_split():
     hardware = tuning.Hardware("cuda", 90, 32, 132)
-    config = tuning.Config(warps=8, steps=4, segment=16384, split_below=4)
+    config = tuning.Config(warps=8, programs=2, steps=4, segment=16384, split_below=4)
     half, single = (tuning.shape_of(config, hardware, size) for size in (2, 4))
     assert (half.LANES, single.LANES, half.tile) == (2048, 1024, 8192)  # 16 bytes a thread either way
     assert half.options == {"num_warps": 8, "maxnreg": 128}
     assert half.splits(527, 151_936) and not half.splits(528, 151_936) and not half.splits(1, 16384)
     wide = tuning.shape_of(config._replace(warps=16, steps=8), hardware, 2)
     assert wide.SEGMENT == wide.tile == 32768  # at least a tile
+    alone = tuning.shape_of(config._replace(warps=16, programs=1), hardware, 2)
+    assert alone.options == {"num_warps": 16, "maxnreg": 128}  # all registers of a multiprocessor
 
 
 def test_tuning_takes_the_fastest_that_fits():
-    slow, fast, too_large = (tuning.Config(w, 4, 16384, 4) for w in (4, 8, 32))
+    slow, fast, too_large = (tuning.Config(w, 2, 4, 16384, 4) for w in (4, 8, 32))
     milliseconds, timed = {slow: 2.0, fast: 1.0}, []
 
     def launch_with(config):

@@ -12,7 +12,7 @@ from oracles import one_thread as one_thread  # torch's float64 exp on two threa
 
 import grpo_kernels as gk
 
-TARGETS = [("cuda", "80"), ("cuda", "90"), ("cuda", "100"), ("hip", "gfx942")]
+TARGETS = [("cuda", "80"), ("cuda", "89"), ("cuda", "90"), ("cuda", "100"), ("cuda", "120"), ("hip", "gfx942")]
 pytestmark = pytest.mark.skipif(gk.available_backends()["triton"] != "ok", reason="no Triton")
 
 

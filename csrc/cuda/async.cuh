@@ -1,6 +1,8 @@
 // Barriers in shared memory, asynchronous copies into it, and blocks of a cluster: PTX in small functions.
 #pragma once
-#include "launch.h"
+#include <cstring>
+
+#include "watchdog.cuh"
 
 #ifdef GK_EMULATED
 #include "../emulation/async_on_cpu.h"
@@ -35,20 +37,47 @@ __device__ __forceinline__ void arrive(Mbarrier* barrier) {
                : "memory");
 }
 
-// Until the phase of this parity is over.
-__device__ __forceinline__ void wait(Mbarrier* barrier, int phase) {
 #if GK_SM90
-#define GK_WAIT "mbarrier.try_wait.parity.shared.b64"
+#define GK_OVER "mbarrier.try_wait.parity.shared.b64 over, "
+#define GK_PAUSE ""  // try_wait suspends the warp for a while
 #else
-#define GK_WAIT "mbarrier.test_wait.parity.shared.b64"
+#define GK_OVER "mbarrier.test_wait.parity.shared.b64 over, "
+#define GK_PAUSE "nanosleep.u32 32; "  // or a warp that waits would take issue slots from one that works
 #endif
-  unsigned over = 0;
-  while (!over)
-    asm volatile("{ .reg .pred p; " GK_WAIT " p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(over)
-                 : "r"(shared_address(barrier)), "r"(phase)
-                 : "memory");
-#undef GK_WAIT
+
+// Until the phase of this parity is over. A loop of nothing but the test and a pause: in this form SentryWard, which
+// verifies PTX, sees what is waited for.
+__device__ __forceinline__ void wait(Mbarrier* barrier, int phase) {
+  asm volatile(
+      "{ .reg .pred over; "
+      "AGAIN: " GK_OVER
+      "[%0], %1; "
+      "@over bra DONE; " GK_PAUSE
+      "bra AGAIN; "
+      "DONE: }" ::"r"(shared_address(barrier)),
+      "r"(phase)
+      : "memory");
+}
+// For a thread that has time to look at the clock, ahead of the same wait: where that would last for ever, `kernel`
+// ends with an error. GK_UNWATCHED leaves it out, for the verifier.
+__device__ __forceinline__ void watch(Mbarrier* barrier, int phase, const char* kernel) {
+#ifndef GK_UNWATCHED
+  unsigned late;
+  asm volatile(
+      "{ .reg .pred over, early; .reg .b64 now, end; "
+      "mov.u32 %0, 0; mov.u64 end, %%globaltimer; add.u64 end, end, %3; "
+      "AGAIN: " GK_OVER
+      "[%1], %2; "
+      "@over bra DONE; " GK_PAUSE
+      "mov.u64 now, %%globaltimer; setp.lt.u64 early, now, end; "
+      "@early bra AGAIN; "
+      "mov.u32 %0, 1; "
+      "DONE: }"
+      : "=&r"(late)
+      : "r"(shared_address(barrier)), "r"(phase), "l"(kStuckAfterNs)
+      : "memory");
+  if (late) stuck(kernel);
+#endif
 }
 
 // 16 bytes past L1; the thread's copies so far then count as one arrival when they are done.
@@ -100,11 +129,15 @@ __device__ __forceinline__ int cluster_size() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
 }
-// The same place in another block's shared memory.
-template <typename T> __device__ __forceinline__ T* at_rank(T* own, int rank) {
-  uint64_t there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(own)), "r"(rank));
-  return reinterpret_cast<T*>(there);
+// To the same place in another block's shared memory.
+template <typename T> __device__ __forceinline__ void store_remote(T* own, int rank, const T& value) {
+  static_assert(sizeof(T) % 4 == 0, "whole words");
+  unsigned there, words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 4); ++i)
+    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(there + 4 * i), "r"(words[i]) : "memory");
 }
 // At the barrier in the same place of another block; publishes what this thread has written to that block.
 __device__ __forceinline__ void arrive_remote(Mbarrier* own, int rank) {
@@ -115,13 +148,11 @@ __device__ __forceinline__ void arrive_remote(Mbarrier* own, int rank) {
       : "memory");
 }
 __device__ __forceinline__ void wait_cluster(Mbarrier* barrier, int phase) {
-  unsigned over = 0;
-  while (!over)
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(over)
-        : "r"(shared_address(barrier)), "r"(phase)
-        : "memory");
+  asm volatile(
+      "{ .reg .pred over; AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1; "
+      "@over bra DONE; bra AGAIN; DONE: }" ::"r"(shared_address(barrier)),
+      "r"(phase)
+      : "memory");
 }
 
 #else  // never called: behind `if constexpr (kSm90)`
@@ -131,7 +162,7 @@ __device__ void bulk_copy(void*, const void*, int, Mbarrier*);
 __device__ int cluster_rank();
 __device__ int cluster_size();
 __device__ void cluster_sync();
-template <typename T> __device__ T* at_rank(T*, int);
+template <typename T> __device__ void store_remote(T*, int, const T&);
 __device__ void arrive_remote(Mbarrier*, int);
 __device__ void wait_cluster(Mbarrier*, int);
 

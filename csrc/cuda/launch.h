@@ -58,14 +58,32 @@ inline void check(const char* name, cudaError_t error) {
   throw std::runtime_error(std::string("kernel ") + name + ": " + cudaGetErrorString(error));
 }
 
+inline int device_attribute(const char* name, cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(name, cudaGetDevice(&device));
+  check(name, cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
 // Of the current device, for a kernel: what it was compiled for decides what it can use. No synchronisation.
 template <typename Kernel> Machine machine(const char* name, Kernel kernel) {
-  int device = 0, shared_bytes = 0;
   cudaFuncAttributes compiled;
-  check(name, cudaGetDevice(&device));
-  check(name, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check(name, cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)));
-  return {shared_bytes, 512, compiled.ptxVersion >= 90};
+  return {device_attribute(name, cudaDevAttrMaxSharedMemoryPerBlockOptin), 512, compiled.ptxVersion >= 90};
+}
+
+constexpr int64_t kSharedBytesByDefault = 48 << 10;
+
+// All the dynamic shared memory that the device has for a block, whatever this launch needs of it: another thread may
+// be about to launch the same kernel with more. And as much of the multiprocessor's memory as goes for it, or the
+// driver may leave room for one block where two would fit.
+inline void allow_shared_memory(const char* name, const void* kernel) {
+  cudaFuncAttributes compiled;
+  check(name, cudaFuncGetAttributes(&compiled, kernel));
+  const int most = device_attribute(name, cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(compiled.sharedSizeBytes);
+  check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  check(name,
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
 }
 
 __device__ __forceinline__ unsigned char* dynamic_shared() {
@@ -76,8 +94,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 class LaunchConfig {
  public:
   LaunchConfig(const char* name, const void* kernel, const Grid& grid, Stream stream) {
-    if (grid.shared_bytes > 48 << 10)
-      check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)));
+    if (grid.shared_bytes > kSharedBytesByDefault) allow_shared_memory(name, kernel);
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = unsigned(grid.cluster);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -101,12 +118,11 @@ class LaunchConfig {
 template <typename Kernel> int64_t clusters_at_once(const char* name, Kernel kernel, const Grid& grid) {
   const auto* address = reinterpret_cast<const void*>(kernel);
   const LaunchConfig config(name, address, {grid.cluster, grid.threads, grid.shared_bytes, grid.cluster}, nullptr);
-  int count = 0, device = 0, multiprocessors = 1;
+  int count = 0, multiprocessors = 1;
   if (grid.cluster > 1) {
     check(name, cudaOccupancyMaxActiveClusters(&count, kernel, config.get()));
   } else {
-    check(name, cudaGetDevice(&device));
-    check(name, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    multiprocessors = device_attribute(name, cudaDevAttrMultiProcessorCount);
     check(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, grid.threads, size_t(grid.shared_bytes)));
   }
   return max_<int64_t>(int64_t(count) * multiprocessors, 1);

@@ -7,29 +7,20 @@
 
 namespace gk {
 
-// The row [logits, logits + vocab) as a scalar head, whole 16-byte vectors, and a scalar tail; the vectors in chunks,
-// of which each block of the cluster takes a run. The first block takes head and tail.
+// A row's vectors in chunks, of which each block of the cluster takes a run. The first block takes head and tail.
 template <typename T> struct Share {
   const T* logits;
-  int vocab, head, vectors;       // of the row
+  Cut<T> row;
   int first_vector, own_vectors;  // of this block
   int chunks;
 
-  __device__ Share(const T* row, int vocab, int vectors_a_chunk, int rank, int cluster) : logits(row), vocab(vocab) {
-    const int past = int(reinterpret_cast<uintptr_t>(row) % kVectorBytes) / int(sizeof(T));
-    head = min_(past ? kPerVector<T> - past : 0, vocab);
-    vectors = (vocab - head) / kPerVector<T>;
-    const int all = (vectors + vectors_a_chunk - 1) / vectors_a_chunk, each = (all + cluster - 1) / cluster;
-    first_vector = min_(rank * each * vectors_a_chunk, vectors);
-    own_vectors = min_(each * vectors_a_chunk, vectors - first_vector);
+  __device__ Share(const T* logits, Cut<T> row, int vectors_a_chunk, int rank, int cluster) : logits(logits), row(row) {
+    const int all = (row.vectors + vectors_a_chunk - 1) / vectors_a_chunk, each = (all + cluster - 1) / cluster;
+    first_vector = min_(rank * each * vectors_a_chunk, row.vectors);
+    own_vectors = min_(each * vectors_a_chunk, row.vectors - first_vector);
     chunks = (own_vectors + vectors_a_chunk - 1) / vectors_a_chunk;
   }
-  __device__ int column(int vector) const { return head + (first_vector + vector) * kPerVector<T>; }
-  // Scalars are numbered; one past the last: vocab.
-  __device__ int edge_column(int i) const {
-    const int behind = head + vectors * kPerVector<T>;
-    return i < head ? i : min_(behind + i - head, vocab);
-  }
+  __device__ int column(int vector) const { return row.head + (first_vector + vector) * kPerVector<T>; }
 };
 
 // The order in which a row's chunks are loaded and, in the second sweep, used. The ring's chunks come one after the

@@ -9,7 +9,8 @@ namespace gk {
 constexpr int kVectorsAThread = 2;  // of a chunk
 constexpr int kMaxThreads = 512;    // that compute; a warp more brings the row
 constexpr int kMaxCluster = 8;
-constexpr int kControlBytes = 2048;  // of shared memory, behind the slots
+constexpr int kMaxSlots = 32;        // a bit each in Ring::phases
+constexpr int kControlBytes = 2048;  // of shared memory, behind the slots: their barriers and Control
 
 // Where a row lies on chip. Chunks of it go through `ring` slots; where a row that is needed twice does not fit, its
 // first `resident` chunks have slots of their own and stay, and what the ring has lost is read again, the last part
@@ -32,7 +33,7 @@ inline RowPlan row_plan(const Machine& m, int64_t row_bytes, bool twice) {
   // Up to 1.75 times the shared memory a tail from L2 is cheaper than half of the row's sums in another block.
   if (m.bulk_copies && row_bytes > whole * 7 / 4)
     while (plan.cluster < kMaxCluster && row_bytes > plan.cluster * whole) plan.cluster *= 2;
-  plan.slots = int(space / plan.chunk_bytes());
+  plan.slots = int(min_<int64_t>(space / plan.chunk_bytes(), kMaxSlots));
   const int64_t chunks = row_bytes / plan.chunk_bytes() / plan.cluster + 1;
   if (twice && chunks > plan.slots) plan.resident = plan.slots - max_(plan.slots / 4, 2);
   return plan;
@@ -42,6 +43,7 @@ struct RowArgs {
   View logits, targets, active, temperature, gradient;  // as in Rows
   int64_t rows, tokens;
   int vocab, slots, resident;
+  int logits_past, gradient_past;        // elements that they begin behind a boundary of 16 bytes
   bool bulk_copies, statistics, policy;  // statistics: they are computed, else read; gradient.data: whether to write it
   float inv_temperature, logit_scale, softcap;
   float *logps, *entropy, *max, *log_sum, *sum_p2;

@@ -30,13 +30,10 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   }
 
   __device__ void run() {
-    for (int64_t row = blockIdx.x / cluster; row < args.rows; row += gridDim.x / cluster) {
-      if (int(threadIdx.x) >= computing)
-        load_row(row);
-      else
-        compute_row(row);
-    }
-    if (int(threadIdx.x) >= computing) wait_for_own_copies();
+    if (int(threadIdx.x) >= computing)
+      load();
+    else
+      for_rows([this](int64_t row) { compute_row(row); });
     meet();  // nobody leaves while another block may still write here
   }
 
@@ -57,9 +54,13 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   }
   __device__ void meet_computing() const { sync_threads(1, computing); }
 
+  template <typename Fn> __device__ __forceinline__ void for_rows(Fn fn) {
+    for (int64_t row = blockIdx.x / cluster; row < args.rows; row += gridDim.x / cluster) fn(row);
+  }
   __device__ Share<T> share_of(int64_t row) const {
-    const T* logits = static_cast<const T*>(args.logits.data) + args.logits.offset(row, args.tokens);
-    return Share<T>(logits, args.vocab, computing * kVectorsAThread, rank, cluster);
+    const int64_t offset = args.logits.offset(row, args.tokens);
+    const Cut<T> cut(args.vocab, int((args.logits_past + offset) % kPerVector<T>));
+    return Share<T>(static_cast<const T*>(args.logits.data) + offset, cut, computing * kVectorsAThread, rank, cluster);
   }
   __device__ Order order_of(const Share<T>& share) const {
     return Order(share.chunks, args.slots, args.resident, twice);
@@ -73,6 +74,24 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   // ---- the warp that loads ----
 
+  // Bulk copies are one lane's: the others would wait for the same barriers without anything that keeps them within
+  // a phase of it, and a parity names no phase further back.
+  __device__ void load() {
+    if (!args.bulk_copies || lane_of_thread() == 0) {
+      for_rows([this](int64_t row) { load_row(row); });
+      for (int slot = 0; slot < args.slots; ++slot) wait_for_free(slot);
+    }
+    wait_for_own_copies();
+    __syncwarp();
+  }
+
+  // The one wait of the block that is watched: whatever the other warps wait for in vain, a copy, each other or another
+  // block, they do not come to release their slots. After its last row too, for the same reason.
+  __device__ void wait_for_free(int slot) {
+    watch(&ring.empty[slot], ring.phase(slot) ^ 1, "row_kernel");
+    wait(&ring.empty[slot], ring.phase(slot) ^ 1);
+  }
+
   __device__ void load_row(int64_t row) {
     if (!needed(row)) return;
     const Share<T> share = share_of(row);
@@ -80,7 +99,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     const int loads = share.chunks + (twice ? order.again() : 0);
     for (int i = 0; i < loads; ++i) {
       const int chunk = order.load(i), slot = ring.slot_of(chunk, order, ring.next);
-      wait(&ring.empty[slot], ring.phase(slot) ^ 1);
+      wait_for_free(slot);
       ring.flip(slot);
       load_chunk(share, chunk, slot);
     }
@@ -93,7 +112,6 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     unsigned char* to = ring.at(slot);
     if constexpr (kSm90)
       if (args.bulk_copies) {
-        if (lane_of_thread() > 0) return;
         arrive_expecting(&ring.full[slot], bytes);
         bulk_copy(to, from, bytes, &ring.full[slot]);
         return;
@@ -150,7 +168,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   __device__ bool is_writer() const { return threadIdx.x == 0 && rank == 0; }
 
   __device__ Edge edge_of(const Share<T>& share) const {
-    const int column = rank == 0 ? share.edge_column(int(threadIdx.x)) : args.vocab;
+    const int column = rank == 0 ? share.row.edge(int(threadIdx.x)) : args.vocab;
     return {column, column < args.vocab ? to_float(share.logits[column]) : 0.0f};
   }
 
@@ -171,11 +189,16 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
                                   const Transform& f, int target) {
     // Read before the first barrier: after it another warp may overwrite it.
     const float of_target = target >= 0 ? to_float(share.logits[target]) : NAN;
-    Partial partial{args.sum_p2 ? first_sweep<true>(share, order, edge, f) : first_sweep<false>(share, order, edge, f),
-                    f.unit};
-    partial = warps_merge(partial, control->of_warp, computing / kWarp, [this] { meet_computing(); });
-    if constexpr (kCluster) partial = cluster_merge(partial);
-    if (warp_of_thread() == 0) finish(row, partial.softmax, f, of_target);
+    const Softmax<float> own =
+        args.sum_p2 ? first_sweep<true>(share, order, edge, f) : first_sweep<false>(share, order, edge, f);
+    const Softmax<float> of_warp = lanes_merge(own, f.unit);
+    if (lane_of_thread() == 0) control->of_warp[warp_of_thread()] = of_warp;
+    meet_computing();
+    if (warp_of_thread() == 0) {
+      Softmax<float> whole = merge_of(control->of_warp, computing / kWarp, f.unit);
+      if constexpr (kCluster) whole = cluster_merge(whole, f.unit);
+      finish(row, whole, f, of_target);
+    }
     meet_computing();
     return control->result;
   }
@@ -196,21 +219,19 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     return s;
   }
 
-  // Every block tells every block, and all add up in the order of their ranks.
-  __device__ Partial cluster_merge(Partial partial) {
+  // By one warp: every block tells every block, and all merge in the order of their ranks.
+  __device__ Softmax<float> cluster_merge(const Softmax<float>& own, float unit) {
     const int parity = exchanges % 2, phase = exchanges / 2 % 2;
     ++exchanges;
-    if (int(threadIdx.x) < cluster) {
-      *at_rank(&control->of_block[parity][rank], int(threadIdx.x)) = partial;
-      arrive_remote(&control->exchanged[parity], int(threadIdx.x));
+    if (lane_of_thread() < cluster) {
+      store_remote(&control->of_block[parity][rank], lane_of_thread(), own);
+      arrive_remote(&control->exchanged[parity], lane_of_thread());
     }
     wait_cluster(&control->exchanged[parity], phase);
-    partial = control->of_block[parity][0];
-    for (int other = 1; other < cluster; ++other) partial = partial.merge(control->of_block[parity][other]);
-    return partial;
+    return merge_of(control->of_block[parity], cluster, unit);
   }
 
-  // By one warp: the row's statistics, and what the loss pulls with.
+  // By the same warp: the row's statistics, and what the loss pulls with.
   __device__ void finish(int64_t row, Softmax<float> s, const Transform& f, float of_target) {
     if (s.max == -INFINITY) s.sum = NAN;  // every logit is -inf: no distribution
     const float log_sum = s.log_sum(), logp = (z_of<kSoftcap>(of_target, f) - s.max) * f.natural - log_sum;
@@ -242,8 +263,9 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   // ---- the gradient ----
 
   __device__ Output<T> output(int64_t row, const Share<T>& share, int target, float of_target) const {
-    T* to = static_cast<T*>(args.gradient.data) + args.gradient.offset(row, args.tokens);
-    return {to, is_aligned16(to + share.head), target, of_target};
+    const int64_t offset = args.gradient.offset(row, args.tokens);
+    const bool wide = (args.gradient_past + offset + share.row.head) % kPerVector<T> == 0;
+    return {static_cast<T*>(args.gradient.data) + offset, wide, target, of_target};
   }
 
   __device__ void clear(int64_t row, const Share<T>& share, const Edge& edge) const {

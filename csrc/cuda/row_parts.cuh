@@ -7,13 +7,25 @@
 
 namespace gk {
 
-struct Partial {  // of the statistics
-  Softmax<float> softmax;
-  float unit = 0;
-  __device__ Partial merge(const Partial& o) const {
-    return {softmax.merge(o.softmax, max_(unit, o.unit)), max_(unit, o.unit)};
+// The statistics of a warp's lanes together, in every lane. The maximum goes round first, so that each lane scales its
+// own sums once; a + b is b + a, so that all lanes compute the same bits.
+__device__ __forceinline__ Softmax<float> lanes_merge(Softmax<float> s, float unit) {
+  float max = s.max;
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, lanes));
+  s = s.relative_to(max, unit);
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    s.sum += __shfl_xor_sync(kFullWarp, s.sum, lanes);
+    s.dot += __shfl_xor_sync(kFullWarp, s.dot, lanes);
+    s.sum2 += __shfl_xor_sync(kFullWarp, s.sum2, lanes);
   }
-};
+  return s;
+}
+// Of `count` others, one a lane in their order.
+__device__ __forceinline__ Softmax<float> merge_of(const Softmax<float>* others, int count, float unit) {
+  return lanes_merge(lane_of_thread() < count ? others[lane_of_thread()] : Softmax<float>{}, unit);
+}
 
 struct RowResult {  // what the epilogue says, and the statistics it is about
   float logp, entropy, max, log_sum, g_logp, g_entropy;
@@ -23,11 +35,11 @@ struct RowResult {  // what the epilogue says, and the statistics it is about
 // Shared memory behind the slots and their barriers.
 struct Control {
   Mbarrier exchanged[2];
-  Partial of_block[2][kMaxCluster];  // by the parity of the row: a block may be one row ahead of the others
-  Partial of_warp[kMaxThreads / kWarp];
+  Softmax<float> of_block[2][kMaxCluster];  // by the parity of the row: a block may be one row ahead of the others
+  Softmax<float> of_warp[kMaxThreads / kWarp];
   RowResult result;
 };
-static_assert(sizeof(Control) + 2 * 32 * sizeof(Mbarrier) <= kControlBytes);
+static_assert(sizeof(Control) + 2 * kMaxSlots * sizeof(Mbarrier) <= kControlBytes);
 
 template <typename T> struct Output {
   T* row;

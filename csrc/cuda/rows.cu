@@ -20,8 +20,15 @@ RowArgs row_args(const Rows& p, const RowStats& stats) {
   return args;
 }
 
+// How far logits and gradient begin behind a boundary: the kernel is told, as it then computes with offsets alone.
+template <typename T> void align(RowArgs& args) {
+  args.logits_past = past_boundary<T>(args.logits.data);
+  args.gradient_past = past_boundary<T>(args.gradient.data);
+}
+
 void launch_rows(RowArgs args, DType dtype, Stream stream, const char* name) {
   if (args.rows == 0) return;
+  dtype == DType::f32 ? align<float>(args) : align<bf16>(args);
   const Machine m = machine(name, row_kernel<float, false, false>);
   const bool twice = args.statistics && args.gradient.data;
   const RowPlan plan = row_plan(m, int64_t(args.vocab) * (dtype == DType::f32 ? 4 : 2), twice);

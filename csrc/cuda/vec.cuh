@@ -111,8 +111,22 @@ template <typename T> struct Vector {
   }
 };
 
-template <typename T> __device__ __forceinline__ bool is_aligned16(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+// How many elements an address lies behind a boundary of 16 bytes.
+template <typename T> GK_HD int past_boundary(const void* p) {
+  return int(reinterpret_cast<uintptr_t>(p) % kVectorBytes) / int(sizeof(T));
 }
+
+// `count` elements, the first of them `past` behind a boundary: a scalar head, whole vectors, and a scalar tail.
+template <typename T> struct Cut {
+  int count, head, vectors;
+
+  __device__ Cut(int count, int past)
+      : count(count), head(min_(past ? kPerVector<T> - past : 0, count)), vectors((count - head) / kPerVector<T>) {}
+  // Head and tail together are fewer than 2 vectors; one past the last: count.
+  __device__ int edge(int i) const {
+    const int behind = head + vectors * kPerVector<T>;
+    return i < head ? i : min_(behind + i - head, count);
+  }
+};
 
 }  // namespace gk

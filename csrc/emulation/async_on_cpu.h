@@ -57,6 +57,7 @@ inline void wait(Mbarrier* barrier, int phase) {
   state_of(barrier);
   emulation::wait(barrier, [=] { return barrier->phase != phase; });
 }
+inline void watch(Mbarrier*, int, const char*) {}  // a deadlock is found without a clock
 inline void wait_cluster(Mbarrier* barrier, int phase) { wait(barrier, phase); }
 
 inline void bulk_copy(void* to, const void* from, int bytes, Mbarrier* barrier) {
@@ -99,6 +100,7 @@ template <typename T> T* at_rank(T* own, int rank) {
   if (&there != &here) here.touched = there.touched = cluster.barrier.phase + 1;
   return reinterpret_cast<T*>(there.shared.get() + (reinterpret_cast<unsigned char*>(own) - here.shared.get()));
 }
+template <typename T> void store_remote(T* own, int rank, const T& value) { *at_rank(own, rank) = value; }
 inline void arrive_remote(Mbarrier* own, int rank) {
   Mbarrier* there = at_rank(own, rank);
   check_published(there);

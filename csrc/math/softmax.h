@@ -5,6 +5,7 @@
 namespace gk {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kShiftFloor = -1100;  // 2^y is 0 here, in double too
 
 // With y = (z - max) * log2(e): sum of 2^y, of y 2^y and of 4^y. A monoid: any split of a row merges to the same
 // answer, and everything is relative to the maximum, so adding a constant to the logits changes no digit of the
@@ -15,7 +16,8 @@ template <typename T> struct Softmax {
   // `unit` = log2(e) / temperature turns a difference of logits into y.
   GK_HD Softmax relative_to(T m, T unit) const {
     if (sum == 0) return {m, T(0), T(0), T(0)};
-    const T shift = (max - m) * unit, scale = exp_(shift * T(kLn2));
+    // Bounded, or finite logits far apart (finfo.min as a mask) would make it -inf, and 0 * -inf a NaN of all sums.
+    const T shift = max_((max - m) * unit, T(kShiftFloor)), scale = exp_(shift * T(kLn2));
     return {m, scale * sum, scale * (dot + shift * sum), scale * scale * sum2};
   }
   GK_HD Softmax merge(const Softmax& other, T unit) const {

@@ -15,6 +15,7 @@ from ..config import LossConfig
 from ..data_parallel import reduced
 from ..grouping import VALUE_METRICS, check_choice, check_ddof_eps, check_unread
 from ..layout import active_tokens, layout_of, real_dtype
+from ..logps import none_for_unused_outputs
 from ..reference import advantages as reference
 from . import operators as ops
 
@@ -38,12 +39,13 @@ class _ValueLoss(torch.autograd.Function):
         loss, per_token, g_values, metrics = ops.value_loss(values, old_values, *rest, backend)
         ctx.save_for_backward(g_values)
         ctx.mark_non_differentiable(per_token, metrics)
+        none_for_unused_outputs(ctx)
         return loss, per_token, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:
-        return g * ctx.saved_tensors[0], *[None] * 6
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
+        return None if g is None else g * ctx.saved_tensors[0], *[None] * 6
 
 
 def value_loss(
@@ -91,7 +93,7 @@ def value_loss(
         raise ValueError(f"clip={clip!r} needs old_values; got None")
     backend, layout, dtype = (
         resolve(backend, values.device, real_dtype(values.dtype)),
-        layout_of(values.shape, cu_seqlens),
+        layout_of(values.shape, cu_seqlens, values.device),
         real_dtype(values.dtype),
     )
     active = active_tokens(mask, layout, values.device)

@@ -65,7 +65,7 @@ def group_diversity(
     """
     if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
         raise TypeError(f"token_ids must be integers; got {token_ids.dtype}")
-    layout = layout_of(token_ids.shape, cu_seqlens)
+    layout = layout_of(token_ids.shape, cu_seqlens, token_ids.device)
     if not layout.knows_sequences:
         raise ValueError(f"flat token_ids need cu_seqlens; got shape {tuple(token_ids.shape)} and none")
     if not 0 <= threshold <= 1:
@@ -73,7 +73,7 @@ def group_diversity(
     if not isinstance(ngram, int) or ngram < 1:
         raise ValueError(f"ngram must be a whole number of at least 1; got {ngram!r}")
     check_groups(layout.sequences, group_size, group_ids)
-    for name, x in (("mask", mask), ("group_ids", group_ids), ("cu_seqlens", cu_seqlens)):
+    for name, x in (("mask", mask), ("group_ids", group_ids)):
         if x is not None and x.device != token_ids.device:
             raise ValueError(f"{name} must be where token_ids are, on {token_ids.device}; got {x.device}")
     if mask is not None:

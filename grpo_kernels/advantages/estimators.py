@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import resolve
 from ..data_parallel import Ranks, reduced
-from ..grouping import check_choice, check_groups, groups_of, per_sample
+from ..grouping import check_choice, check_groups, groups_of, per_sample, reward_weights_of
 from ..reference import advantages as reference
 from . import operators as ops
 from .critic import check_whitening, over_ranks
@@ -133,7 +133,7 @@ def gdpo_advantages(
 
     Args:
         rewards: ``[S, K]``; a NaN is left out of its own reward's groups and sum; all K NaN leave the sample out.
-        reward_weights: ``[K]``; 1 each when None.
+        reward_weights: ``[K]``, as in ``group_advantages``; 1 each when None.
         baseline, scale, ddof, eps, single: of each reward in its group, as in ``group_advantages``.
         valid: ``[S]``, 0 leaves a sample out.
         lengths: ``[S]``; each sample counts as many times in the batch's statistics, as verl's whitening over tokens
@@ -150,9 +150,7 @@ def gdpo_advantages(
     if rewards.dim() != 2 or rewards.shape[1] == 0:
         raise ValueError(f"rewards must be [S, K], K above 0; got shape {tuple(rewards.shape)}")
     check_whitening(ddof, batch_eps, batch_eps_mode)
-    weights = torch.as_tensor(
-        [1.0] * rewards.shape[1] if reward_weights is None else reward_weights, dtype=torch.float64
-    ).to(rewards.device)
+    weights = reward_weights_of(reward_weights, rewards)
     if weights.shape != rewards.shape[1:]:
         raise ValueError(f"reward_weights must be {tuple(rewards.shape[1:])}; got {tuple(weights.shape)}")
     each = [
@@ -165,7 +163,7 @@ def gdpo_advantages(
     advantages, mean, std, informative = (torch.stack(x, 1) for x in zip(*each, strict=True))
     counts = _counted(~rewards.isnan().all(1), valid)
     times = per_sample(lengths, "lengths", len(rewards), torch.float64)
-    total = (advantages.to(torch.float64) * weights.detach()).sum(1)
+    total = (advantages.to(torch.float64) * weights).sum(1)
     times = counts.to(torch.float64) if times is None else torch.where(counts, times, 0.0)
     moments = over_ranks(reference.masked_moments(total, times), dp_group)
     coefficients = reference.whitening(moments, True, True, ddof, batch_eps, batch_eps_mode)

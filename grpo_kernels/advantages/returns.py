@@ -54,7 +54,7 @@ class Tokens(NamedTuple):
 
 def tokens_of(like: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None, backend: str) -> Tokens:
     """`mask` gives the shape where `like` may hold one value a sequence."""
-    layout = layout_of(like.shape if mask is None else mask.shape, cu_seqlens)
+    layout = layout_of(like.shape if mask is None else mask.shape, cu_seqlens, like.device)
     if not layout.knows_sequences:
         raise ValueError(f"flat tokens need cu_seqlens; got {name} of shape {tuple(like.shape)} without")
     active = active_tokens(mask, layout, like.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..grouping import AdvantageForm, Samples
 from ..layout import PolicyInputs, Rows, RowStats
+from .gpu import index_of
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 # Where a launch costs more than to read a group's rewards again for each row, up to groups of this size.
@@ -116,14 +117,21 @@ def _of_gpu(index: int | None, dtype: torch.dtype | None) -> str:
 
 def _check_runs_on(module: Any, backend: str, device: torch.device, dtype: torch.dtype | None) -> None:
     if backend == "triton" and not module.runs_on(device):
+        _check_gpu(module, backend, device)
         raise ValueError(
             f"backend 'triton' needs tensors on a GPU, or Triton's interpreter (TRITON_INTERPRET=1, set before "
             f"Triton is imported); got {device}"
         )
     if backend == "cuda" and not module.runs_on(device, None):
+        _check_gpu(module, backend, device)
         raise ValueError(f"backend 'cuda' needs tensors on an NVIDIA GPU of sm_80 or later; got {device}")
     if backend in ("cuda", "emulated") and dtype == torch.float64:
         raise DtypeUnsupported(f"backend {backend!r} has no float64; 'triton' and 'cpu' have")
+
+
+def _check_gpu(module: Any, backend: str, device: torch.device) -> None:
+    if device.type == "cuda" and (reason := module.refusal(index_of(device))):
+        raise ValueError(f"backend {backend!r} does not run on {device}: {reason}")
 
 
 def available_backends() -> dict[str, str]:

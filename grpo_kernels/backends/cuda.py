@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 from .. import _cuda  # type: ignore[attr-defined]
+from .gpu import index_of, refused_by_all, too_old
 from .native import Kernels, plain_matrix
 from .scratch import GpuMemory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST = (8, 0)  # compute capability: asynchronous copies
 
 
 def missing() -> str | None:
@@ -20,16 +21,21 @@ def missing() -> str | None:
         return "this torch has no CUDA; use 'triton' (ROCm), 'cpu' or 'reference'"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device; use 'cpu' or 'reference'"
-    newest = max(torch.cuda.get_device_capability(d) for d in range(torch.cuda.device_count()))
-    if newest < OLDEST:
-        return f"its kernels need sm_80 or later and this GPU is sm_{newest[0]}{newest[1]}; use 'triton'"
-    return None
+    return refused_by_all(refusal)
+
+
+@functools.cache
+def refusal(index: int) -> str | None:
+    """Why the kernels cannot run on this GPU, or None."""
+    if reason := too_old(index):
+        return reason
+    with torch.cuda.device(index):
+        error = _cuda.unusable()
+    return f"the driver runs no kernel of its native module on cuda:{index} ({error}); use 'triton'" if error else None
 
 
 def runs_on(device: torch.device, dtype: torch.dtype | None) -> bool:
-    if device.type != "cuda" or not (dtype is None or dtype in DTYPES):
-        return False
-    return torch.cuda.get_device_capability(device) >= OLDEST
+    return device.type == "cuda" and (dtype is None or dtype in DTYPES) and refusal(index_of(device)) is None
 
 
 def _launch(kernel: Callable[..., None], device: torch.device, *args: object) -> None:

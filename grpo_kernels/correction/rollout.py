@@ -130,13 +130,13 @@ def rollout_correction(
     config = config or CorrectionConfig()
     if changes:
         config = dataclasses.replace(config, **changes)
-    layout = layout_of(old_logps.shape, cu_seqlens)
+    layout = layout_of(old_logps.shape, cu_seqlens, old_logps.device)
     if not layout.knows_sequences:
         raise ValueError(f"flat tokens need cu_seqlens, their sequences' boundaries; got shape {tuple(layout.shape)}")
     wide = torch.float32 if old_logps.device.type == "mps" else torch.float64
     old, rollout = _read(layout, old_logps, "old_logps", wide), _read(layout, rollout_logps, "rollout_logps", wide)
     active = active_tokens(mask, layout, old.device)
-    tokens = Tokens(layout, active, layout.sequence_sums(active.to(torch.int64)))
+    tokens = Tokens(layout, active, layout.sequence_sums(active))
 
     d, missing = difference(old, rollout, tokens, config), active & (old - rollout).isnan()
     ratio, weights = importance_weights(d, tokens, config)

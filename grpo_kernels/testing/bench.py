@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import cpu
+from ..backends import available_backends
+from ..environment import instruction_set
 from .clock import Clock, WallClock
 
 PACKAGES = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels", "transformers")
@@ -93,7 +94,7 @@ def machine_info() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "instruction_set": cpu.instruction_set(),
+        "instruction_set": instruction_set("cpu" if available_backends()["cpu"] == "ok" else "reference"),
         "gpu": _gpu(),
         "torch": torch.__version__,
         "python": platform.python_version(),

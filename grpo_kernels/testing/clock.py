@@ -11,6 +11,7 @@ import torch
 
 CPU_FLUSH_BYTES = 64 << 20  # beyond the last-level cache that a few cores share
 GPU_FLUSH_FACTOR = 2  # times the L2
+HEAD_START_CYCLES = 2_000_000  # about 1 ms: longer than Python takes to launch a loss and its backward
 
 
 class Clock(Protocol):
@@ -45,8 +46,9 @@ class WallClock:
 
 
 class CudaClock:
-    """Events before and after the call on the current stream. The flush keeps the GPU busy while the host launches, so
-    that what lies between the events is the GPU's time and not the host's, unless the host is the slower one."""
+    """Events before and after the call on the current stream. The GPU sleeps while the host launches, so that what lies
+    between the events is the GPU's time and not the host's: a flush of the caches alone is over before a small call's
+    first launch. A call that waits for the device, or takes the host longer than the sleep, still shows the host."""
 
     def __init__(self, cuda: Any = torch.cuda, flush_bytes: int | None = None) -> None:
         self._cuda = cuda
@@ -60,6 +62,7 @@ class CudaClock:
 
     def seconds(self, run: Callable[[], object]) -> float:
         begin, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        self._cuda._sleep(HEAD_START_CYCLES)
         begin.record()
         result = run()
         end.record()

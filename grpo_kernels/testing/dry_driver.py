@@ -21,8 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
-SHARED_BYTES: dict[int | str, int] = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
-PROCESSORS: dict[int | str, int] = {80: 108, 90: 132, 100: 148, "gfx942": 304}
+# Of one program at most, and multiprocessors: A100, H100, B200, MI300X; RTX 3090, L40S, RTX 5090.
+SHARED_BYTES: dict[int | str, int] = {
+    80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10, 86: 99 << 10, 89: 99 << 10, 120: 99 << 10
+}  # fmt: skip
+PROCESSORS: dict[int | str, int] = {80: 108, 90: 132, 100: 148, "gfx942": 304, 86: 82, 89: 142, 120: 170}
+
+
+# Accesses of 16 bytes.
+WIDE = {"cuda": ("ld.global.v4.b32", "st.global.v4.b32"), "hip": ("global_load_dwordx4", "global_store_dwordx4")}
 
 
 class Launch(NamedTuple):
@@ -93,6 +100,10 @@ def dry_run(backend: str, arch: int | str) -> DryDriver:
 
 def assembly(compiled: Any) -> str:
     return compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+
+
+def constants_of(compiled: Any) -> dict[str, Any]:
+    return {compiled.src.fn.arg_names[at[0]]: value for at, value in compiled.src.constants.items()}
 
 
 def resources(compiled: Any) -> Resources:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...layout import PolicyInputs, Rows, RowStats, real_dtype
 from ...reference.advantages import masked_moments as masked_moments
 from ...reference.advantages import whiten as whiten
+from ..gpu import index_of, refused_by_all, too_old
 from . import tuning
 from .advantages import group_advantages as group_advantages
 from .diversity import group_diversity as group_diversity
@@ -27,16 +28,21 @@ from .token import token_policy as token_policy
 
 def missing() -> str | None:
     """Why the kernels cannot run here, or None."""
-    if INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED:
         return None
+    if torch.cuda.is_available():
+        return refused_by_all(refusal)
     return (
         "Triton is installed but torch finds no CUDA or ROCm device; use 'cpu' or 'reference', "
         "or its interpreter (TRITON_INTERPRET=1, set before Triton is imported) to try the kernels on CPU tensors"
     )
 
 
+refusal = too_old
+
+
 def runs_on(device: torch.device) -> bool:
-    return INTERPRETED or device.type == "cuda"
+    return INTERPRETED or (device.type == "cuda" and refusal(index_of(device)) is None)
 
 
 def new_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:

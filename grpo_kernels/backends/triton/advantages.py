@@ -26,7 +26,7 @@ from .group import (
 )
 from .launch import REALS, bits, kernel, number, on_device_of, registers
 from .math import advantage, centred
-from .numeric import clamp_, max_
+from .numeric import clamp_, max_, quotient
 
 WARPS = 4  # groups are small: a launch of many programs, each done in one step
 BATCH_BLOCK, BATCH_WARPS = 1024, 8  # one program takes all samples
@@ -52,7 +52,8 @@ def length_shift(source, lengths, begin, end, group, REAL: tl.constexpr, BLOCK: 
         total += fixed(share, r == r, scale)
         weighted += fixed(share * ((r - group[LOW] - group[ABOVE]) / group[SPAN]), r == r, scale)
     length = tl.sum(total, 0).to(REAL)
-    return tl.where(length > 0, tl.sum(weighted, 0).to(REAL) / tl.where(length > 0, length, 1.0) * group[SPAN], 0.0)
+    mean = quotient(tl.sum(weighted, 0).to(REAL), tl.where(length > 0, length, 1.0))
+    return tl.where(length > 0, mean * group[SPAN], 0.0)
 
 
 @triton.jit
@@ -71,11 +72,12 @@ def deviation_of_others(source, i, begin, end, ddof, count, REAL: tl.constexpr):
     for j in range(begin, end):
         share = (reward_at(source, every + j, every == 0, REAL) - origin) / span
         total += fixed(share, (share == share) & (i != j), scale)
-    centre, squares = total.to(REAL) / scale / max_(n, 1.0), every
+    centre, squares = quotient(quotient(total.to(REAL), scale), max_(n, 1.0)), every
     for j in range(begin, end):
         d = (reward_at(source, every + j, every == 0, REAL) - origin) / span - centre
         squares += fixed(d * d, (d == d) & (i != j), scale)
-    std = tl.where(finite, tl.sqrt(squares.to(REAL) / scale / max_(n - ddof, 1.0)) * span, float("nan"))
+    variance = quotient(quotient(squares.to(REAL), scale), max_(n - ddof, 1.0))
+    std = tl.where(finite, tl.sqrt(variance) * span, float("nan"))
     return tl.where(low == high, 0.0, tl.where(n > ddof, std, 0.0))
 
 

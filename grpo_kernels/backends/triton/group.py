@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 
 from .math import advantage, centred
-from .numeric import max_
+from .numeric import max_, quotient
 
 GROUP_BLOCK = tl.constexpr(128)  # groups are small
+LARGEST_SHARE = tl.constexpr(1.001)  # 1, and what quotients of float32 and their squares may be above
 # Of what `reward_at` reads.
 REWARDS, STRIDE, COMPONENTS, WEIGHTS, VALID, ORDER = (tl.constexpr(i) for i in range(6))
 # Of what `statistics` returns: the lowest reward, the mean above it, the deviation, how many count, whether all are
@@ -47,13 +48,16 @@ def reward_at(source, i, mask, REAL: tl.constexpr):
 
 @triton.jit
 def fixed(share, on, scale):
-    """A number in [-1, 1] as an integer; 0 where it is off, and where an infinite reward has made it NaN."""
-    return tl.where(on & (tl.abs(share) <= 1), share * scale, 0.0).to(tl.int64)
+    """A number in [-1, 1] as an integer; 0 where it is off, and where an infinite reward has made it NaN or large.
+
+    The highest sample's share is x / x, which `/` may round above 1: `scale_for` leaves room for it."""
+    return tl.where(on & (tl.abs(share) <= LARGEST_SHARE), share * scale, 0.0).to(tl.int64)
 
 
 @triton.jit
 def scale_for(count):
-    """A power of two that fits 63 bits `count` times; what it is exactly, nothing depends on."""
+    """A power of two of which `count` are at most 2^60, or 2^61 where log2 is rounded up past an integer: with
+    LARGEST_SHARE still within 63 bits. What it is exactly, nothing depends on."""
     return tl.exp2(60.0 - tl.ceil(tl.log2(max_(count, 1.0))))
 
 
@@ -84,14 +88,14 @@ def statistics(source, begin, end, ddof, REAL: tl.constexpr, BLOCK: tl.constexpr
         i = start + tl.arange(0, BLOCK)
         r = reward_at(source, i, i < end, REAL)
         total += fixed((r - origin) / span, r == r, scale)
-    above = tl.where(finite, tl.sum(total, 0).to(REAL) / scale / n * span, least + most)
+    above = tl.where(finite, quotient(quotient(tl.sum(total, 0).to(REAL), scale), n) * span, least + most)
     squares = tl.zeros([BLOCK], tl.int64)
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         r = reward_at(source, i, i < end, REAL)
         d = ((r - origin) - above) / span
         squares += fixed(d * d, r == r, scale)
-    variance = tl.sum(squares, 0).to(REAL) / scale / max_(count - ddof, 1.0)
+    variance = quotient(quotient(tl.sum(squares, 0).to(REAL), scale), max_(count - ddof, 1.0))
     std = tl.where(finite, tl.sqrt(variance) * span, float("nan"))
     some = count > 0
     return (

@@ -21,6 +21,16 @@ def clamp_(x, low, high):
 
 
 @triton.jit
+def quotient(a, b):
+    """Rounded to nearest. `/` of float32 is not on a GPU: it may be two units in the last place off, and x / x above 1.
+    For what is divided once a row, a group or a launch, as it takes a dozen instructions."""
+    if b.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
 def excess(x):
     """e^x - 1 - x without cancellation: near 0 its series, x^2/2 (1 + x/3 (1 + x/4 (...))), to the type's last bit."""
     LAST: tl.constexpr = 17 if x.dtype == tl.float64 else 10

@@ -10,9 +10,13 @@ from torch import Tensor
 from ...layout import real_dtype
 from .launch import REALS, bits, kernel, number, on_device_of
 from .math import temporal_difference, value_term
+from .numeric import max_, quotient
+from .packed import first_of_tail, sequence_bounds
 from .policy_inputs import read, view_args
 
-BLOCK, WARPS = 1024, 4  # tokens of a sequence scanned together: 8 a thread, and the scan crosses warps once
+# Tokens of a sequence scanned together, 8 a thread: one of each 128, no neighbours, so that a scan is 8 scans of 128
+# tokens, each across the warps.
+BLOCK, WARPS = 1024, 4
 
 
 @triton.jit
@@ -32,20 +36,34 @@ def first_of(x, t, begin):
     return tl.sum(tl.where(t == begin, x, 0.0), 0)
 
 
+@triton.jit
+def store_tail(cu_seqlens, sequences, tokens, advantages, values, returns, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    zeros = tl.zeros([BLOCK], REAL)
+    for start in range(
+        first_of_tail(cu_seqlens, sequences, tokens, BLOCK), tokens, tl.num_programs(0).to(tl.int64) * BLOCK
+    ):
+        t = start + tl.arange(0, BLOCK)
+        tl.store(advantages + t, zeros, t < tokens)
+        if values is not None:
+            tl.store(returns + t, zeros, t < tokens)
+
+
 @kernel
 def gae_kernel(
     rewards, rewards_b: tl.int64, rewards_t: tl.int64, values, values_b: tl.int64, values_t: tl.int64,
-    active, active_b: tl.int64, active_t: tl.int64, cu_seqlens, tokens: tl.int64, gamma_bits: tl.int64,
-    decay_bits: tl.int64, advantages, returns, REAL: tl.constexpr, BLOCK: tl.constexpr,
+    active, active_b: tl.int64, active_t: tl.int64, cu_seqlens, tokens: tl.int64, sequences: tl.int64,
+    gamma_bits: tl.int64, decay_bits: tl.int64, advantages, returns, REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program a sequence, a block of its tokens at a time from the end."""
+    """A program a sequence, a block of its tokens at a time from the end; packed, at least one, and with it a share of
+    what lies past the last boundary, which is zeros."""
     sequence = tl.program_id(0).to(tl.int64)
     gamma, decay = number(gamma_bits, REAL), number(decay_bits, REAL)
     if cu_seqlens is None:
         b, first, length, out = sequence, sequence * 0, tokens, sequence * tokens
     else:
-        b, first, out = sequence * 0, tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence)
-        length = tl.load(cu_seqlens + sequence + 1) - first
+        b = sequence * 0
+        first, end = sequence_bounds(cu_seqlens, sequence, sequence < sequences, tokens)
+        length, out = end - first, first
     running, next_value = gamma * 0, gamma * 0
     for back in range(0, tl.cdiv(length, BLOCK)):
         begin = (tl.cdiv(length, BLOCK) - 1 - back) * BLOCK
@@ -69,24 +87,46 @@ def gae_kernel(
         if values is not None:
             tl.store(returns + out + t, tl.where(counts, a + v, 0.0), mask=inside)
         running, next_value = first_of(a, t, begin), first_of(ahead, t, begin)
+    if cu_seqlens is not None:
+        store_tail(cu_seqlens, sequences, tokens, advantages, values, returns, REAL, BLOCK)
 
 
 def gae(
     rewards: Tensor, values: Tensor | None, active: Tensor | None, cu_seqlens: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     real, (batch, tokens) = real_dtype(rewards.dtype), rewards.shape
-    advantages = rewards.new_zeros(rewards.shape, dtype=real)
-    returns = torch.zeros_like(advantages) if values is not None else advantages.new_empty(0)
+    advantages = rewards.new_empty(rewards.shape, dtype=real)
+    returns = torch.empty_like(advantages) if values is not None else advantages.new_empty(0)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    if sequences and tokens:
+    if advantages.numel():
         with on_device_of(rewards):
-            gae_kernel[(sequences,)](
+            gae_kernel[(max(sequences, 1),)](
                 *view_args(rewards), *view_args(values), *view_args(active),
-                None if cu_seqlens is None else cu_seqlens.contiguous(), tokens, bits(gamma, real),
+                None if cu_seqlens is None else cu_seqlens.contiguous(), tokens, sequences, bits(gamma, real),
                 bits(gamma * lam, real), advantages, returns, REAL=REALS[real], BLOCK=BLOCK, num_warps=WARPS,
                 enable_fp_fusion=False,
             )  # fmt: skip
     return advantages, returns
+
+
+@triton.jit
+def left_by_all(sums, programs, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of `sums`, added in the order of the programs. Read from the cache that they share."""
+    total = tl.zeros([BLOCK], REAL)
+    for start in range(0, programs, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(sums + i, i < programs, 0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def reduce_values(sums, programs, loss, metrics, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    tokens = left_by_all(sums + programs, programs, REAL, BLOCK)
+    tl.store(loss, left_by_all(sums, programs, REAL, BLOCK))
+    tl.store(metrics, tokens)
+    for k in tl.static_range(1, 4):
+        mean = quotient(left_by_all(sums + (k + 1) * programs, programs, REAL, BLOCK), max_(tokens, 1.0))
+        tl.store(metrics + k, mean)
 
 
 @kernel
@@ -94,9 +134,10 @@ def value_kernel(
     values, values_b: tl.int64, values_t: tl.int64, old, old_b: tl.int64, old_t: tl.int64,
     targets, targets_b: tl.int64, targets_t: tl.int64, weights, weights_b: tl.int64, weights_t: tl.int64,
     active, active_b: tl.int64, active_t: tl.int64, tokens: tl.int64, count: tl.int64, clip: tl.int64,
-    per_token, g_values, sums, REAL: tl.constexpr, BLOCK: tl.constexpr,
+    loss, per_token, g_values, metrics, sums, done, REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens a program; `sums` [5, programs]: loss, tokens, clipped, values, targets."""
+    """A block of tokens a program, which leaves `sums` [5, programs] behind: loss, tokens, clipped, values, targets.
+    `done`, int32: how many programs have; the last one adds them up."""
     program = tl.program_id(0).to(tl.int64)
     i = program * BLOCK + tl.arange(0, BLOCK)
     b, t, inside = i // tokens, i % tokens, i < count
@@ -110,12 +151,15 @@ def value_kernel(
     )
     tl.store(per_token + i, tl.where(on, term, 0.0), mask=inside)
     tl.store(g_values + i, tl.where(on, weight * slope, 0.0), mask=inside)
-    programs, at = tl.num_programs(0), sums + program
+    programs, at = tl.num_programs(0).to(tl.int64), sums + program
     tl.store(at, tl.sum(tl.where(on, weight * term, 0.0), 0))
     tl.store(at + programs, tl.sum(on.to(REAL), 0))
     tl.store(at + 2 * programs, tl.sum((on & clipped).to(REAL), 0))
     tl.store(at + 3 * programs, tl.sum(value, 0))
     tl.store(at + 4 * programs, tl.sum(target, 0))
+    # One thread has stored them, the one that now says so: its release covers them.
+    if tl.atomic_add(done, 1, sem="acq_rel") == programs - 1:
+        reduce_values(sums, programs, loss, metrics, REAL, BLOCK)
 
 
 def value_loss(
@@ -123,15 +167,15 @@ def value_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     real, count = real_dtype(values.dtype), values.numel()
     per_token, g_values = (values.new_empty(values.shape, dtype=real) for _ in range(2))
+    if not count:
+        return values.new_zeros((), dtype=real), per_token, g_values, values.new_zeros(4, dtype=real)
     programs = triton.cdiv(count, BLOCK)
-    sums = values.new_zeros((5, programs), dtype=real)
+    loss, metrics, sums = (values.new_empty(shape, dtype=real) for shape in ((), 4, (5, programs)))
     views: list[Any] = [arg for x in (values, old_values, returns, weights, active) for arg in view_args(x)]
-    if count:
-        with on_device_of(values):
-            value_kernel[(programs,)](
-                *views, values.shape[1], count, bits(clip, real), per_token, g_values, sums, REAL=REALS[real],
-                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
-    loss, tokens, *others = sums.sum(1).unbind()  # one writer a column, added in one order
-    metrics = torch.stack([tokens, *(x / tokens.clamp(min=1) for x in others)])
+    done = torch.zeros(1, dtype=torch.int32, device=values.device)
+    with on_device_of(values):
+        value_kernel[(programs,)](
+            *views, values.shape[1], count, bits(clip, real), loss, per_token, g_values, metrics, sums, done,
+            REAL=REALS[real], BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return loss, per_token, g_values, metrics

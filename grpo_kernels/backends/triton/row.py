@@ -13,7 +13,7 @@ import triton.language as tl
 from .group import sample_advantage
 from .launch import kernel, number
 from .math import ENTROPY_COEF, LOG_RATIO_CLAMP, inside, token_loss
-from .numeric import clamp_
+from .numeric import clamp_, quotient
 from .policy_inputs import (
     ADV,
     ENTROPY_MASK,
@@ -35,7 +35,7 @@ from .sweep import finished, merged_segments, row_stats, segment_stats, write_gr
 def row_at(data, stride_b, stride_t, b, t, ALIGNED: tl.constexpr):
     row = data + (b * stride_b + t * stride_t)
     if ALIGNED:
-        row = tl.multiple_of(row, 16)
+        row = tl.multiple_of(row, 16)  # of a pointer: bytes
     return row
 
 
@@ -45,9 +45,10 @@ def transform(numbers, temperature, b, t, REAL: tl.constexpr, SOFTCAP: tl.conste
     z = cap * tanh(logit * inner). `numbers` are the bits of 1 / temperature, logit_scale and softcap."""
     inv_t, scale, cap = number(numbers[0], REAL), number(numbers[1], REAL), number(numbers[2], REAL)
     if temperature[0] is not None:
-        inv_t = 1 / tl.load(temperature[0] + b * temperature[1] + t * temperature[2]).to(REAL)
+        given = tl.load(temperature[0] + b * temperature[1] + t * temperature[2]).to(REAL)
+        inv_t = quotient(tl.full([], 1, REAL), given)  # to the bit what the host makes of the same number
     if SOFTCAP:
-        return inv_t, scale * inv_t, scale / cap, cap
+        return inv_t, scale * inv_t, quotient(scale, cap), cap
     else:
         return scale * inv_t, scale * inv_t, scale, cap
 
@@ -60,7 +61,8 @@ def open_row(views, tokens, vocab, numbers, REAL: tl.constexpr, SOFTCAP: tl.cons
     b, t = row // tokens, row % tokens
     vocab = vocab.to(tl.int32)
     if ALIGNED:  # a mask that may end anywhere would split every access
-        vocab = tl.multiple_of(vocab, 16)
+        COLUMNS: tl.constexpr = 128 // views[0].dtype.element_ty.primitive_bitwidth
+        vocab = tl.multiple_of(vocab, COLUMNS)  # whole accesses: `aligned` knows no more
     target = tl.load(views[3] + b * views[4] + t * views[5])
     target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
     live = tl.load(views[6] + b * views[7] + t * views[8]) != 0

@@ -7,7 +7,7 @@ the logits changes no digit of the entropy.
 import triton
 import triton.language as tl
 
-from .numeric import expm1
+from .numeric import expm1, quotient
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -73,7 +73,7 @@ def log_probability(z, max, log_sum, natural):
 
 @triton.jit
 def entropy_of(sum, dot):
-    return tl.log(sum) - LN2 * dot / sum
+    return tl.log(sum) - quotient(LN2 * dot, sum)
 
 
 @triton.jit

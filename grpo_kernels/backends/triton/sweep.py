@@ -7,6 +7,7 @@ whether one program takes them all or each has its own: the sums are the same bi
 import triton
 import triton.language as tl
 
+from .numeric import quotient
 from .softmax import (
     LOG2E,
     add_tile,
@@ -87,7 +88,8 @@ def finished(s, z, maths, live):
     max, sum, dot, sum2 = s
     sum = tl.where(max == float("-inf"), float("nan"), sum)  # every logit is -inf: no distribution
     log_sum = tl.log(sum)
-    logp, entropy, sum_p2 = log_probability(z, max, log_sum, maths[0]), entropy_of(sum, dot), sum2 / (sum * sum)
+    logp, entropy = log_probability(z, max, log_sum, maths[0]), entropy_of(sum, dot)
+    sum_p2 = quotient(sum2, sum * sum)
     return (
         tl.where(live, logp, 0.0), tl.where(live, entropy, 0.0), tl.where(live, max, 0.0),
         tl.where(live, log_sum, 0.0), tl.where(live, sum_p2, 0.0),

@@ -26,6 +26,8 @@ from .math import (
     pooled_term,
     token_loss,
 )  # fmt: skip
+from .numeric import quotient
+from .packed import first_of_tail, sequence_bounds
 from .policy_inputs import (
     ADV,
     ENTROPY_MASK,
@@ -87,11 +89,11 @@ def pool(
         advs += tl.where(on, token[ADV], 0.0)
         log_weights += tl.where(on, tl.log(token[POOLED_WEIGHT] + GMPO_WEIGHT_FLOOR), 0.0)
     n, one = max_(tl.sum(tokens, 0), 1.0), tl.sum(zeros, 0) + 1
-    share = one if POOLING == "sum" else 1 / max_(tl.sum(counted, 0), 1.0)
+    share = one if POOLING == "sum" else quotient(one, max_(tl.sum(counted, 0), 1.0))
     raw = tl.sum(total, 0) * share
     log_ratio = pooled_limit(raw, s, OBJECTIVE)
-    weight = one if views[27] is None else tl.exp(tl.sum(log_weights, 0) / n)
-    return log_ratio, tl.sum(advs, 0) / n, weight, share, tl.where(inside(raw, log_ratio), one, 0.0)
+    weight = one if views[27] is None else tl.exp(quotient(tl.sum(log_weights, 0), n))
+    return log_ratio, quotient(tl.sum(advs, 0), n), weight, share, tl.where(inside(raw, log_ratio), one, 0.0)
 
 
 @triton.jit
@@ -116,8 +118,8 @@ def segment(program, pieces, cu_seqlens, tokens, sequences, BLOCK: tl.constexpr)
     if cu_seqlens is None:
         b, begin, end = sequence, tokens * 0, tl.where(here, tokens, 0)
     else:
-        at = cu_seqlens + sequence
-        b, begin, end = sequence * 0, tl.load(at, here, 0), tl.load(at + 1, here, 0)
+        b = sequence * 0
+        begin, end = sequence_bounds(cu_seqlens, sequence, here, tokens)
     part = tl.cdiv(tl.cdiv(end - begin, pieces), BLOCK) * BLOCK
     begin += piece * part
     return b, begin, tl.minimum(begin + part, end)
@@ -219,11 +221,12 @@ def token_kernel(
     if last:
         reduce_programs(sums_ptr, counts_ptr + 1, sequences, metrics, loss, REAL, BLOCK)
     if cu_seqlens is not None:
-        if program == 0:  # tokens past the last boundary
-            for start in range(tl.load(cu_seqlens + sequences), tokens, BLOCK):
-                t = start + tl.arange(0, BLOCK)
-                zeros = tl.zeros([BLOCK], REAL)
-                store_block(per_token, g_logps, g_entropy, t, t < tokens, zeros, zeros, zeros)
+        zeros = tl.zeros([BLOCK], REAL)
+        for start in range(
+            first_of_tail(cu_seqlens, sequences, tokens, BLOCK), tokens, tl.num_programs(0).to(tl.int64) * BLOCK
+        ):
+            t = start + tl.arange(0, BLOCK)
+            store_block(per_token, g_logps, g_entropy, t, t < tokens, zeros, zeros, zeros)
 
 
 def warps(threads: int) -> int:

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ...config import METRICS
 from .math import ENTROPY_COEF, KL_COEF, excess, max_, min_
+from .numeric import quotient
 from .policy_inputs import ENTROPY_MASK, ENTROPY_WEIGHT, OLD, POOLED_WEIGHT, ROLLOUT, TOKEN_WEIGHT, WEIGHT
 
 # What the programs leave behind: first what is added up, then two minima and two maxima.
@@ -100,15 +101,18 @@ def store_metrics(metrics, loss, t, low_min, high_max):
     policy, kl, entropy, tokens, raw_entropy, raw_kl, approx_kl, approx_kl_k3 = t[0:8]
     ratio, low, high, cap, gradient_weight, rejected, weight, squares = t[8:16]
     rollout_kl, rollout_kl_k3, rollout_abs_diff, ratio_min, weight_min, ratio_max, weight_max = t[16:23]
-    n, any = max_(tokens, 1.0), tokens > 0
-    ess = tl.where(squares == 0, 0.0, weight * weight / (n * squares))
+    n, any = max_(tokens, 1.0), tokens > 0  # a mean of ones is 1
+    ess = tl.where(squares == 0, 0.0, quotient(weight * weight, n * squares))
     values = (
-        policy, kl, entropy, tokens, raw_entropy / n, raw_kl / n, approx_kl / n, approx_kl_k3 / n,
-        tl.where(any, ratio / n, 1.0), tl.where(any, ratio_min, 1.0), tl.where(any, ratio_max, 1.0),
-        low / n, high / n, (low + high) / n, cap / n, tl.where(any, low_min, 0.0), tl.where(any, high_max, 0.0),
-        tl.where(any, gradient_weight / n, 1.0), rejected / n, tl.where(any, weight / n, 1.0),
+        policy, kl, entropy, tokens,
+        quotient(raw_entropy, n), quotient(raw_kl, n), quotient(approx_kl, n), quotient(approx_kl_k3, n),
+        tl.where(any, quotient(ratio, n), 1.0), tl.where(any, ratio_min, 1.0), tl.where(any, ratio_max, 1.0),
+        quotient(low, n), quotient(high, n), quotient(low + high, n), quotient(cap, n),
+        tl.where(any, low_min, 0.0), tl.where(any, high_max, 0.0),
+        tl.where(any, quotient(gradient_weight, n), 1.0), quotient(rejected, n),
+        tl.where(any, quotient(weight, n), 1.0),
         tl.where(any, weight_min, 1.0), tl.where(any, weight_max, 1.0), tl.where(any, ess, 1.0),
-        rollout_kl / n, rollout_kl_k3 / n, rollout_abs_diff / n,
+        quotient(rollout_kl, n), quotient(rollout_kl_k3, n), quotient(rollout_abs_diff, n),
     )  # fmt: skip
     tl.store(loss, policy + kl + entropy)
     for i in tl.static_range(METRIC_COUNT):
@@ -134,8 +138,8 @@ def reduce_programs(sums_ptr, counts_ptr, sequences, metrics, loss, REAL: tl.con
         tokens = tl.load(at, i < sequences, 0, cache_modifier=".cg").to(REAL)
         low = tl.load(at + 1, i < sequences, 0, cache_modifier=".cg").to(REAL)
         high = tl.load(at + 2, i < sequences, 0, cache_modifier=".cg").to(REAL)
-        low_min = min_(low_min, tl.where(tokens > 0, low / tokens, float("inf")))
-        high_max = max_(high_max, tl.where(tokens > 0, high / tokens, float("-inf")))
+        low_min = min_(low_min, tl.where(tokens > 0, quotient(low, tokens), float("inf")))
+        high_max = max_(high_max, tl.where(tokens > 0, quotient(high, tokens), float("-inf")))
     total = ()
     for k in tl.static_range(SUMS):
         total = total + (across(sums[k], k),)  # type: ignore[assignment]  # noqa: RUF005

@@ -23,30 +23,34 @@ class Config(NamedTuple):
     """Of every row kernel on one architecture: shared, or one pass and two would sum in another order."""
 
     warps: int  # of a program
+    programs: int  # that a multiprocessor holds at a time: the registers are shared between them
     steps: int  # accesses of 16 bytes that a thread has in flight
     segment: int  # columns whose lanes are reduced together; a power of two, at least a tile
     split_below: int  # rows a multiprocessor; with fewer, a row is shared between programs
 
 
-# 8 warps of 4 accesses: 32 KiB in flight a program hide the latency with two of them on a multiprocessor, and a thread
-# holds 32 halves and their lanes' sums without spilling. Segments of 16384 columns: a reduction across the warps every
-# 32 KiB costs a few per cent, and one row of a 152k vocabulary still occupies ten multiprocessors. Four rows a
-# multiprocessor: below that, whole rows leave some of them idle for a whole row's time at the end.
+# 8 warps of 4 accesses: 16 KiB in flight a program, 32 KiB on a multiprocessor that holds two, about what the latency
+# asks for; and a thread holds 32 halves and their lanes' sums without spilling. Segments of 16384 columns: a
+# reduction across the warps every 32 KiB costs a few per cent, and one row of a 152k vocabulary still occupies ten
+# multiprocessors. Four rows a multiprocessor: below that, whole rows leave some of them idle for a whole row's time at
+# the end.
 TABLE = {
-    ("cuda", 80): Config(warps=8, steps=4, segment=16384, split_below=4),
-    ("cuda", 90): Config(warps=8, steps=4, segment=16384, split_below=4),
-    ("cuda", 100): Config(warps=8, steps=4, segment=16384, split_below=4),
-    ("hip", 0): Config(warps=4, steps=4, segment=16384, split_below=4),  # waves are twice as wide
+    ("cuda", 80): Config(warps=8, programs=2, steps=4, segment=16384, split_below=4),
+    ("cuda", 90): Config(warps=8, programs=2, steps=4, segment=16384, split_below=4),
+    ("cuda", 100): Config(warps=8, programs=2, steps=4, segment=16384, split_below=4),
+    ("hip", 0): Config(warps=4, programs=2, steps=4, segment=16384, split_below=4),  # waves are twice as wide
 }
 # Small, as every operation costs a call of numpy; and both ways to share a row are reached with few rows.
-INTERPRETER = Config(warps=1, steps=2, segment=2048, split_below=4)
+INTERPRETER = Config(warps=1, programs=1, steps=2, segment=2048, split_below=4)
 INTERPRETER_LANES = 512
 
 REGISTERS = 65536  # of a multiprocessor, from sm_80 on
 
 CANDIDATES = [
-    Config(warps, steps, segment, split_below)
-    for warps, steps, segment, split_below in itertools.product((4, 8, 16), (1, 2, 4), (16384, 32768), (4,))
+    Config(*resident, steps, segment, split_below)
+    for resident, steps, segment, split_below in itertools.product(
+        ((4, 2), (4, 4), (8, 1), (8, 2), (16, 1)), (1, 2, 4), (16384, 32768), (4,)
+    )  # 128 registers a thread or more: a tile of 4 steps spills with fewer
 ]
 
 
@@ -95,8 +99,8 @@ def shape_of(config: Config, hardware: Hardware, element_size: int) -> Shape:
     lanes = config.warps * hardware.warp_size * ALIGNMENT // element_size
     segment = max(config.segment, config.steps * lanes)
     options = {"num_warps": config.warps}
-    if hardware.backend == "cuda":  # two programs on a multiprocessor; left alone, ptxas aims at three and spills
-        options["maxnreg"] = min(255, REGISTERS // (2 * 32 * config.warps))
+    if hardware.backend == "cuda":  # left alone, ptxas aims at more programs on a multiprocessor and spills
+        options["maxnreg"] = min(255, REGISTERS // (32 * config.warps * config.programs))
     return Shape(config.steps, lanes, segment, config.split_below * hardware.processors, options)
 
 

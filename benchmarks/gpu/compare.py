@@ -1,0 +1,49 @@
+"""A kernel's results against the reference in float64, by the accuracy rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.testing.compare import assert_as_accurate
+
+from .protocol import Figures
+
+# inputs by name, dtype of what is floating among them, backend -> results by name
+Call = Callable[[Mapping[str, Any], str], Mapping[str, Tensor]]
+
+
+def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype, only: Sequence[str] | None = None) -> dict[str, Any]:
+    """`only`: those that are cast, all when left out; the others become float32, or float64 beside float64."""
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def cast(name: str, x: Any) -> Any:
+        if not (torch.is_tensor(x) and x.is_floating_point()):
+            return x
+        return x.to(dtype if only is None or name in only else real)
+
+    return {name: cast(name, x) for name, x in inputs.items()}
+
+
+def accurate(call: Call, inputs: Mapping[str, Any], backend: str, dtype: torch.dtype, only: Sequence[str]) -> Figures:
+    """Ours on `backend`, eager in the same dtype, and the truth; the figures of the worst result."""
+    narrow = in_dtype(inputs, dtype, only)
+    ours, eager = call(narrow, backend), call(narrow, "reference")
+    exact = call(in_dtype(narrow, torch.float64), "reference")
+    worst = 0.0
+    for name in exact:
+        finite = exact[name].isfinite()
+        if finite.any():
+            worst = max(worst, float((ours[name].double() - exact[name]).abs()[finite].max()))
+        assert_as_accurate(ours[name], eager[name], exact[name], what=name)
+    return {"max_error": worst}
+
+
+def same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor], what: str) -> None:
+    for name, x in first.items():
+        y = second[name]
+        different = int(((x != y) & ~((x != x) & (y != y))).sum())
+        assert different == 0, f"{what}: {name} differs at {different} of {x.numel()}"

@@ -1,0 +1,47 @@
+"""Milliseconds of a call on its device, and of the host's part of it."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from grpo_kernels.testing.clock import Clock, clock_for
+
+ROUNDS = 7
+
+
+@functools.cache
+def _clock(device: str) -> Clock:
+    return clock_for(device)
+
+
+def milliseconds(call: Callable[[], object], device: str, rounds: int = ROUNDS) -> float:
+    """Median by events behind a sleep of the device (testing/clock.py), with cold caches: the kernels' time."""
+    clock = _clock(device)
+    call()  # warm
+    seconds = []
+    for _ in range(rounds):
+        clock.flush()
+        seconds.append(clock.seconds(call))
+    return round(statistics.median(seconds) * 1e3, 5)
+
+
+def host_milliseconds(call: Callable[[], object], device: str, rounds: int = 20) -> float:
+    """Until the call is back, the device busy or not: what Python and the launches take. Few enough for any queue."""
+    call()
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(rounds):
+        call()
+    spent = time.perf_counter() - begin
+    synchronize(device)
+    return round(spent / rounds * 1e3, 5)
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()

@@ -1,0 +1,232 @@
+"""The pieces of a check, by information a second: first whether anything runs at all, last what takes minutes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from typing import Any
+
+from . import tools
+from .process import Done
+from .protocol import CUDA_ERROR, TIMED_OUT, read_cases
+from .runner import ROOT, TAIL, WORK, Piece, Run
+
+BACKENDS = ("triton", "cuda")
+TEST_LIMIT = 90.0  # of one file
+
+
+def result_of(done: Done, own_limit: bool, **figures: Any) -> dict[str, Any] | None:
+    """None where the call's time ended it."""
+    if done.status is None and not own_limit:
+        return None
+    result = {"ok": done.status == 0, **figures}
+    if done.status is None:
+        result["hang"] = True
+    return result if result["ok"] else {**result, "output": done.output[-TAIL:]}
+
+
+# ---- what every call begins with ----
+
+
+def machine(run: Run, piece: Piece) -> dict[str, Any] | None:
+    """Also starts the build, which then has the first pieces' time."""
+    done, own = run.execute(piece, run.limit(piece), *run.python("machine"))
+    found = json.loads(done.output.strip().splitlines()[-1]) if done.status == 0 else {}
+    if found:
+        run.build = start_build(run, found["device"]["capability"])
+    return result_of(done, own, **found)
+
+
+def start_build(run: Run, capability: list[int] | None) -> Any:
+    """`_cuda` alone, for this device alone, with the wheels that are given unpacked first."""
+    build = f"{sys.executable} setup.py -q build_ext --inplace"
+    switches = {"GRPO_KERNELS_CPU": "0", "GRPO_KERNELS_CUDA": "1"}
+    if run.dry:
+        build = f'{sys.executable} -c "import grpo_kernels"'
+    else:
+        switches["GRPO_KERNELS_CUDA_ARCHS"] = "{}{}".format(*capability or (9, 0))
+    wheels = sorted(run.wheels.glob("*.whl")) if run.wheels else []
+    if wheels:
+        pip = f"{sys.executable} -m pip install -q --no-index --no-deps --upgrade --target {WORK / 'site'}"
+        build = f"{pip} {' '.join(map(str, wheels))} && {build}"
+    return run.start("build", ("sh", "-c", build), **switches)
+
+
+def built(run: Run, piece: Piece) -> dict[str, Any] | None:
+    if run.build is None:
+        return {"ok": False, "output": "the build was not started"}
+    own, left = run.limit(piece), run.remaining()
+    done = run.build.wait(min(own, left))
+    result = result_of(done, own <= left, build_seconds=round(done.seconds, 1))
+    if result:
+        result.pop("hang", None)  # of nvcc: nothing to do with the GPU
+    return result
+
+
+# ---- lists of cases ----
+
+
+def cases(name: str, backend: str) -> Any:
+    """Runs a list, again behind each case that ended its process, until it is through or something hangs."""
+
+    def work(run: Run, piece: Piece) -> dict[str, Any] | None:
+        if backend == "cuda" and not run.results.get("build", {}).get("ok"):
+            return {"ok": False, "bad": ["not built"]}
+        before = run.results.get(piece.name, {})
+        found = dict(before["cases"]) if before.get("unfinished") else {}
+        result: dict[str, Any] = {"cases": found}
+        died = before.get("died") if before.get("unfinished") else None
+        spent = 0.0
+        while True:
+            skip = run.ended(("rows", "clusters", "waits", "plain", "triton"))
+            done, own = run.execute(
+                piece, run.limit(piece) - spent, *command(run, name, backend, died, skip), **environment(run, name)
+            )
+            spent += done.seconds
+            said, running = read_cases(done.output)
+            found.update(said)
+            if lost := done.status == CUDA_ERROR:
+                result["cuda_error"] = True
+            if done.status is None and not own:
+                return unfinished(result, died, said)
+            if running is None and not lost:
+                break
+            died = running or list(said)[-1]
+            if running is not None:
+                hang = done.status is None or TIMED_OUT in done.output
+                found[running] = {"ok": False, "hang": hang, "status": done.status, "output": done.output[-TAIL:]}
+                if hang:
+                    run.hang(piece.families, piece, running)
+                    result["hang"], result["last_started"] = True, running
+                    break
+        return judged(result, done)
+
+    return work
+
+
+def unfinished(result: dict[str, Any], died: str | None, said: dict[str, Any]) -> dict[str, Any]:
+    """The call's time is over: the next one goes on behind the last case."""
+    return {**result, "ok": False, "unfinished": True, "died": list(said)[-1] if said else died}
+
+
+def judged(result: dict[str, Any], done: Done) -> dict[str, Any]:
+    bad = [name for name, case in result["cases"].items() if not case["ok"]]
+    result = {**result, "ok": not bad and done.status == 0, "bad": bad}
+    if not bad and done.status != 0:  # before the first case, or after the last
+        result["output"] = done.output[-TAIL:]
+    return result
+
+
+def command(run: Run, name: str, backend: str, died: str | None, skip: list[str]) -> tuple[str, ...]:
+    behind = () if died is None else ("--from", died)
+    seconds = ("--seconds", str(run.case_seconds), "--first-seconds", str(run.first_seconds))
+    return run.python("cases", name, "--backend", backend, *seconds, "--skip", ",".join(skip), *behind)
+
+
+def environment(run: Run, name: str) -> dict[str, str]:
+    """On a CPU the probe's kernels are interpreted."""
+    return {"TRITON_INTERPRET": "1"} if run.dry and name in ("probe", "tuning") else {}
+
+
+# ---- tools, and the tests ----
+
+
+def sanitizer(tool: str, backend: str) -> Any:
+    def work(run: Run, piece: Piece) -> dict[str, Any] | None:
+        path = shutil.which("compute-sanitizer")
+        inner = command(run, "few", backend, None, [])
+        if run.dry:
+            return result_of(*run.execute(piece, run.limit(piece), *inner), errors=0)
+        if path is None:
+            return {"ok": True, "unavailable": "compute-sanitizer is not on the PATH"}
+        # So that the end of a tensor is the end of its memory.
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        slow = (*inner, "--seconds", "60", "--first-seconds", "60")
+        options = ("--tool", tool, "--error-exitcode", "9", "--kernel-name-exclude", "kns=at::native")
+        done, own = run.execute(piece, run.limit(piece), path, *options, *slow, **uncached)
+        if reason := tools.refused(done.output):
+            return {"ok": True, "unavailable": reason}
+        return result_of(done, own, summary=tools.summary(done.output))
+
+    return work
+
+
+def traffic(backend: str) -> Any:
+    """Bytes of device memory by logit of each row kernel, by the hardware's counters."""
+
+    def work(run: Run, piece: Piece) -> dict[str, Any] | None:
+        inner = command(run, "traffic", backend, None, run.ended(("rows", "clusters", "triton")))
+        if run.dry:
+            return result_of(*run.execute(piece, run.limit(piece), *inner))
+        path = shutil.which("ncu")
+        if path is None:
+            return {"ok": True, "unavailable": "ncu is not on the PATH"}
+        slow = (*inner, "--seconds", "30", "--first-seconds", "30")
+        done, own = run.execute(piece, run.limit(piece), path, *tools.NCU, *slow)
+        if reason := tools.refused(done.output):
+            return {"ok": True, "unavailable": reason}
+        moved = tools.bytes_per_logit(done.output) if done.status == 0 else None
+        return result_of(done, own, bytes_per_logit=moved)
+
+    return work
+
+
+def tests(run: Run, piece: Piece) -> dict[str, Any] | None:
+    """The suite by file, in what time is left; its tensors travel to the GPU (python_tests/device_proxy.py)."""
+    files = ["test_logps.py"] if run.dry else [f for f in tools.TEST_FILES if (ROOT / "python_tests" / f).exists()]
+    before = run.results.get(piece.name, {})
+    found = dict(before["files"]) if before.get("unfinished") else {}
+    for file in (f for f in files if f not in found):
+        done, own = run.execute(piece, TEST_LIMIT, *tools.pytest(file, run.dry), **tools.test_environment(run.dry))
+        counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.output)}
+        result = result_of(done, own, **counts)
+        if result is None:
+            return {"ok": False, "unfinished": True, "files": found}
+        if done.status == 5:  # every test deselected
+            result = {"ok": True, **counts}
+        found[file] = result
+        if result.get("hang") or (done.status != 0 and "Timeout" in done.output):
+            run.check_health()
+    bad = [name for name, one in found.items() if not one["ok"]]
+    return {"ok": not bad, "files": found, "bad": bad}
+
+
+def every() -> list[Piece]:
+    """The limits of the first call's pieces add up to less than 270 s: test_gpu_check.py."""
+    first = [
+        Piece("machine", 14, machine, always=True),
+        Piece("probe", 12, cases("probe", "triton"), ("triton",), "triton"),
+        Piece("triton rows", 36, cases("all-rows", "triton"), ("triton",), "triton"),
+        Piece("triton others", 34, cases("tokens", "triton"), ("triton",), "triton"),
+        Piece("build", 30, built, always=True),
+        Piece("cuda plain", 12, cases("plain", "cuda"), ("plain",), "cuda"),
+        Piece("cuda rows", 14, cases("rows", "cuda"), ("rows",), "cuda"),
+        Piece("cuda wide rows", 15, cases("wide", "cuda"), ("clusters",), "cuda"),
+        Piece("cuda gae", 11, cases("gae", "cuda"), ("waits",), "cuda"),
+        Piece("cuda sequences", 11, cases("sequences", "cuda"), ("waits",), "cuda"),
+        Piece("cuda diversity", 11, cases("diversity", "cuda"), ("waits",), "cuda"),
+        Piece("cuda stress", 20, cases("stress", "cuda"), ("waits",), "cuda"),
+        Piece("cuda times", 16, cases("timing", "cuda"), (), "cuda"),
+        Piece("triton times", 16, cases("timing", "triton"), ("triton",), "triton"),
+        Piece("cuda graphs", 14, cases("graphs", "cuda"), (), "cuda"),
+    ]
+    later = [
+        Piece("triton graphs", 40, cases("graphs", "triton"), ("triton",), "triton", later=True),
+        Piece("cuda forms", 20, cases("forms", "cuda"), ("waits",), "cuda", later=True),
+        Piece("triton forms", 40, cases("forms", "triton"), ("triton",), "triton", later=True),
+        Piece("triton stress", 20, cases("stress", "triton"), ("triton",), "triton", later=True),
+        *(Piece(f"{b} bytes", 40, traffic(b), (), b, later=True) for b in BACKENDS),
+        Piece("memcheck", 60, sanitizer("memcheck", "cuda"), (), "cuda", later=True),
+        Piece("racecheck", 60, sanitizer("racecheck", "cuda"), (), "cuda", later=True),
+        Piece("memcheck triton", 60, sanitizer("memcheck", "triton"), ("triton",), "triton", later=True),
+        Piece("tuning", 60, cases("tuning", "triton"), ("triton",), "triton", later=True),
+        Piece("peers", 40, cases("peers", "cuda"), (), "cuda", later=True),
+        Piece("tests", 1e9, tests, (), "all", later=True),
+    ]
+    return first + later
+
+
+def first_call() -> list[Piece]:
+    return [piece for piece in every() if not piece.later]

@@ -1,0 +1,195 @@
+"""Milliseconds, each beside the copy of what it reads. `kernel_ms` lies between events behind a sleep of the device, so
+that the host does not show; `host_ms` is what Python and the launches take."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import grpo_kernels as gk
+from grpo_kernels.testing.batch import Batch, logits_batch, rewards_batch, tokens_batch, values_batch
+from grpo_kernels.testing.bench import produced
+from grpo_kernels.testing.providers import Task, both, providers
+
+from .case import Case, Context
+from .measure import host_milliseconds, milliseconds
+from .protocol import Figures
+
+VOCABULARIES = (151936, 32000, 50257, 128256, 262144)  # the first one first: time may run out
+LOGITS = 1 << 28  # about so many: half a gigabyte of bfloat16, ten times the L2
+GRIDS = ((64, 1024), (512, 4096))
+TUNED = 151936
+
+
+def rows_batch(context: Context, vocab: int) -> Batch:
+    if context.small:
+        return logits_batch((2, 3), 1031, torch.bfloat16)
+    return logits_batch((8, LOGITS // vocab // 8), vocab, torch.bfloat16, device=context.device)
+
+
+def copy_milliseconds(context: Context, read: Tensor) -> float:
+    target = torch.empty_like(read)
+    return milliseconds(lambda: target.copy_(read), context.device)
+
+
+def figures(context: Context, call: Callable[[], object], read: Tensor) -> Figures:
+    """`read` is what a copy would move."""
+    copy = copy_milliseconds(context, read)
+    kernel = milliseconds(call, context.device)
+    return {
+        "kernel_ms": kernel, "copy_ms": copy, "copies": round(kernel / copy, 3),
+        "host_ms": host_milliseconds(call, context.device, 3 if context.small else 20),
+    }  # fmt: skip
+
+
+def forward(context: Context, vocab: int) -> Figures:
+    batch = rows_batch(context, vocab)
+    t = batch.tokens
+
+    @torch.no_grad()
+    def call() -> object:
+        return gk.token_logps(batch.source, t.targets, mask=t.mask, backend=context.kernels)
+
+    return figures(context, call, batch.source)
+
+
+def loss(context: Context, vocab: int, inplace: bool) -> Figures:
+    """Loss and gradient. In place the second call reads the first one's gradient: numbers as good as any to time."""
+    batch = rows_batch(context, vocab)
+    t = batch.tokens
+    config = gk.LossConfig(kl_coef=0.04)
+
+    def call() -> object:
+        x = produced(batch.source) if inplace else batch.source.detach().requires_grad_()
+        out = gk.grpo_loss(
+            x, t.targets, t.advantages, t.mask, old_logps=t.old_logps, ref_logps=t.ref_logps, config=config,
+            inplace=inplace, backend=context.kernels,
+        )  # fmt: skip
+        return torch.autograd.grad(out.loss, x)
+
+    return figures(context, call, batch.source)
+
+
+def token_loss(context: Context, grid: tuple[int, int], **config: Any) -> Figures:
+    t = tokens_batch((2, 9) if context.small else grid, device=context.device).tokens
+    chosen = gk.LossConfig(kl_coef=0.04, **config)
+
+    def call() -> object:
+        x = t.logps.detach().requires_grad_()
+        out = gk.policy_loss(
+            x, t.advantages, t.mask, old_logps=t.old_logps, ref_logps=t.ref_logps, config=chosen,
+            backend=context.kernels,
+        )  # fmt: skip
+        return torch.autograd.grad(out.loss, x)
+
+    return figures(context, call, t.logps)
+
+
+def groups(context: Context) -> Figures:
+    rewards = rewards_batch(64 if context.small else 16384, 16, device=context.device).source
+    return figures(context, lambda: gk.group_advantages(rewards, group_size=16, backend=context.kernels), rewards)
+
+
+def returns(context: Context) -> Figures:
+    b = values_batch((2, 9) if context.small else (512, 4096), device=context.device)
+    mask = b.tokens.mask
+    return figures(
+        context, lambda: gk.gae(b.rewards, b.values, mask, gamma=0.99, lam=0.95, backend=context.kernels), b.source
+    )
+
+
+def cases(context: Context) -> Iterator[Case]:
+    triton = context.backend == "triton"
+
+    def family(vocab: int) -> str:
+        return "triton" if triton else "clusters" if vocab > 110_000 else "rows"
+
+    first, waits = VOCABULARIES[0], "triton" if triton else "waits"
+    inplace = functools.partial(loss, inplace=True)
+    yield Case(f"loss in place {first}", family(first), functools.partial(inplace, vocab=first))
+    yield Case(f"log-probs {first}", family(first), functools.partial(forward, vocab=first))
+    for grid in GRIDS:
+        yield Case(f"tokens {grid[0]} x {grid[1]}", waits, functools.partial(token_loss, grid=grid))
+    yield Case("16384 rewards in groups of 16", "triton" if triton else "plain", groups)
+    yield Case("gae 512 x 4096", waits, returns)
+    for vocab in VOCABULARIES[1:]:
+        yield Case(f"loss in place {vocab}", family(vocab), functools.partial(inplace, vocab=vocab))
+        yield Case(f"log-probs {vocab}", family(vocab), functools.partial(forward, vocab=vocab))
+    yield Case(f"loss {first}", family(first), functools.partial(loss, vocab=first, inplace=False))
+
+
+# ---- others, candidates, a profiler's view ----
+
+
+def peer(context: Context, name: str) -> Figures:
+    batch, task = rows_batch(context, VOCABULARIES[0]), Task()
+    provider = next(p for p in providers(context.device) if p.name == name)
+    run = provider.build(task, batch)
+
+    def call() -> object:
+        if run.restore is not None:
+            run.restore()
+        return both(run)
+
+    return {**figures(context, call, batch.source), "restored": run.restore is not None}
+
+
+def peers(context: Context) -> Iterator[Case]:
+    """Whose wheels are here; nobody that compiles, which takes longer than all the rest."""
+    ours = [p.name for p in providers(context.device) if p.name.startswith("ours")]
+    for provider in providers(context.device):
+        here = provider.missing(context.device) is None and provider.unsupported(Task()) is None
+        if here and not provider.compiles and provider.name not in ours:
+            yield Case(f"peer {provider.name}", "peers", functools.partial(peer, name=provider.name))
+
+
+def candidates(context: Context) -> Figures:
+    """All times of GRPO_KERNELS_TUNE by kernel."""
+    from grpo_kernels.backends.triton import tuning
+
+    found: list[dict[str, float]] = []
+    fastest = tuning.fastest
+
+    def recorded(*args: Any) -> Any:
+        best, times = fastest(*args)
+        found.append({str(tuple(config)): round(ms, 4) for config, ms in times.items()})
+        return best, times
+
+    with mock.patch.dict(os.environ, GRPO_KERNELS_TUNE="1"), mock.patch.object(tuning, "fastest", recorded):
+        forward_figures = forward(context, TUNED)
+        loss_figures = loss(context, TUNED, inplace=False)
+    return {"times": found, "forward": forward_figures, "loss": loss_figures}
+
+
+def tuning(context: Context) -> Iterator[Case]:
+    yield Case("candidates", "triton", candidates)
+
+
+def moved(context: Context, kind: str) -> Figures:
+    """One launch of each kind on logits of a real vocabulary, for a profiler to count its bytes."""
+    batch = rows_batch(context, TUNED)
+    t, x = batch.tokens, batch.source
+    if kind == "log-probs":
+        with torch.no_grad():
+            gk.token_logps(x, t.targets, mask=t.mask, backend=context.kernels)
+    else:
+        inplace = kind == "loss in place"
+        x = produced(x) if inplace else x.requires_grad_()
+        out = gk.grpo_loss(x, t.targets, t.advantages, t.mask, inplace=inplace, backend=context.kernels)
+        torch.autograd.grad(out.loss, x)
+    context.synchronize()
+    print(json.dumps({"logits": batch.source.numel()}), flush=True)
+    return {}
+
+
+def traffic(context: Context) -> Iterator[Case]:
+    family = "triton" if context.backend == "triton" else "clusters"
+    for kind in ("log-probs", "loss", "loss in place"):
+        yield Case(f"bytes of {kind}", family, functools.partial(moved, kind=kind))

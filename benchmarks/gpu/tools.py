@@ -1,0 +1,73 @@
+"""compute-sanitizer, ncu and pytest: what they are asked, and what they say."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+
+DRAM = ("dram__bytes_read.sum", "dram__bytes_write.sum")
+KERNELS_COUNTED = r"row_kernel|stats_kernel|policy_kernel|gradient_kernel"
+NCU = (
+    "--clock-control", "none", "--target-processes", "all", "--csv", "--page", "raw", "--print-units", "base",
+    "--metrics", ",".join(DRAM), "--kernel-name", f"regex:{KERNELS_COUNTED}",
+)  # fmt: skip
+# What a tool says that cannot look at this device: no fault of a kernel's.
+REFUSALS = (
+    "Device not supported", "LibraryNotLoaded", "ERR_NVGPUCTRPERM", "Failed to initialize the profiler",
+    "Unable to find compatible", "No supported devices", "unrecognised option",
+)  # fmt: skip
+# The shared tests by backend, the widest first. The others build, compile for other targets, or compare CPU libraries.
+TEST_FILES = (
+    "test_losses.py", "test_logps.py", "test_advantages.py", "test_returns.py", "test_diversity.py", "test_edges.py",
+    "test_triton.py", "test_cuda_tokens.py", "test_triton_token.py", "test_linear.py", "test_backends.py",
+    "test_ops.py", "test_properties.py",
+)  # fmt: skip
+TEST_TIMEOUT = 30  # seconds of one test
+
+
+def refused(output: str) -> str | None:
+    return next((line.strip()[:200] for line in output.splitlines() if any(r in line for r in REFUSALS)), None)
+
+
+def summary(output: str) -> str | None:
+    found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
+    return found[1] if found else None
+
+
+def bytes_per_logit(output: str) -> dict[str, list[float]]:
+    """From ncu's CSV among other lines: what each launch of a kernel read and wrote; by the kernel's name."""
+    lines = output.splitlines()
+    logits = next(json.loads(line)["logits"] for line in lines if line.startswith('{"logits"'))
+    table = csv.DictReader(io.StringIO("\n".join(line for line in lines if line.startswith('"'))))
+    found: dict[str, list[float]] = {}
+    for row in table:
+        if row["ID"]:  # the line of units has none
+            total = sum(float(row[metric].replace(",", "")) for metric in DRAM)
+            name = re.search(KERNELS_COUNTED, row["Kernel Name"])
+            found.setdefault(name[0] if name else row["Kernel Name"], []).append(round(total / logits, 3))
+    return found
+
+
+def pytest(file: str, dry: bool) -> tuple[str, ...]:
+    """A test that hangs ends its process from another thread, also where the main one waits for the device."""
+    timeout = ("-p", "pytest_timeout", "--timeout", str(TEST_TIMEOUT), "--timeout-method=thread")
+    few = ("-k", "transforms and float32", "-x") if dry else ()
+    has = _has("pytest_timeout")
+    return (
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(timeout if has else ()), *few,
+        f"python_tests/{file}",
+    )  # fmt: skip
+
+
+def test_environment(dry: bool) -> dict[str, str]:
+    """Only these backends, on tensors that travel: see python_tests/conftest.py."""
+    return {"GRPO_KERNELS_TEST_BACKENDS": "cpu" if dry else "cuda,triton", "TRITON_INTERPRET": "0"}
+
+
+def _has(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
