@@ -12,7 +12,7 @@ from grpo_kernels.testing.compare import assert_as_accurate
 
 from .protocol import Figures
 
-# inputs by name, dtype of what is floating among them, backend -> results by name
+# Inputs by name and a backend to results by name.
 Call = Callable[[Mapping[str, Any], str], Mapping[str, Tensor]]
 
 
@@ -37,7 +37,7 @@ def accurate(call: Call, inputs: Mapping[str, Any], backend: str, dtype: torch.d
     for name in exact:
         finite = exact[name].isfinite()
         if finite.any():
-            worst = max(worst, float((ours[name].double() - exact[name]).abs()[finite].max()))
+            worst = max(worst, float((ours[name].double() - exact[name].double()).abs()[finite].max()))
         assert_as_accurate(ours[name], eager[name], exact[name], what=name)
     return {"max_error": worst}
 
