@@ -139,7 +139,7 @@ def test_new_pieces_come_first_then_failures_then_what_has_other_sources_then_th
     names = ("old", "good", "failed", "hung", "mended", "asked", "new", "half", "always")
     listed = [piece("later", later=True), *(piece(name, always=name == "always") for name in names)]
     assert [p.name for p in runner.order(listed, results, ["asked"])] == [
-        "always", "new", "half", "failed", "mended", "asked", "old", "later",
+        "new", "half", "always", "failed", "mended", "asked", "old", "later",
     ]  # fmt: skip
 
 
@@ -148,12 +148,12 @@ def test_it_stops_in_time_saves_each_piece_and_goes_on(tmp_path: Path) -> None:
     listed = [piece("a", {"ok": True}, calls), piece("b", None, calls), piece("c", {"ok": True}, calls)]
     run = run_in(tmp_path)
     run.run(listed)
-    assert calls == ["a", "b", "c"] and run.state["missing"] == ["b"]
+    assert calls == ["a", "b", "c", "b"] and run.state["missing"] == ["b"]  # once more, behind the others
     assert {*json.loads(run.out.read_text())["pieces"]} == {"a", "c"}
     late = run_in(tmp_path, seconds=0)
     late.state = json.loads(run.out.read_text())
     late.run(listed)
-    assert calls == ["a", "b", "c"] and late.state["missing"] == ["b"]
+    assert calls == ["a", "b", "c", "b"] and late.state["missing"] == ["b"]
 
 
 def test_a_family_ends_with_its_first_hang_until_sources_change(
@@ -226,53 +226,91 @@ def test_exit_statuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Scripted(runner.Run):
-    """Answers with the next of `answers` (status, output, own limit) and keeps the commands."""
+    """Answers with the next of `answers` (status, output, own limit, seconds of silence) and keeps the commands."""
 
     def execute(self, piece, limit, *command, **environment):  # type: ignore[no-untyped-def]
         self.commands.append(command)  # type: ignore[attr-defined]
-        status, output, own = self.answers.pop(0)  # type: ignore[attr-defined]
-        return process.Done(status, output, 1.0), own
+        status, output, own, *quiet = self.answers.pop(0)  # type: ignore[attr-defined]
+        return process.Done(status, output, 1.0, *quiet), own
 
 
-def scripted(tmp_path: Path, *answers: tuple) -> tuple[Scripted, dict | None]:
+def scripted(tmp_path: Path, *answers: tuple, families: tuple[str, ...] = ("rows",)) -> tuple[Scripted, dict | None]:
     run = Scripted(tmp_path / "state.json", time.monotonic() + 100, dry=True)
     run.answers, run.commands = [*answers], []  # type: ignore[attr-defined]
     run.results["build"] = {"ok": True}
-    listed = runner.Piece("cuda rows", 10, pieces.cases("rows", "cuda"), ("rows",), "cuda")
+    listed = runner.Piece("cuda rows", 10, pieces.cases("rows", "cuda"), families, "cuda")
     return run, listed.work(run, listed)
 
 
+START = 'start {} | {{"family": "rows"}}\n'
+A, B, C = (START.format(name) for name in "abc")
+
+
 def test_it_goes_on_behind_the_case_that_lost_the_context(tmp_path: Path) -> None:
-    first = 'seed 3\nstart a\nok a | {}\nstart b\nEXC b | {"cuda_error": true}\n'
-    run, result = scripted(tmp_path, (3, first, False), (0, "seed 4\nstart c\nok c | {}\n", False))
+    first = f'seed 3\n{A}ok a | {{}}\n{B}EXC b | {{"cuda_error": true}}\n'
+    run, result = scripted(tmp_path, (3, first, False), (0, f"seed 4\n{C}ok c | {{}}\n", False))
     assert result and result["bad"] == ["b"] and result["cuda_error"] and result["seeds"] == ["3", "4"]
     assert "--from" not in run.commands[0] and run.commands[1][-2:] == ("--from", "b")  # type: ignore[attr-defined]
-    run, result = scripted(tmp_path, (-11, "start a\n", False), (0, "start c\nok c | {}\n", False))
+    run, result = scripted(tmp_path, (-11, A, False), (0, f"{C}ok c | {{}}\n", False))
     assert result and result["cases"]["a"]["status"] == -11 and result["cases"]["c"]["ok"] and not run.hung
 
 
-def test_a_hang_ends_the_list_whoever_ends_the_process(tmp_path: Path) -> None:
-    for answer in ((1, "start a\nTimeout (0:00:08)!\n", False), (None, "start a\n", True)):
-        run, result = scripted(tmp_path, answer)
-        assert result and result["hang"] and result["last_started"] == "a" and run.hung["rows"]["case"] == "a"
+STOOD_STILL = {
+    "its own clock": (1, f"{A}Timeout (0:00:12)!\n", False),
+    "the limit": (None, A, True, 3.5),
+    "the watchdog": (3, f'{A}gae_kernel: this kernel would never have ended\nEXC a | {{"cuda_error": true}}\n', False),
+}  # fmt: skip
 
 
-def test_what_the_calls_end_cut_off_is_gone_on_with(tmp_path: Path) -> None:
-    run, result = scripted(tmp_path, (None, "start a\nok a | {}\nstart b\n", False))
+@pytest.mark.parametrize("answer", STOOD_STILL.values(), ids=STOOD_STILL.keys())
+def test_a_hang_ends_the_list_whoever_ends_the_process(tmp_path: Path, answer: tuple) -> None:
+    run, result = scripted(tmp_path, answer)
+    assert result and result["hang"] and result["last_started"] == "a" and run.hung["rows"]["case"] == "a"
+    assert result["bad"] == ["a"] and not result["ok"]
+
+
+def test_a_list_of_several_families_goes_on_without_the_one_that_hung(tmp_path: Path) -> None:
+    answers = ((1, f"{A}Timeout (0:00:12)!\n", False), (0, f"{C}ok c | {{}}\n", False))
+    run, result = scripted(tmp_path, *answers, families=())
+    assert result and result["hang"] and result["cases"]["c"]["ok"] and {*run.hung} == {"rows"}
+    assert run.commands[1][-4:] == ("--skip", "rows", "--from", "a")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_time_cut_off_is_gone_on_with(tmp_path: Path, own: bool) -> None:
+    """A list that is slower than its limit is no hang."""
+    run, result = scripted(tmp_path, (None, f"{A}ok a | {{}}\n{B}", own, 0.5))
     assert result and result["unfinished"] and not run.hung
     run.results["cuda rows"] = result
-    run.answers = [(0, "start b\nok b | {}\n", False)]  # type: ignore[attr-defined]
+    run.answers = [(0, f"{B}ok b | {{}}\n", False)]  # type: ignore[attr-defined]
     listed = runner.Piece("cuda rows", 10, pieces.cases("rows", "cuda"), ("rows",), "cuda")
     whole = listed.work(run, listed)
     assert run.commands[-1][-2:] == ("--from", "a")  # type: ignore[attr-defined]
     assert whole and whole["ok"] and {*whole["cases"]} == {"a", "b"}
 
 
+def test_a_process_that_never_comes_to_its_first_case_has_the_gpu_looked_at(tmp_path: Path) -> None:
+    _, result = scripted(tmp_path, (None, "seed 1\n", True, 9.0))
+    assert result and result["never_began"] and not result["ok"]
+
+
+def test_a_lost_context_is_told_from_a_graph_that_was_not_made() -> None:
+    from benchmarks.gpu.case import lost_context
+
+    assert lost_context("AcceleratorError: CUDA error: an illegal memory access was encountered")
+    assert lost_context("RuntimeError: kernel gae: unspecified launch failure")
+    assert not lost_context("RuntimeError: CUDA error: operation not permitted when stream is capturing")
+    assert not lost_context("ValueError: backend 'cuda' needs tensors on an NVIDIA GPU")
+
+
 def test_cases_are_read_with_what_stands_between_them() -> None:
-    output = 'seed 1\nstart a, b\nnoise\nok a, b | {"ms": 2}\nstart c\nWRONG c | {"what": "x | y"}\nstart d\n'
+    output = (
+        f'seed 1\nstart a, b | {{"family": "x"}}\nnoise\nok a, b | {{"ms": 2}}\n{C}WRONG c | {{"what": "x | y"}}\n{A}'
+    )
     found, running = protocol.read_cases(output)
-    assert found == {"a, b": {"ok": True, "ms": 2}, "c": {"ok": False, "word": "WRONG", "what": "x | y"}}
-    assert running == "d"
+    assert found["a, b"] == {"ok": True, "ms": 2}
+    assert found["c"] == {"ok": False, "word": "WRONG", "family": "rows", "what": "x | y"}
+    assert running == protocol.Started("a", "rows")
 
 
 # ---- tools ----
