@@ -16,7 +16,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
 
 import grpo_kernels as gk
-from grpo_kernels.backends import DtypeUnsupported, cpu
+from grpo_kernels.backends import DtypeUnsupported
+
+try:
+    from grpo_kernels.backends import cpu
+except ImportError:  # a build without it, as on a machine that tests a GPU
+    cpu = None
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +45,16 @@ def build_emulated() -> None:
 
 
 BACKENDS_HERE = [name for name, state in gk.available_backends().items() if state == "ok"]
-if (ROOT / "setup.py").exists() and Path(gk.__file__).parents[1] == ROOT:
+# "cuda,triton": these alone, on CPU tensors too, and only tests of theirs; see device_proxy.py and benchmarks/gpu.
+TRAVELLING = [name for name in os.environ.get("GRPO_KERNELS_TEST_BACKENDS", "").split(",") if name]
+if TRAVELLING:
+    import device_proxy
+
+    if unavailable := {*TRAVELLING} - {*BACKENDS_HERE}:
+        raise RuntimeError(f"GRPO_KERNELS_TEST_BACKENDS asks for {sorted(unavailable)}; here are {BACKENDS_HERE}")
+    device_proxy.travel(TRAVELLING, "cuda" if torch.cuda.is_available() else "cpu")
+    BACKENDS_HERE = [*TRAVELLING, "reference"]
+elif (ROOT / "setup.py").exists() and Path(gk.__file__).parents[1] == ROOT:
     build_emulated()
     BACKENDS_HERE.append("emulated")
 KERNELS_HERE = [name for name in BACKENDS_HERE if name != "reference"]
@@ -57,6 +71,13 @@ def pytest_configure() -> None:
         interpreter.round_to_bfloat16()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if TRAVELLING:
+        kept, left = device_proxy.of_backends(items, TRAVELLING)
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """A test in float64 is for the backends that have it."""
@@ -66,7 +87,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=cpu.supported_instruction_sets())
+@pytest.fixture(params=cpu.supported_instruction_sets() if cpu else [])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each instruction set of this CPU."""
     with cpu.forced_instruction_set(request.param):

@@ -12,7 +12,7 @@ from grpo_kernels.testing.compare import assert_as_accurate
 
 from .protocol import Figures
 
-# inputs by name, dtype of what is floating among them, backend -> results by name
+# Inputs by name and a backend to results by name.
 Call = Callable[[Mapping[str, Any], str], Mapping[str, Tensor]]
 
 
@@ -32,7 +32,7 @@ def accurate(call: Call, inputs: Mapping[str, Any], backend: str, dtype: torch.d
     """Ours on `backend`, eager in the same dtype, and the truth; the figures of the worst result."""
     narrow = in_dtype(inputs, dtype, only)
     ours, eager = call(narrow, backend), call(narrow, "reference")
-    exact = call(in_dtype(narrow, torch.float64), "reference")
+    exact = {name: x.double() for name, x in call(in_dtype(narrow, torch.float64), "reference").items()}
     worst = 0.0
     for name in exact:
         finite = exact[name].isfinite()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 
@@ -14,8 +13,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
-    if "sick" in os.environ.get("GRPO_KERNELS_REHEARSE", "") and device == "cpu":
-        raise SystemExit("a rehearsal: the device does not add")
     total = torch.ones(ONES, device=device).sum().item()
     if total != ONES:
         raise SystemExit(f"{ONES} ones are {total}")

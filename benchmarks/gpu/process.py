@@ -19,11 +19,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Done:
-    """`status` None: it was killed when `limit` had passed."""
+    """`status` None: it was killed when `limit` had passed, and had written nothing for `quiet` seconds."""
 
     status: int | None
     output: str
     seconds: float
+    quiet: float = 0.0
 
 
 class Job:
@@ -41,13 +42,14 @@ class Job:
     def wait(self, limit: float) -> Done:
         """Its end, or that of its whole group after `limit` seconds from now. Also when this process is interrupted."""
         status: int | None = None
+        quiet = 0.0
         try:
             status = self._process.wait(max(limit, 0))
         except subprocess.TimeoutExpired:
-            pass
+            quiet = time.time() - self._log.stat().st_mtime
         finally:
             self.kill()  # a group outlives its leader: a profiler's child goes on using the GPU
-        return Done(status, self._log.read_text(errors="replace"), time.monotonic() - self._begin)
+        return Done(status, self._log.read_text(errors="replace"), time.monotonic() - self._begin, quiet)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -52,7 +52,7 @@ class Run:
     deadline: float
     dry: bool = False
     wheels: Path | None = None
-    case_seconds: float = 8.0
+    case_seconds: float = 12.0  # the kernels' own watchdog takes ten
     first_seconds: float = 25.0  # a first call compiles
     state: dict[str, Any] = field(default_factory=dict)
     build: Job | None = None
@@ -73,8 +73,11 @@ class Run:
     def remaining(self) -> float:
         return self.deadline - time.monotonic()
 
+    def patient(self, seconds: float) -> float:
+        return seconds * (PATIENCE if self.dry else 1)
+
     def limit(self, piece: Piece) -> float:
-        return piece.limit * (PATIENCE if self.dry else 1)
+        return self.patient(piece.limit)
 
     def save(self) -> None:
         write_json(self.out, self.state)
@@ -116,11 +119,14 @@ class Run:
         """Every piece that is to be done, saved after each; what finds no time stays in `missing`."""
         todo = order(pieces, self.results, again)
         self.state["missing"] = [p.name for p in todo]
-        for piece in todo:
-            if self.remaining() < LEAST:
-                break
+        cut: set[str] = set()
+        while todo and self.remaining() >= LEAST:
+            piece = todo.pop(0)
             if self._do(piece):
                 self.state["missing"].remove(piece.name)
+            elif piece.name not in cut:  # slower than its limit: once more, when everything new has had its turn
+                cut.add(piece.name)
+                todo.insert(sum(not p.later or piece.later for p in todo), piece)
             self.save()
 
     def _do(self, piece: Piece) -> bool:
@@ -139,7 +145,7 @@ class Run:
         self.results[piece.name] = result
         self.state.pop("current", None)
         print(f"{piece.name}: {brief(result)}", flush=True)
-        if result.get("hang") or result.get("cuda_error"):
+        if any(result.get(sign) for sign in ("hang", "cuda_error", "never_began")):
             self.check_health()
         return not result.get("unfinished")
 
@@ -157,9 +163,7 @@ def order(pieces: Sequence[Piece], results: dict[str, Any], again: Sequence[str]
 
     def rank(piece: Piece) -> int | None:
         result, late = results.get(piece.name), 3 * piece.later
-        if piece.always:
-            return 0
-        if result is None or result.get("unfinished") or "skipped" in result:
+        if piece.always or result is None or result.get("unfinished") or "skipped" in result:
             return 1 + late
         same = result["sources"] == digest(piece.of)
         if piece.name in again or (not result["ok"] and not (result.get("hang") and same)):

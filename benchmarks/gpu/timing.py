@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -150,26 +149,27 @@ def peers(context: Context) -> Iterator[Case]:
             yield Case(f"peer {provider.name}", "peers", functools.partial(peer, name=provider.name))
 
 
-def candidates(context: Context) -> Figures:
-    """All times of GRPO_KERNELS_TUNE by kernel."""
+def candidate(context: Context, config: Any) -> Figures:
+    """A launch configuration in place of the table's."""
+    from triton.runtime.errors import OutOfResources
+
     from grpo_kernels.backends.triton import tuning
 
-    found: list[dict[str, float]] = []
-    fastest = tuning.fastest
-
-    def recorded(*args: Any) -> Any:
-        best, times = fastest(*args)
-        found.append({str(tuple(config)): round(ms, 4) for config, ms in times.items()})
-        return best, times
-
-    with mock.patch.dict(os.environ, GRPO_KERNELS_TUNE="1"), mock.patch.object(tuning, "fastest", recorded):
-        forward_figures = forward(context, TUNED)
-        loss_figures = loss(context, TUNED, inplace=False)
-    return {"times": found, "forward": forward_figures, "loss": loss_figures}
+    with mock.patch.object(tuning, "config_of", lambda *_: config):
+        try:
+            kinds = {"log-probs": forward(context, TUNED), "loss": loss(context, TUNED, inplace=False)}
+        except OutOfResources as error:
+            return {"unfit": str(error)}
+    return {kind: {name: x[name] for name in ("kernel_ms", "copies")} for kind, x in kinds.items()}
 
 
 def tuning(context: Context) -> Iterator[Case]:
-    yield Case("candidates", "triton", candidates)
+    """A case each, as each compiles."""
+    from grpo_kernels.backends.triton import tuning
+
+    for config in tuning.CANDIDATES[: 2 if context.small else None]:
+        run = functools.partial(candidate, config=config)
+        yield Case(f"candidate {', '.join(map(str, config))}", "triton", run)
 
 
 def moved(context: Context, kind: str) -> Figures:

@@ -1,0 +1,117 @@
+"""A backend for tensors of another device: they travel there for each call, and back.
+
+So the tests that use the `backend` fixture, which make their tensors on the CPU, reach the kernels of a GPU with all
+their forms. Whole storages travel, so that strides, offsets and the sharing of memory between arguments stay as they
+are, and all of them come back: what a kernel writes in place, and what it should not have written.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.backends import Backend
+
+STAYS = ("new_matrix",)  # makes memory beside its argument
+# Numbers that Python reads before the launch, by the field that holds them.
+ON_THE_HOST = ("scalars",)
+OWN_FILES = ("test_triton.py", "test_triton_token.py", "test_cuda_tokens.py")  # of the backends, by no fixture
+COMPILING = ("test_compiled",)  # for GPUs that are not here
+FUNCTIONS = tuple(
+    name for name, value in vars(Backend).items() if callable(value) and not name.startswith("_") and name not in STAYS
+)
+
+
+class Journey:
+    """The storages of one call, there and back."""
+
+    def __init__(self, device: str) -> None:
+        self._device, self._moved = device, dict[int, tuple[Tensor, Tensor]]()
+
+    def there(self, x: Any) -> Any:
+        if torch.is_tensor(x):
+            return self._tensor(x)
+        if isinstance(x, tuple):
+            names = getattr(x, "_fields", (None,) * len(x))
+            moved = [y if name in ON_THE_HOST else self.there(y) for name, y in zip(names, x, strict=True)]
+            return type(x)(*moved) if hasattr(x, "_fields") else tuple(moved)
+        return x
+
+    def _tensor(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if x.device.type != "cpu":
+            return x
+        if storage.data_ptr() not in self._moved:
+            here = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self._moved[storage.data_ptr()] = here, _copy(here, self._device)
+        moved = self._moved[storage.data_ptr()][1].untyped_storage()
+        like = torch.empty(0, dtype=x.dtype, device=self._device)
+        return like.set_(moved, x.storage_offset(), x.shape, x.stride())
+
+    def back(self) -> None:
+        for here, there in self._moved.values():
+            here.copy_(there)
+
+
+def _copy(x: Tensor, device: str) -> Tensor:
+    moved = x.to(device)
+    return moved.clone() if moved.data_ptr() == x.data_ptr() else moved
+
+
+def home(x: Any) -> Any:
+    """A result on the CPU."""
+    if torch.is_tensor(x):
+        return x.cpu()
+    if isinstance(x, tuple):
+        return type(x)(*map(home, x)) if hasattr(x, "_fields") else tuple(map(home, x))
+    return x
+
+
+class OnDevice:
+    """`backend`, a module with the functions of `Backend`, for CPU tensors too; anything else is the module's own."""
+
+    def __init__(self, backend: Any, device: str) -> None:
+        self._backend, self._device = backend, device
+        self.calls: dict[str, int] = dict.fromkeys(FUNCTIONS, 0)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._backend, name)
+        return self._travelling(name, found) if name in FUNCTIONS else found
+
+    def runs_on(self, device: torch.device, *dtype: Any) -> bool:
+        return device.type == "cpu" or self._backend.runs_on(device, *dtype)
+
+    def _travelling(self, name: str, run: Any) -> Any:
+        @torch.no_grad()
+        def call(*args: Any) -> Any:
+            self.calls[name] += 1
+            journey = Journey(self._device)
+            result = run(*journey.there(args))
+            journey.back()
+            return home(result)
+
+        return call
+
+
+def travel(names: list[str], device: str = "cuda") -> None:
+    """From here on the backends of these names take CPU tensors. Before a test asks for one of them."""
+    from grpo_kernels import backends
+
+    for name in names:
+        proxy: Any = OnDevice(backends.implementation(name), device)
+        sys.modules[f"{backends.__name__}.{name}"] = proxy
+    backends.implementation.cache_clear()
+
+
+def of_backends(items: list[Any], names: list[str]) -> tuple[list[Any], list[Any]]:
+    """The tests that run on a backend of these names, and the others."""
+
+    def of(item: Any) -> bool:
+        if item.path.name in OWN_FILES:
+            return item.originalname not in COMPILING
+        return hasattr(item, "callspec") and item.callspec.params.get("backend") in names
+
+    return [item for item in items if of(item)], [item for item in items if not of(item)]
