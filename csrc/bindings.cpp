@@ -54,10 +54,12 @@ gk::Scratch scratch_of(const ScratchArg& a) { return {pointer<int32_t>(a[0]), po
 constexpr int kPolicyViews = 10;
 using PolicyViews = std::array<ViewArg, kPolicyViews>;
 using FormCodes = std::array<int, 5>;
-using Group = std::tuple<int64_t, double>;  // size and eps
+using Group = std::tuple<int64_t, double>;    // size and eps
+using Coefficients = std::array<Address, 2>;  // of the KL and of the entropy
 using ScalarValues = std::array<double, gk::kScalars>;
 
-gk::PolicyInputs policy(const PolicyViews& v, const Group& group, const FormCodes& form, const ScalarValues& values) {
+gk::PolicyInputs policy(const PolicyViews& v, const Group& group, const Coefficients& coefficients,
+                        const FormCodes& form, const ScalarValues& values) {
   static_assert(sizeof(gk::Scalars<double>) == sizeof(ScalarValues));
   gk::Scalars<double> scalars;
   std::memcpy(&scalars, values.data(), sizeof scalars);
@@ -73,6 +75,8 @@ gk::PolicyInputs policy(const PolicyViews& v, const Group& group, const FormCode
           view(v[9]),
           std::get<0>(group),
           std::get<1>(group),
+          pointer(coefficients[0]),
+          pointer(coefficients[1]),
           {gk::Objective(form[0]), gk::RatioLevel(form[1]), gk::KlEstimator(form[2]), gk::KlGradient(form[3]),
            gk::Advantages(form[4])},
           scalars};
@@ -99,8 +103,10 @@ PYBIND11_MODULE(GK_MODULE, m) {
   m.def(
       "row_policy",
       [](const gk::Rows& p, const std::array<Address, 5>& out, const PolicyViews& inputs, const Group& group,
-         const FormCodes& form, const ScalarValues& scalars, const ViewArg& gradient, Address stream) {
-        gk::row_policy(p, stats(out), policy(inputs, group, form, scalars), view(gradient), pointer(stream));
+         const Coefficients& coefficients, const FormCodes& form, const ScalarValues& scalars, const ViewArg& gradient,
+         Address stream) {
+        gk::row_policy(p, stats(out), policy(inputs, group, coefficients, form, scalars), view(gradient),
+                       pointer(stream));
       },
       Release());
 #ifndef GK_CPU
@@ -114,14 +120,14 @@ PYBIND11_MODULE(GK_MODULE, m) {
 #endif
   m.def(
       "token_policy",
-      [](const PolicyViews& inputs, const Group& group, const FormCodes& form, const ScalarValues& scalars,
-         const ViewArg& logps, const ViewArg& entropy, const ViewArg& active, std::array<int64_t, 2> shape,
-         Address cu_seqlens, int64_t sequences, bool is_double, const std::array<Address, 5>& out, int threads,
-         const ScratchArg& scratch, Address stream) {
+      [](const PolicyViews& inputs, const Group& group, const Coefficients& coefficients, const FormCodes& form,
+         const ScalarValues& scalars, const ViewArg& logps, const ViewArg& entropy, const ViewArg& active,
+         std::array<int64_t, 2> shape, Address cu_seqlens, int64_t sequences, bool is_double,
+         const std::array<Address, 5>& out, int threads, const ScratchArg& scratch, Address stream) {
         gk::token_policy(
-            {policy(inputs, group, form, scalars), view(logps), view(entropy), view(active), shape[0], shape[1],
-             pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]), pointer(out[1]), pointer(out[2]),
-             pointer(out[3]), pointer(out[4]), threads, scratch_of(scratch)},
+            {policy(inputs, group, coefficients, form, scalars), view(logps), view(entropy), view(active), shape[0],
+             shape[1], pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]), pointer(out[1]),
+             pointer(out[2]), pointer(out[3]), pointer(out[4]), threads, scratch_of(scratch)},
             pointer(stream));
       },
       Release());

@@ -57,6 +57,7 @@ struct PolicyInputs {
   View pooled_weights;                       // real; importance weights that enter a sequence's own; null: 1
   int64_t group_size;                        // batch rows of a group, where the advantages are made of rewards
   double advantage_eps;
+  const void *kl_coef, *entropy_coef;  // real [1], read when the kernel runs; null: the number in scalars
   Form form;
   Scalars<double> scalars;
 };

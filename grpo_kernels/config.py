@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .coefficients import ComparesTensorsById, check_coefficient
 from .presets import PRESETS
 
 # Every name that selects code; the positions are the enumerators of csrc/math/policy.h.
@@ -110,18 +111,20 @@ class Scalars(NamedTuple):
     cov_kl: float
     log_ratio_clamp: float
     sequence_log_ratio_max: float
-    kl_coef: float
+    kl_coef: float  # NaN where a tensor holds it
     kl_input_clamp: float
     kl_output_clamp: float
-    entropy_coef: float
+    entropy_coef: float  # likewise
 
 
-def _bound(value: float | None) -> float:
+def _bound(value: float | torch.Tensor | None) -> float:
+    if isinstance(value, torch.Tensor):
+        return math.nan  # so that a kernel that overlooks the tensor is found out
     return math.inf if value is None else value
 
 
-@dataclass(frozen=True)
-class LossConfig:
+@dataclass(frozen=True, eq=False, repr=False)
+class LossConfig(ComparesTensorsById):
     """A GRPO-family loss: objective, ratio level, aggregation, KL to the reference and entropy bonus.
 
     Per token, with ``x = logp - old``, ``r = exp(x)``, advantage ``A`` and ``sg`` for no gradient; docs/objectives.md
@@ -170,6 +173,11 @@ class LossConfig:
             ``"importance_weighted"`` (``r k``), ``"score_function"``, ``"behaviour_weighted"`` (``exp(lp - roll) k``).
         kl_input_clamp, kl_output_clamp: clamps on ``u`` and on the weighted estimate, no gradient outside.
         entropy_coef: ``loss -= entropy_coef * aggregate(entropy)``.
+            Either coefficient may be a 0-d tensor on the logits' device, which is read whenever the kernels run: a
+            captured CUDA graph and a compiled loss follow what is written into it. Its term is then part of the loss
+            even at 0, and that it is finite and not negative is the caller's promise. One on the CPU beside logits on
+            a GPU is read at each call; a replayed graph keeps what it read. Configs hold it, and are equal if
+            it is the same tensor.
         entropy_aggregation: as ``aggregation``, for the entropy alone; ``None`` takes the policy's.
         entropy_mask_bonus: the ``entropy_mask`` given to the loss restricts the entropy term too.
         aggregation: ``"token_mean"`` (DAPO), ``"token_sum"``, ``"sequence_mean"`` (GRPO), ``"sequence_sum"`` (LUSPO),
@@ -178,7 +186,8 @@ class LossConfig:
         count_empty_sequences: whether a sequence with no active token counts in the mean over sequences.
 
     Raises:
-        ValueError: for unknown names, numbers out of range, and options that the chosen form never reads.
+        ValueError: for unknown names, numbers out of range, options that the chosen form never reads, and tensors that
+            are not one floating number without grad.
     """
 
     objective: str = "clip"
@@ -206,12 +215,12 @@ class LossConfig:
     ratio_level: str = "token"
     log_ratio_clamp: float | None = None
     sequence_log_ratio_max: float | None = None
-    kl_coef: float = 0.0
+    kl_coef: float | torch.Tensor = 0.0
     kl_estimator: str = "k3"
     kl_gradient: str = "pathwise"
     kl_input_clamp: float | None = None
     kl_output_clamp: float | None = None
-    entropy_coef: float = 0.0
+    entropy_coef: float | torch.Tensor = 0.0
     entropy_aggregation: str | None = None
     entropy_mask_bonus: bool = False
     aggregation: str = "token_mean"
@@ -219,6 +228,9 @@ class LossConfig:
     count_empty_sequences: bool = True
     form: Form = dataclasses.field(init=False, repr=False, compare=False)
     scalars: torch.Tensor = dataclasses.field(init=False, repr=False, compare=False)  # float64 on the CPU, of Scalars
+    # Fields, so that a compiled loss guards on what there is and not on a coefficient's value.
+    has_entropy: bool = dataclasses.field(init=False, repr=False, compare=False)
+    tensors: tuple[torch.Tensor | None, ...] = dataclasses.field(init=False, repr=False, compare=False)  # kl, entropy
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -227,6 +239,9 @@ class LossConfig:
         # A tensor, so that torch.compile sees an input and not constants: an annealed coefficient keeps its graph.
         object.__setattr__(self, "form", self._form())
         object.__setattr__(self, "scalars", torch.tensor(self.scalar_values(), dtype=torch.float64, device="cpu"))
+        object.__setattr__(self, "has_entropy", _is_part(self.entropy_coef))
+        given = (self.kl_coef, self.entropy_coef)
+        object.__setattr__(self, "tensors", tuple(x if isinstance(x, torch.Tensor) else None for x in given))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LossConfig:
@@ -243,12 +258,8 @@ class LossConfig:
     def has_kl(self) -> bool:
         return self.form.kl_estimator != "none"
 
-    @property
-    def has_entropy(self) -> bool:
-        return self.entropy_coef != 0
-
     def _form(self) -> Form:
-        kl = self.kl_coef != 0
+        kl = _is_part(self.kl_coef)
         return Form(
             self.objective,
             self.ratio_level,
@@ -265,6 +276,11 @@ class LossConfig:
             "vespo_lambda_neg": max(self.vespo_lambda_neg, VESPO_MIN_LAMBDA),
         }  # fmt: skip
         return Scalars(*(own[f] if f in own else _bound(getattr(self, f)) for f in Scalars._fields))
+
+
+def _is_part(coefficient: float | torch.Tensor) -> bool:
+    """Whether a term is part of the loss: a tensor's value may change under a launch, or a graph, that stays."""
+    return isinstance(coefficient, torch.Tensor) or coefficient != 0
 
 
 def _check_names(c: LossConfig) -> None:
@@ -288,7 +304,9 @@ def _check_numbers(c: LossConfig) -> None:
 
     for field in dataclasses.fields(c):
         value = getattr(c, field.name, None)
-        if field.type.startswith("float") and value is not None:
+        if isinstance(value, torch.Tensor) and "Tensor" in field.type:
+            check_coefficient(field.name, value)
+        elif field.type.startswith("float") and value is not None:
             require(field.name, isinstance(value, (int, float)) and math.isfinite(value), "a finite number")
     at_least_0 = (
         "eps_low", "eps_high", "kl_coef", "entropy_coef", "cispo_low", "cispo_high", "tv_low", "tv_high",
@@ -296,7 +314,8 @@ def _check_numbers(c: LossConfig) -> None:
     )  # fmt: skip
     above_0 = ("delta", "log_ratio_clamp", "kl_input_clamp", "kl_output_clamp", "ratio_cap", "dro_beta")
     for name in at_least_0:
-        require(name, getattr(c, name) is None or getattr(c, name) >= 0, "at least 0")
+        value = getattr(c, name)
+        require(name, value is None or isinstance(value, torch.Tensor) or value >= 0, "at least 0")
     for name in above_0:
         require(name, getattr(c, name) is None or getattr(c, name) > 0, "above 0, or None")
     for name in ("sapo_tau_pos", "sapo_tau_neg"):
@@ -322,7 +341,7 @@ def _check_unread(c: LossConfig) -> None:
             f"objective={c.objective!r} has a ratio of its own and allows ratio_level='token' only "
             f"(others: {', '.join(ANY_RATIO_LEVEL)}); got {c.ratio_level!r}"
         )
-    weighted_kl = c.kl_coef != 0 and c.kl_gradient == "importance_weighted"
+    weighted_kl = _is_part(c.kl_coef) and c.kl_gradient == "importance_weighted"
     if c.log_ratio_clamp is not None and c.objective == "reinforce" and not weighted_kl:
         raise ValueError("log_ratio_clamp is not read by objective='reinforce', which has no ratio; pass None")
     if c.sequence_log_ratio_max is not None and c.ratio_level == "token":
@@ -331,3 +350,6 @@ def _check_unread(c: LossConfig) -> None:
         )
     if c.max_length is not None and "fixed_length" not in (c.aggregation, c.entropy_aggregation):
         raise ValueError(f"max_length is read by aggregation='fixed_length' only; got aggregation={c.aggregation!r}")
+
+
+DEFAULT = LossConfig()  # one for all calls that give none: to make one takes longer than to launch a kernel

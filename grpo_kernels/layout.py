@@ -198,6 +198,8 @@ class PolicyInputs(NamedTuple):
     pooled_weights: Tensor | None  # importance weights that enter a sequence's own instead of multiplying a term
     group_size: int  # batch rows of a group, and what is added to its deviation; read with rewards only
     advantage_eps: float
+    kl_coef: Tensor | None  # real, 0-d, read when the kernel runs; None: the number in scalars
+    entropy_coef: Tensor | None
     scalars: Tensor  # float64 on the CPU
     form: list[str]
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import resolve
-from .config import LossConfig
+from .config import DEFAULT, LossConfig
 from .layout import Rows, layout_of, real_dtype, rows_of, within_sequences
 from .linear_loops import chunk_rows_for
 from .logps import N_ROWS, TokenLogps, none_for_unused_outputs, shaped, unsupported_group
@@ -225,7 +225,7 @@ def linear_grpo_loss(
     """
     unsupported_group("tp_group", tp_group)
     unsupported_group("cp_group", cp_group)
-    config = config or LossConfig()
+    config = config or DEFAULT
     backend = resolve(backend, hidden.device, hidden.dtype)
     layout = layout_of(targets.shape, cu_seqlens, targets.device)
     rows, weight, bias = _prepared(

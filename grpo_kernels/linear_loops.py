@@ -19,7 +19,7 @@ CHUNK_BYTES = 128 << 20  # of logits at a time, unless chunk_rows says otherwise
 # On a GPU each chunk adds its product to d weight in float32, 8 bytes of traffic an element: with 4096 rows of a 128k
 # vocabulary a tenth of the matmuls' time, by the roofline of an H100 (not measured yet).
 GPU_CHUNK_BYTES = 1 << 30
-PER_TOKEN = PolicyInputs._fields[:-4]  # all but group_size, advantage_eps, scalars and form
+PER_TOKEN = PolicyInputs._fields[: PolicyInputs._fields.index("group_size")]
 WIDENED_COLUMNS = 16384  # of a half-precision gradient in float32 at a time
 
 

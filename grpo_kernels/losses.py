@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .advantages.group import EPS, group_advantages
 from .backends import GROUPS_IN_LAUNCH, LARGEST_GROUP_IN_LAUNCH, implementation, resolve
-from .config import BY_COVARIANCE, LossConfig
+from .config import BY_COVARIANCE, DEFAULT, LossConfig
 from .grouping import check_ddof_eps, real_rewards
 from .layout import Layout, layout_of, real_dtype, rows_of, within_sequences
 from .logps import CONSUMED, N_ROWS, check_inplace, none_for_unused_outputs, row_logps, unsupported_group
@@ -130,7 +130,7 @@ def grpo_loss(
     """
     unsupported_group("tp_group", tp_group)
     unsupported_group("cp_group", cp_group)
-    config = config or LossConfig()
+    config = config or DEFAULT
     backend = resolve(backend, logits.device, logits.dtype)
     layout = layout_of(targets.shape, cu_seqlens, targets.device)
     rows = rows_of(
@@ -214,7 +214,7 @@ class ConfiguredLoss(torch.nn.Module):
     def __init__(self, config: LossConfig | None = None, **options: Any) -> None:
         """``options``: keywords of the function to hold, such as ``temperature``; a call's own go before them."""
         super().__init__()
-        self.config, self.options = config or LossConfig(), options
+        self.config, self.options = config or DEFAULT, options
 
     def forward(self, *args: Any, **kwargs: Any) -> LossOutput:
         return self.loss(*args, config=self.config, **{**self.options, **kwargs})

@@ -26,7 +26,8 @@ _ROWS = (
 _POLICY = (
     "Tensor advantages, Tensor weights, Tensor? old_logps, Tensor? ref_logps, Tensor? rollout_logps, "
     "Tensor? token_weights, Tensor? entropy_weights, Tensor? entropy_mask, "
-    "Tensor? selected, Tensor? pooled_weights, SymInt group_size, float advantage_eps, Tensor scalars, str[] form"
+    "Tensor? selected, Tensor? pooled_weights, SymInt group_size, float advantage_eps, "
+    "Tensor? kl_coef, Tensor? entropy_coef, Tensor scalars, str[] form"
 )
 _STATS = "Tensor logps, Tensor entropy, Tensor max, Tensor log_sum"
 _LINEAR = "Tensor weight, Tensor? bias, int chunk_rows, bool[] needs"

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .aggregation import aggregation_weights
 from .backends import resolve
-from .config import BY_COVARIANCE, BY_SEQUENCE, METRICS, ROLLOUT_RATIO, LossConfig
+from .coefficients import readable
+from .config import BY_COVARIANCE, BY_SEQUENCE, DEFAULT, METRICS, ROLLOUT_RATIO, LossConfig, Scalars
 from .covariance import covariance_selection
 from .layout import Layout, PolicyInputs, active_tokens, layout_of, real_dtype
 from .logps import none_for_unused_outputs, unsupported_group
@@ -137,6 +138,7 @@ def policy_inputs(
         kept = active if bonus_mask is None else active & (bonus_mask != 0)
         own = config.entropy_aggregation or config.aggregation
         entropy_weights = share(kept, own, denominator=None if config.entropy_aggregation else denominator)
+    kl_coef, entropy_coef, scalars = _coefficients(config, active.device, dtype)
     adv = layout.tokens_or_sequences(advantages.values, "advantages", dtype)
     assert adv is not None
     return PolicyInputs(
@@ -152,9 +154,27 @@ def policy_inputs(
         importance if pooled else None,
         advantages.group_size,
         advantages.eps,
-        config.scalars,
+        kl_coef,
+        entropy_coef,
+        scalars,
         list(config.form._replace(advantages=advantages.form)),
     )
+
+
+def _coefficients(
+    config: LossConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The coefficients that kernels on `device` read, None where they are numbers, and all numbers."""
+    found: dict[str, Tensor | None] = dict.fromkeys(("kl_coef", "entropy_coef"))
+    scalars = config.scalars
+    for name, value in zip(found, config.tensors, strict=True):
+        if value is None:
+            continue
+        found[name] = readable(name, value, device, dtype)
+        if found[name] is None:
+            scalars = scalars.clone()
+            scalars[Scalars._fields.index(name)] = value.reshape(())
+    return found["kl_coef"], found["entropy_coef"], scalars
 
 
 def _check_given(config: LossConfig, ref_logps: Tensor | None, rollout_logps: Tensor | None, layout: Layout) -> None:
@@ -254,7 +274,7 @@ def policy_loss(
         ValueError: for shapes that do not fit, and for a tensor that the config needs and that is missing.
     """
     unsupported_group("cp_group", cp_group)
-    config = config or LossConfig()
+    config = config or DEFAULT
     backend = resolve(backend, logps.device, real_dtype(logps.dtype))
     layout = layout_of(logps.shape, cu_seqlens, logps.device)
     dtype = real_dtype(logps.dtype)

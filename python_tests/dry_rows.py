@@ -66,6 +66,14 @@ def one_variant_for_all_lengths_and_numbers():
     assert counts() == PHASES, counts()
 
 
+def one_variant_for_tensors_as_coefficients():
+    before = len(DRY.variants(policy_kernel))
+    for value in (0.0, 0.1):
+        tensor = torch.tensor(value)
+        launch_all(torch.bfloat16, 5000, 1, 4096, config=gk.LossConfig(kl_coef=tensor, entropy_coef=tensor))
+    assert len(DRY.variants(policy_kernel)) == before + 1, counts()
+
+
 def legal_grids_and_offsets():
     DRY.launches.clear()
     launch_all(torch.bfloat16, 1, 70_000, 151_936)  # 1e10 logits
@@ -124,6 +132,7 @@ def no_spills_no_doubles_wide_accesses():
 assert not launch.INTERPRETED
 one_variant_for_all_lengths_and_numbers()
 legal_grids_and_offsets()
+one_variant_for_tensors_as_coefficients()
 if ARCH not in (86, 89, 120):  # those differ in shared memory from their neighbours, of which rows need little
     every_dtype_alignment_and_form()
 if ARCH == 90:

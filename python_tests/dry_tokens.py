@@ -66,7 +66,8 @@ def every_form():
     for form in FORMS.values():
         token_loss(gk.LossConfig(**form, kl_coef=0.1, kl_gradient="importance_weighted"), 3, 50)
     token_loss(gk.LossConfig(ratio_level="sequence"), 1, 50, cu_seqlens=torch.tensor([0, 20, 50]))
-    token_loss(gk.LossConfig(), 3, 50, torch.float64)
+    for kl_coef in (0.0, 0.1, torch.tensor(0.1, dtype=torch.float64)):
+        token_loss(gk.LossConfig(kl_coef=kl_coef), 3, 50, torch.float64)
     for baseline in BASELINES:
         for scale in SCALES:
             for ids in (None, torch.arange(8) // 3):

@@ -25,6 +25,14 @@ inline bool is_active(const View& active, int64_t row, int64_t tokens) {
   return !active.data || static_cast<const uint8_t*>(active.data)[active.offset(row, tokens)] != 0;
 }
 
+// The loss's numbers, with the coefficients that were given as tensors.
+inline Scalars<double> scalars_of(const PolicyInputs& in, bool is_double) {
+  Scalars<double> s = in.scalars;
+  if (in.kl_coef) s.kl_coef = load_real(in.kl_coef, 0, is_double);
+  if (in.entropy_coef) s.entropy_coef = load_real(in.entropy_coef, 0, is_double);
+  return s;
+}
+
 // `logp` stands in for what is not given: on-policy, a ratio of 1.
 inline TokenInputs<double> read_token(const PolicyInputs& in, int64_t row, int64_t tokens, bool is_double,
                                       double logp) {

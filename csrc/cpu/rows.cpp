@@ -167,10 +167,11 @@ void row_backward(const Rows& p, const RowStats& saved, const void* g_logps, con
 
 void row_policy(const Rows& p, const RowStats& stats, const PolicyInputs& in, const View& gradient, Stream) {
   const bool is_double = p.dtype == DType::f64;
+  const Scalars<double> scalars = scalars_of(in, is_double);
   RowKernel(p, stats).run(false, &gradient, [&](int64_t r) {
     const double logp = load_real(stats.logps, r, is_double);
     const TokenInputs<double> token = read_token(in, r, p.tokens, is_double, logp);
-    const TokenResult<double> result = token_result(in.form, token, logp, 0.0, {}, in.scalars);
+    const TokenResult<double> result = token_result(in.form, token, logp, 0.0, {}, scalars);
     // Rounded as the token kernel stores them: one pass and two give the same bits.
     return Pull{as_real(result.g_logp, is_double), as_real(result.g_entropy, is_double)};
   });

@@ -30,7 +30,8 @@ struct Sums {
 
 class TokenKernel {
  public:
-  explicit TokenKernel(const TokenParams& p) : p(p), s(p.in.scalars), form(p.in.form), pooling(form.pooling()) {}
+  explicit TokenKernel(const TokenParams& p)
+      : p(p), s(scalars_of(p.in, p.is_double)), form(p.in.form), pooling(form.pooling()) {}
 
   Sums run(Segment segment) const {
     Sums sums;
@@ -46,7 +47,7 @@ class TokenKernel {
 
  private:
   const TokenParams& p;
-  const Scalars<double>& s;
+  const Scalars<double> s;
   const Form form;
   const Pooling pooling;
 

@@ -18,6 +18,13 @@ inline Scalars<float> real_scalars(const Scalars<double>& s) {
   return real;
 }
 
+// `s`, with the coefficients that were given as tensors: a replayed graph follows them.
+__device__ inline Scalars<float> with_coefficients(Scalars<float> s, const PolicyInputs& in) {
+  if (in.kl_coef) s.kl_coef = *static_cast<const float*>(in.kl_coef);
+  if (in.entropy_coef) s.entropy_coef = *static_cast<const float*>(in.entropy_coef);
+  return s;
+}
+
 __device__ inline float read(const View& v, int64_t row, int64_t t, float absent) {
   return v.data ? static_cast<const float*>(v.data)[row * v.stride_b + t * v.stride_t] : absent;
 }

@@ -248,7 +248,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     const Advantages made = args.in.form.advantages;
     if (made != Advantages::given)
       token.adv = sample_advantage(WarpTeam{}, args.in.advantages, made, b, args.in.group_size, args.advantage_eps);
-    const TokenResult<float> pulls = token_result(args.in.form, token, result.logp, 0.0f, {}, args.scalars);
+    const Scalars<float> scalars = with_coefficients(args.scalars, args.in);
+    const TokenResult<float> pulls = token_result(args.in.form, token, result.logp, 0.0f, {}, scalars);
     result.g_logp = pulls.g_logp, result.g_entropy = pulls.g_entropy;
   }
 

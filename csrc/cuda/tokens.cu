@@ -69,7 +69,7 @@ struct TokenArgs {
 class TokenBlock {
  public:
   __device__ TokenBlock(const TokenArgs& a, const Piece& piece)
-      : a(a), p(a.p), s(a.s), form(p.in.form), piece(piece), adv(sequence_advantage()) {}
+      : a(a), p(a.p), s(with_coefficients(a.s, p.in)), form(p.in.form), piece(piece), adv(sequence_advantage()) {}
 
   __device__ PoolSums pool() const {
     PoolSums sums;
@@ -120,7 +120,7 @@ class TokenBlock {
  private:
   const TokenArgs& a;
   const TokenParams& p;
-  const Scalars<float>& s;
+  const Scalars<float> s;
   const Form form;
   const Piece piece;
   const float adv;  // of the whole sequence, where rewards are given

@@ -44,9 +44,10 @@ def _sequences(grid: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, 
     return (None, grid.shape[0]) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.numel() - 1)
 
 
-def _policy(p: PolicyInputs) -> tuple[list[View | None], tuple[int, float], list[int], list[float]]:
-    *views, group_size, eps, scalars, form = p
-    return [_view(x) for x in views], (group_size, eps), Form(*form).codes, scalars.tolist()
+def _policy(p: PolicyInputs) -> tuple[list[View | None], tuple[int, float], list[int], list[int], list[float]]:
+    *views, group_size, eps, kl_coef, entropy_coef, scalars, form = p
+    coefficients = [_address(kl_coef), _address(entropy_coef)]
+    return [_view(x) for x in views], (group_size, eps), coefficients, Form(*form).codes, scalars.tolist()
 
 
 def plain_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:

@@ -100,11 +100,18 @@ def sequence_sums(x: Tensor, layout: Layout) -> Tensor:
 # ---- the loss ----
 
 
+def scalars_of(inputs: PolicyInputs) -> Scalars:
+    """The loss's numbers, with the coefficients that were given as tensors."""
+    s = Scalars(*inputs.scalars.tolist())
+    given = {"kl_coef": inputs.kl_coef, "entropy_coef": inputs.entropy_coef}
+    return s._replace(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
 def policy_loss(
     logps: Tensor, entropy: Tensor | None, active: Tensor, layout: Layout, inputs: PolicyInputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (0-d), per-token terms [B, T] and metrics [len(METRICS)], from log-probs and entropies [B, T]."""
-    form, s = Form(*inputs.form), Scalars(*inputs.scalars.tolist())
+    form, s = Form(*inputs.form), scalars_of(inputs)
 
     def read(x: Tensor | None, absent: Tensor) -> Tensor:
         return absent if x is None else torch.where(active, x, absent)

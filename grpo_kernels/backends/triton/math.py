@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 
 from ...config import Scalars
+from .launch import Constant
 from .numeric import clamp_, excess, expm1, is_finite, max_, min_
 
 (
     EPS_LOW, EPS_HIGH, RATIO_LOW, RATIO_HIGH, DELTA, DUAL_CLIP, CISPO_LOW, CISPO_HIGH, SAPO_TAU_POS, SAPO_TAU_NEG,
     VESPO_K_POS, VESPO_LAMBDA_POS, VESPO_K_NEG, VESPO_LAMBDA_NEG, RATIO_CAP, TV_LOW, TV_HIGH, RATIO_SQ_COEF, DRO_BETA,
     COV_KL, LOG_RATIO_CLAMP, SEQUENCE_LOG_RATIO_MAX, KL_COEF, KL_INPUT_CLAMP, KL_OUTPUT_CLAMP, ENTROPY_COEF,
-) = (tl.constexpr(i) for i in range(len(Scalars._fields)))  # fmt: skip
+) = (Constant(i) for i in range(len(Scalars._fields)))  # fmt: skip
 
 VESPO_LOG_MIN = tl.constexpr(-18.420680743952367)  # log 1e-8: bounds on each log and their sum
 VESPO_LOG_MAX = tl.constexpr(20.0)

@@ -4,7 +4,6 @@ A [B, T] view is three arguments: address, stride of the batch, stride of the to
 address, which Triton compiles away.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -14,26 +13,27 @@ from torch import Tensor
 
 from ...config import Form, Scalars
 from ...layout import PolicyInputs
-from .launch import bits
+from .launch import Constant, bits
+from .math import ENTROPY_COEF, KL_COEF
 
-SCALARS = tl.constexpr(len(Scalars._fields))
+SCALARS = Constant(len(Scalars._fields))
 ADV, WEIGHT, OLD, REF, ROLLOUT, TOKEN_WEIGHT, ENTROPY_WEIGHT, ENTROPY_MASK, SELECTED, POOLED_WEIGHT = (
-    tl.constexpr(i) for i in range(10)
+    Constant(i) for i in range(10)
 )
-
-_captured: list[Tensor] = []
 
 
 def view_args(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     return (None, 0, 0) if x is None else (x, x.stride(0), x.stride(1))
 
 
-def policy_args(inputs: PolicyInputs) -> list[Tensor | int | None]:
-    """The scalars' address and the group's numbers, then the ten views, three arguments each, as in `load_token`."""
+def policy_args(inputs: PolicyInputs) -> list[Any]:
+    """The scalars, the coefficients given as tensors, the group's numbers, then the ten views, three arguments each, as
+    in `load_token`."""
     adv = inputs.advantages
     views: Any = inputs[: PolicyInputs._fields.index("group_size")]
     return [
-        device_scalars(inputs.scalars, adv.dtype, adv.device), inputs.group_size, bits(inputs.advantage_eps, adv.dtype),
+        scalar_args(inputs.scalars, adv.dtype), inputs.kl_coef, inputs.entropy_coef,
+        inputs.group_size, bits(inputs.advantage_eps, adv.dtype),
         *(arg for x in views for arg in view_args(x)),
     ]  # fmt: skip
 
@@ -47,30 +47,51 @@ def form_args(inputs: PolicyInputs) -> dict[str, str]:
     }  # fmt: skip
 
 
-def device_scalars(scalars: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers of the loss where the kernel can read them, which no launch waits for.
+def scalar_args(scalars: Tensor, real: torch.dtype) -> tuple[float, ...]:
+    """The numbers of config.Scalars by value, so that a CUDA graph holds them and nothing is copied to the device.
 
-    Kept, so that a loop whose coefficients stand still copies them once; by stream, as the copy is ordered in its own.
-    A CUDA graph reads its address whenever it is replayed: those are kept for good.
+    One tuple of floats, which Triton binds at once, never specialises, and rounds to float32. A float64 therefore
+    travels as its bits, in three parts that float32 holds exactly.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    values = _device_scalars(tuple(scalars.tolist()), dtype, device, stream)
-    if stream and torch.cuda.is_current_stream_capturing():
-        _captured.append(values)
-    return values
-
-
-@functools.lru_cache(maxsize=256)
-def _device_scalars(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    if real == torch.float32:
+        return tuple(scalars.to(real).tolist())
+    parts = [(scalars.view(torch.int64) >> shift) & 0x3FFFFF for shift in (0, 22, 44)]
+    return tuple(torch.stack(parts, 1).to(real).flatten().tolist())
 
 
 @triton.jit
-def load_scalars(scalars, REAL: tl.constexpr):
+def scalar(scalars, i: tl.constexpr, REAL: tl.constexpr):
+    """Number i of `scalar_args`."""
+    if REAL == tl.float32:
+        return tl.full([], scalars[i], REAL)
+    else:
+        value = tl.zeros([], tl.int64)
+        for part in tl.static_range(3):
+            value |= tl.full([], scalars[3 * i + part], tl.float32).to(tl.int64) << 22 * part
+        return value.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def coefficient(given, scalars, i: tl.constexpr, REAL: tl.constexpr):
+    """What the tensor holds by now, if there is one."""
+    if given is None:
+        return scalar(scalars, i, REAL)
+    else:
+        return tl.load(given).to(REAL)
+
+
+@triton.jit
+def scalars_of(scalars, kl_coef, entropy_coef, REAL: tl.constexpr):
     """The numbers of config.Scalars, each by name: `s[EPS_LOW]`."""
     s = ()
     for i in tl.static_range(SCALARS):
-        s = s + (tl.load(scalars + i).to(REAL),)  # type: ignore[assignment]  # noqa: RUF005 - kernels know no unpacking
+        if i == KL_COEF:
+            value = coefficient(kl_coef, scalars, i, REAL)
+        elif i == ENTROPY_COEF:
+            value = coefficient(entropy_coef, scalars, i, REAL)
+        else:
+            value = scalar(scalars, i, REAL)
+        s = s + (value,)  # type: ignore[assignment]  # noqa: RUF005 - kernels know no unpacking
     return s
 
 

@@ -24,8 +24,8 @@ from .policy_inputs import (
     SELECTED,
     TOKEN_WEIGHT,
     WEIGHT,
-    load_scalars,
     load_token,
+    scalars_of,
 )  # fmt: skip
 from .softmax import row_gradient, target_gradient
 from .sweep import finished, merged_segments, row_stats, segment_stats, write_gradient, z_of
@@ -182,7 +182,7 @@ def policy_kernel(
     tokens: tl.int64, vocab: tl.int64, inv_temperature: tl.int64, logit_scale: tl.int64, softcap: tl.int64,
     logps, entropy, max, log_sum, left, left_z, segments: tl.int64,
     gradient, gradient_b: tl.int64, gradient_t: tl.int64,
-    scalars, group_size: tl.int64, advantage_eps: tl.int64,
+    scalars, kl_coef, entropy_coef, group_size: tl.int64, advantage_eps: tl.int64,
     adv, adv_b: tl.int64, adv_t: tl.int64, weight, weight_b: tl.int64, weight_t: tl.int64,
     old, old_b: tl.int64, old_t: tl.int64, ref, ref_b: tl.int64, ref_t: tl.int64,
     rollout, rollout_b: tl.int64, rollout_t: tl.int64,
@@ -225,7 +225,8 @@ def policy_kernel(
         own, ADVANTAGES != "given",
     )  # fmt: skip
     token = load_token(b, t, live, stats[0], views, REAL)
-    g_logp, g_entropy = policy_pull(stats[0], token, load_scalars(scalars, REAL), OBJECTIVE, KL, KL_GRADIENT)
+    s = scalars_of(scalars, kl_coef, entropy_coef, REAL)
+    g_logp, g_entropy = policy_pull(stats[0], token, s, OBJECTIVE, KL, KL_GRADIENT)
     out = row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
     pull_on_row(
         data, out, begin, tiles, vocab, live, target, stats, g_logp, g_entropy, maths, REAL, SOFTCAP, STEPS, LANES

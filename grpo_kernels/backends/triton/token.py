@@ -40,10 +40,10 @@ from .policy_inputs import (
     TOKEN_WEIGHT,
     WEIGHT,
     form_args,
-    load_scalars,
     load_token,
     policy_args,
     read,
+    scalars_of,
     view_args,
 )  # fmt: skip
 from .token_sums import SUMS, empty_sums, leave_sums, merge, reduce_programs, token_sums
@@ -170,8 +170,8 @@ def token_block(
 @kernel
 def token_kernel(
     logps, logps_b: tl.int64, logps_t: tl.int64, entropies, entropies_b: tl.int64, entropies_t: tl.int64,
-    active, active_b: tl.int64, active_t: tl.int64, cu_seqlens, scalars,
-    group_size: tl.int64, advantage_eps: tl.int64,
+    active, active_b: tl.int64, active_t: tl.int64, cu_seqlens,
+    scalars, kl_coef, entropy_coef, group_size: tl.int64, advantage_eps: tl.int64,
     adv, adv_b: tl.int64, adv_t: tl.int64, weight, weight_b: tl.int64, weight_t: tl.int64,
     old, old_b: tl.int64, old_t: tl.int64, ref, ref_b: tl.int64, ref_t: tl.int64,
     rollout, rollout_b: tl.int64, rollout_t: tl.int64,
@@ -188,7 +188,7 @@ def token_kernel(
     """counts: int32, zeros; how many programs are done, then each sequence's tokens, low and high clips."""
     logps, active = (logps, logps_b, logps_t), (active, active_b, active_t)
     entropies = (entropies, entropies_b, entropies_t)
-    program, s = tl.program_id(0).to(tl.int64), load_scalars(scalars, REAL)
+    program, s = tl.program_id(0).to(tl.int64), scalars_of(scalars, kl_coef, entropy_coef, REAL)
     b, begin, end = segment(program, pieces, cu_seqlens, tokens, sequences, BLOCK)
     own = 0.0
     if ADVANTAGES != "given":
