@@ -73,6 +73,6 @@ def kl_divergence(
     ref = read(ref_logps, "ref_logps")
     assert ref is not None
     old, rollout = read(old_logps, "old_logps"), read(rollout_logps, "rollout_logps")
-    ratio = (logp - (logp.detach() if old is None else old)).exp()
-    kl = reference.kl_penalty(config.form, logp, ref, rollout, ratio, config.scalar_values())
+    log_ratio = logp - (logp.detach() if old is None else old)
+    kl = reference.kl_penalty(config.form, logp, ref, rollout, log_ratio, config.scalar_values())
     return (kl if active is None else torch.where(active, kl, 0.0)).reshape(layout.shape)

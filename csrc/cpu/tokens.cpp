@@ -68,7 +68,7 @@ class TokenKernel {
     for (int64_t r = segment.begin; r < segment.end; ++r) {
       if (!active(r)) continue;
       const TokenInputs<double> t = inputs(r);
-      sum += count_of(t) * term(r, t).value, counted += count_of(t), ++tokens;
+      sum += weighted_(count_of(t), term(r, t).value), counted += count_of(t), ++tokens;
       adv += t.adv, log_weight += log_(t.pooled_weight + kGmpoWeightFloor);
     }
     const double share = pooling == Pooling::sum ? 1 : 1 / max_(counted, 1.0), n = max_(tokens, 1.0);
@@ -78,7 +78,7 @@ class TokenKernel {
 
   void push_back(int64_t r, double pull) const {
     const TokenInputs<double> t = inputs(r);
-    if (term(r, t).open) store(p.g_logps, r, load_real(p.g_logps, r, p.is_double) + count_of(t) * pull);
+    if (term(r, t).open) store(p.g_logps, r, load_real(p.g_logps, r, p.is_double) + weighted_(count_of(t), pull));
   }
 
   // Stores the token's results; returns what it adds to the derivative in the sequence's pooled log-ratio.

@@ -78,7 +78,7 @@ class TokenBlock {
       const TokenInputs<float> in = inputs(t, logp);
       const float count = count_of(in);
       sums = sums.merge(
-          {count * term(in, logp).value, count, 1, in.adv, log_(in.pooled_weight + float(kGmpoWeightFloor))});
+          {weighted_(count, term(in, logp).value), count, 1, in.adv, log_(in.pooled_weight + float(kGmpoWeightFloor))});
     });
     return block_merge(sums);
   }
@@ -113,7 +113,7 @@ class TokenBlock {
       const TokenInputs<float> in = inputs(t, logp);
       if (!term(in, logp).open) return;
       float* g = static_cast<float*>(p.g_logps) + piece.row * p.tokens + t;
-      *g = left_by_other(g) + count_of(in) * sequence.share * pull.value;
+      *g = left_by_other(g) + weighted_(count_of(in) * sequence.share, pull.value);
     });
   }
 

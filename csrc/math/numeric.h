@@ -27,4 +27,9 @@ template <typename T> GK_HD T min_(T a, T b) { return b < a ? b : a; }
 template <typename T> GK_HD T max_(T a, T b) { return a < b ? b : a; }
 template <typename T> GK_HD T clamp_(T x, T low, T high) { return min_(max_(x, low), high); }
 
+// weight * x, and exactly 0 where the weight is: what is removed may be infinite or NaN.
+template <typename T> GK_HD T weighted_(T weight, T x) { return weight == 0 ? T(0) : weight * x; }
+// a * b, where an a of exactly 0 removes an infinite b; a NaN stays one.
+template <typename T> GK_HD T times_(T a, T b) { return a == 0 && b == b ? T(0) : a * b; }
+
 }  // namespace gk

@@ -79,24 +79,22 @@ GK_HD int clip_flags(bool low, bool high, bool capped) {
   return (low ? kClippedLow : 0) | (high ? kClippedHigh : 0) | (capped ? kCapped : 0);
 }
 
-// -min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that).
+// -min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that). By the sign of A each is -A times the
+// ratio under some bound, and passes the gradient where that is the ratio itself, at the bound too.
 template <typename T> GK_HD Term<T> clip_objective(T log_ratio, T adv, const Scalars<T>& s) {
   const T ratio = exp_(log_ratio), capped = min_(ratio, s.delta), clipped = clamp_(ratio, s.ratio_low, s.ratio_high);
-  const bool unclipped = !(capped * adv > clipped * adv);  // the negations let a NaN through
-  Term<T> t;
-  t.value = -(unclipped ? capped : clipped) * adv;
-  const bool dual = adv < 0 && -s.dual_clip * adv < t.value;
-  if (dual) t.value = -s.dual_clip * adv;
-  t.weight = unclipped && !(ratio > s.delta) && !dual ? ratio : T(0);
-  t.d_log_ratio = -t.weight * adv;
-  t.flags =
-      clip_flags(ratio < s.ratio_low && adv<0, ratio> s.ratio_high && adv > 0, dual || (adv < 0 && ratio > s.delta));
-  return t;
+  const T bounded = adv < 0 ? min_(max_(capped, clipped), s.dual_clip) : min_(capped, clipped);
+  const bool below = ratio < bounded;  // a NaN is neither, and gets through
+  const bool above = ratio > bounded;
+  const T weight = below || above ? T(0) : ratio;
+  return {-bounded * adv, -weight * adv, T(0),
+          T(0),           weight,        clip_flags(below && adv < 0, above && adv > 0, above && adv < 0)};
 }
 
 // -weight A logp, the weight without gradient.
 template <typename T> GK_HD Term<T> score_objective(T weight, T adv, T logp, int flags) {
-  return {-weight * adv * logp, T(0), T(0), -weight * adv, weight, flags};
+  const T slope = times_(adv, -weight);
+  return {times_(slope, logp), T(0), T(0), slope, weight, flags};
 }
 
 template <typename T> GK_HD Term<T> cispo_objective(const TokenValues<T>& t, const Scalars<T>& s) {
@@ -117,7 +115,7 @@ template <typename T> GK_HD Term<T> sapo_objective(T log_ratio, T adv, const Sca
 
 // A sequence's -exp(mean of its clipped log-ratios) * mean A * geometric mean of its token weights.
 template <typename T> GK_HD Term<T> gmpo_objective(const TokenValues<T>& t, const Scalars<T>& s) {
-  const T weight = exp_(t.pooled.log_ratio) * t.pooled.weight, value = -weight * t.pooled.adv;
+  const T weight = exp_(t.pooled.log_ratio) * t.pooled.weight, value = times_(t.pooled.adv, -weight);
   return {value,  T(0),
           value,  T(0),
           weight, clip_flags(t.adv < 0 && t.log_ratio < -s.eps_low, t.adv > 0 && t.log_ratio > s.eps_high, false)};
@@ -134,44 +132,41 @@ template <typename T> GK_HD Term<T> vespo_objective(const TokenValues<T>& t, con
 // KL between the two coins "this token" and "any other", of the old policy and the new.
 template <typename T> GK_HD T binary_kl(T old, T logp) {
   const T p_old = exp_(old), tiny = T(1e-8);
-  return p_old * (old - logp) + (1 - p_old) * log_((1 - p_old + tiny) / (1 - exp_(logp) + tiny));
+  return times_(p_old, old - logp) + (1 - p_old) * log_((1 - p_old + tiny) / (1 - exp_(logp) + tiny));
 }
 
-// The truncated ratio, where the divergence from the old policy stays within its bound or shrinks.
+// The truncated ratio where the divergence from the old policy stays within its bound or shrinks: a NaN is kept.
 template <typename T> GK_HD Term<T> dppo_objective(bool kl, const TokenValues<T>& t, const Scalars<T>& s) {
   const T moved = exp_(t.logp) - exp_(t.old);
   const bool up = t.adv > 0;
-  bool keep;
+  bool drop;
   if (kl) {
     const T divergence = binary_kl(t.old, t.logp);
-    keep = up ? divergence <= s.eps_high || moved <= 0 : divergence <= s.eps_low || moved >= 0;
+    drop = up ? divergence > s.eps_high && moved > 0 : divergence > s.eps_low && moved < 0;
   } else {
-    keep = up ? moved <= s.eps_high : moved >= -s.eps_low;
+    drop = up ? moved > s.eps_high : moved < -s.eps_low;
   }
   const T ratio = exp_(t.log_ratio);
-  return score_objective(keep ? min_(ratio, s.ratio_cap) : T(0), t.adv, t.logp,
-                         clip_flags(!keep && !up, !keep && up, keep && ratio > s.ratio_cap));
+  return score_objective(drop ? T(0) : min_(ratio, s.ratio_cap), t.adv, t.logp,
+                         clip_flags(drop && !up, drop && up, !drop && ratio > s.ratio_cap));
 }
 
-// -A r where the probability stays within its bounds of the sampler's, plus a squared log-ratio everywhere.
+// -A r where the probability stays within its bounds of the sampler's, where a NaN is kept, plus a squared log-ratio.
 template <typename T>
 GK_HD Term<T> trust_region_objective(bool two_sided, const TokenValues<T>& t, const Scalars<T>& s) {
   const T moved = exp_(t.logp) - exp_(t.old);
-  const bool up = t.adv > 0, inside = moved <= s.tv_high && moved >= -s.tv_high;
-  const bool keep = two_sided ? inside : up ? moved <= s.tv_high : moved >= -s.tv_low;
-  const T weight = keep ? exp_(t.log_ratio) : T(0);
-  return {-weight * t.adv + s.ratio_sq_coef * t.log_ratio * t.log_ratio,
-          -weight * t.adv + 2 * s.ratio_sq_coef * t.log_ratio,
-          T(0),
-          T(0),
-          weight,
-          clip_flags(!keep && !up, !keep && up, false)};
+  const bool up = t.adv > 0, above = moved > s.tv_high;
+  const bool drop = two_sided ? above || moved < -s.tv_high : up ? above : moved < -s.tv_low;
+  const T weight = drop ? T(0) : exp_(t.log_ratio), policy = times_(t.adv, -weight);
+  const T squares = weighted_(s.ratio_sq_coef, t.log_ratio);
+  return {policy + weighted_(squares, t.log_ratio),  policy + 2 * squares, T(0), T(0), weight,
+          clip_flags(drop && !up, drop && up, false)};
 }
 
 // -(A logp - beta x^2 / 2).
 template <typename T> GK_HD Term<T> dro_objective(const TokenValues<T>& t, const Scalars<T>& s) {
   const T pull = s.dro_beta * t.log_ratio;
-  return {-t.adv * t.logp + pull * t.log_ratio / 2, pull, T(0), -t.adv, T(1), 0};
+  return {times_(-t.adv, t.logp) + pull * t.log_ratio / 2, pull, T(0), -t.adv, T(1), 0};
 }
 
 // clip, without the tokens picked for their covariance.
@@ -184,9 +179,8 @@ template <typename T> GK_HD Term<T> clip_cov_objective(const TokenValues<T>& t, 
 // -A r, and on the picked tokens cov_kl |x|.
 template <typename T> GK_HD Term<T> kl_cov_objective(const TokenValues<T>& t, const Scalars<T>& s) {
   const T ratio = exp_(t.log_ratio), x = t.log_ratio, sign = x > 0 ? T(1) : x < 0 ? T(-1) : T(0);
-  const T coef = t.selected != 0 ? s.cov_kl : T(0);
-  return {-ratio * t.adv + coef * sign * x,         -ratio * t.adv + coef * sign, T(0), T(0), ratio,
-          clip_flags(false, false, t.selected != 0)};
+  const T slope = t.selected != 0 ? s.cov_kl * sign : T(0), policy = times_(t.adv, -ratio);
+  return {policy + weighted_(slope, x), policy + slope, T(0), T(0), ratio, clip_flags(false, false, t.selected != 0)};
 }
 
 template <typename T> GK_HD Term<T> policy_objective(const Form& form, const TokenValues<T>& t, const Scalars<T>& s) {
@@ -285,12 +279,13 @@ GK_HD Term<T> kl_penalty(const Form& form, T logp, T ref, T rollout, T log_ratio
   switch (form.kl_gradient) {
     case KlGradient::importance_weighted: {
       const T ratio = exp_(log_ratio);
-      k = {ratio * estimate.value, ratio * estimate.value, T(0), ratio * estimate.d_logp};
+      const T value = times_(estimate.value, ratio);
+      k = {value, value, T(0), times_(estimate.d_logp, ratio)};
       break;
     }
     case KlGradient::behaviour_weighted: {
       const T ratio = exp_(logp - rollout);
-      k = {ratio * estimate.value, T(0), T(0), ratio * estimate.score};
+      k = {times_(estimate.value, ratio), T(0), T(0), times_(estimate.score, ratio)};
       break;
     }
     case KlGradient::score_function:
@@ -310,20 +305,25 @@ template <typename T> struct TokenLoss {
   T policy, kl, d_log_ratio, d_pooled, d_logp;  // kl without its coefficient; the derivatives of the whole
   T gradient_weight;
   int flags;
-  GK_HD T value(const Scalars<T>& s) const { return policy + s.kl_coef * kl; }
+  GK_HD T value(const Scalars<T>& s) const { return policy + weighted_(s.kl_coef, kl); }
 };
 
 template <typename T> GK_HD TokenLoss<T> token_loss(const Form& form, const TokenValues<T>& t, const Scalars<T>& s) {
   const Term<T> policy = policy_objective(form, t, s);
   // gmpo's token weights say which tokens its means are of.
   const T w = form.objective == Objective::gmpo ? T(1) : t.token_weight;
-  TokenLoss<T> loss{w * policy.value, T(0),        w * policy.d_log_ratio, w * policy.d_pooled, w * policy.d_logp,
-                    policy.weight,    policy.flags};
+  TokenLoss<T> loss{weighted_(w, policy.value),
+                    T(0),
+                    weighted_(w, policy.d_log_ratio),
+                    weighted_(w, policy.d_pooled),
+                    weighted_(w, policy.d_logp),
+                    policy.weight,
+                    policy.flags};
   if (form.kl_estimator != KlEstimator::none) {
     const Term<T> kl = kl_penalty(form, t.logp, t.ref, t.rollout, t.log_ratio, s);
     loss.kl = kl.value;
-    loss.d_log_ratio += s.kl_coef * kl.d_log_ratio;
-    loss.d_logp += s.kl_coef * kl.d_logp;
+    loss.d_log_ratio += weighted_(s.kl_coef, kl.d_log_ratio);
+    loss.d_logp += weighted_(s.kl_coef, kl.d_logp);
   }
   return loss;
 }

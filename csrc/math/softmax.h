@@ -39,14 +39,14 @@ template <typename T> struct RowGradient {
   // From d loss / d logp, d loss / d entropy and the row's statistics:  -p (g + h (log p + H)).
   GK_HD static RowGradient of(T g_logp, T g_entropy, T log_sum, T entropy) {
     const T inv_sum = exp_(-log_sum);
-    return {-inv_sum * (g_logp + g_entropy * (entropy - log_sum)), -inv_sum * g_entropy * T(kLn2)};
+    return {-inv_sum * (g_logp + weighted_(g_entropy, entropy - log_sum)), -inv_sum * g_entropy * T(kLn2)};
   }
 };
 
 // The target's entry without the slope. 1 - p is formed as -expm1(logp): exact for a peaked row.
 template <typename T> GK_HD T target_gradient(T g_logp, T g_entropy, T logp, T entropy) {
-  const T from_entropy = g_entropy == 0 ? T(0) : g_entropy * exp_(logp) * (logp + entropy);
-  return -g_logp * expm1_(logp) - from_entropy;
+  const T of_entropy = times_(exp_(logp), logp + entropy);  // p log p is 0 where p is
+  return -g_logp * expm1_(logp) - weighted_(g_entropy, of_entropy);
 }
 
 }  // namespace gk

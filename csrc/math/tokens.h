@@ -103,8 +103,8 @@ GK_HD TokenSums<T> sums_of(const TokenInputs<T>& t, const Scalars<T>& s, T logp,
                            const TokenLoss<T>& loss) {
   const T moved = logp - t.old, drift = logp - t.rollout, w = t.token_weight * t.pooled_weight;
   TokenSums<T> one;
-  one.policy = t.weight * loss.policy, one.kl = t.weight * s.kl_coef * loss.kl;
-  one.entropy = -bonus * t.entropy_weight * entropy;
+  one.policy = weighted_(t.weight, loss.policy), one.kl = weighted_(t.weight * s.kl_coef, loss.kl);
+  one.entropy = weighted_(-bonus * t.entropy_weight, entropy);
   one.tokens = 1, one.raw_entropy = entropy, one.raw_kl = loss.kl;
   one.approx_kl = -moved, one.approx_kl_k3 = expm1_(moved) - moved;
   one.ratio = one.ratio_min = one.ratio_max = ratio;
@@ -127,8 +127,8 @@ GK_HD TokenResult<T> token_result(const Form& form, const TokenInputs<T>& t, T l
       level == RatioLevel::token ? inside(raw, clamped) : level == RatioLevel::sequence_token && sequence.open;
   const bool shared = level == RatioLevel::sequence || level == RatioLevel::sequence_product;
   const T bonus = s.entropy_coef * t.entropy_mask;
-  return {loss.value(s) - bonus * entropy, t.weight * (loss.d_logp + (own ? loss.d_log_ratio : T(0))),
-          -bonus * t.entropy_weight, t.weight * (loss.d_pooled + (shared ? loss.d_log_ratio : T(0))),
+  return {loss.value(s) - weighted_(bonus, entropy), weighted_(t.weight, loss.d_logp + (own ? loss.d_log_ratio : T(0))),
+          -bonus * t.entropy_weight, weighted_(t.weight, loss.d_pooled + (shared ? loss.d_log_ratio : T(0))),
           sums_of(t, s, logp, exp_(log_ratio), entropy, bonus, loss)};
 }
 

@@ -11,17 +11,30 @@ from torch import Tensor
 
 from ..config import BY_SEQUENCE, Form, Scalars
 from ..layout import Layout, PolicyInputs, Rows, real_dtype
-from .objectives import Flags, TokenValues, policy_objective, pooled_limit, pooled_term
+from .objectives import (
+    Flags,
+    TokenValues,
+    clamp,
+    only_where,
+    policy_objective,
+    pooled_limit,
+    pooled_term,
+    times,
+    weighted,
+)
 
 # ---- log-probs ----
 
 
 def transformed(logits: Tensor, rows: Rows) -> Tensor:
-    """z = softcap(logit_scale * logit) / temperature, [B, T, V], in float32 or wider; 0 at masked tokens."""
+    """z = softcap(logit_scale * logit) / temperature, [B, T, V], in float32 or wider, up to a constant of each row; 0
+    at masked tokens."""
     z = logits.to(real_dtype(logits.dtype))[:, : rows.targets.shape[1]]
-    z = torch.where(rows.active[..., None], z, 0.0) * rows.logit_scale
+    z = torch.where(rows.active[..., None], z, 0.0)
     if rows.softcap:
-        z = rows.softcap * torch.tanh(z / rows.softcap)
+        z = rows.softcap * torch.tanh(z * rows.logit_scale / rows.softcap)
+    else:  # a softmax does not see the shift, the rounding of large logits and their overflow do
+        z = (z - z.amax(-1, keepdim=True).detach()) * rows.logit_scale
     if rows.temperatures is None:
         return z / rows.temperature
     return z / torch.where(rows.active, rows.temperatures, 1.0)[..., None]
@@ -35,7 +48,7 @@ def token_logps(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     legal = (rows.targets >= 0) & (rows.targets < z.shape[-1])
     chosen = logp.gather(-1, torch.where(legal & rows.active, rows.targets, 0)[..., None])[..., 0]
     chosen = torch.where(legal, chosen, float("nan"))
-    entropy = -torch.where(p > 0, p * logp, p * 0).sum(-1)  # p * 0: a NaN stays
+    entropy = -(p * torch.where(p == 0, 0.0, logp)).sum(-1)  # p log p is 0 where p is, and has no derivative there
     return tuple(torch.where(rows.active, x, 0.0) for x in (chosen, entropy, p.square().sum(-1)))  # type: ignore[return-value]
 
 
@@ -55,39 +68,50 @@ def kl_estimate(estimator: str, u: Tensor) -> Tensor:
     return torch.expm1(u) - u  # k3
 
 
-def kl_penalty(form: Form, logp: Tensor, ref: Tensor, rollout: Tensor | None, ratio: Tensor, s: Scalars) -> Tensor:
-    """The estimator under its gradient form, weighted before the output clamp; no gradient outside either clamp."""
-    u = ref - logp
-    k = kl_estimate(form.kl_estimator, u.clamp(-s.kl_input_clamp, s.kl_input_clamp))
-    weight = torch.ones_like(k)
+def weighted_kl(form: Form, u: Tensor, logp: Tensor, rollout: Tensor | None, log_ratio: Tensor) -> Tensor:
+    """The estimator of u, times the weight of its gradient form."""
+    k = kl_estimate(form.kl_estimator, u)
+    log_weight = torch.zeros_like(k)
     if form.kl_gradient == "importance_weighted":
-        weight = ratio
+        log_weight = log_ratio
     elif form.kl_gradient == "score_function":
-        weight = (logp - logp.detach()).exp()
+        log_weight = logp - logp.detach()
     elif form.kl_gradient == "behaviour_weighted":
         assert rollout is not None
-        weight = (logp - rollout).exp()
-    weight = torch.where(u.abs() > s.kl_input_clamp, weight.detach(), weight)
-    k = (weight * k).clamp(-s.kl_output_clamp, s.kl_output_clamp)
+        log_weight = logp - rollout
+    return times(k, only_where(k != 0, log_weight).exp())
+
+
+def kl_penalty(form: Form, logp: Tensor, ref: Tensor, rollout: Tensor | None, log_ratio: Tensor, s: Scalars) -> Tensor:
+    """The estimator under its gradient form, weighted before the output clamp; no gradient outside either clamp."""
+    u = ref - logp.detach()
+    bounded = u.clamp(-s.kl_input_clamp, s.kl_input_clamp)
+    k = weighted_kl(form, bounded, logp, rollout, log_ratio).detach()
+    clamped = k.clamp(-s.kl_output_clamp, s.kl_output_clamp)
     if form.kl_gradient == "straight_through":
-        k2 = u.square() / 2
-        return k2 - k2.detach() + k.detach()
-    return k
+        k2 = (ref - logp).square() / 2
+        return k2 - k2.detach() + clamped
+    held = (u.abs() > s.kl_input_clamp) | (k.abs() > s.kl_output_clamp)
+    flat = held | (u == 0) if form.kl_estimator != "k1" else held  # at 0 the others have no slope
+    lp, x = only_where(~flat, logp), only_where(~flat, log_ratio)
+    k = weighted_kl(form, torch.where(flat, bounded, ref - lp), lp, rollout, x)
+    return torch.where(held, clamped, k)
 
 
 def log_ratios(logps: Tensor, old: Tensor, active: Tensor, layout: Layout, level: str, s: Scalars) -> Tensor:
     """The log-ratio at its level, [B, T], that the objective, the KL and the metrics see."""
     x = logps - old
-    x = torch.where(active, x.clamp(-s.log_ratio_clamp, s.log_ratio_clamp), 0.0)
+    x = torch.where(active, clamp(x, -s.log_ratio_clamp, s.log_ratio_clamp), 0.0)
     if level == "token":
         return x
     total = sequence_sums(x, layout)
     if level != "sequence_product":
         total = total / layout.sequence_sums(active.to(torch.int64)).clamp(min=1)
     if level == "sequence_token":
-        per_token = layout.of_sequences(total.detach()) + torch.where(active, logps - logps.detach(), 0.0)
-        return per_token.clamp(max=s.sequence_log_ratio_max)
-    return layout.of_sequences(total.clamp(max=s.sequence_log_ratio_max))
+        own = torch.where(active & ~logps.isinf(), logps - logps.detach(), 0.0)
+        per_token = layout.of_sequences(total.detach()) + own
+        return clamp(per_token, high=s.sequence_log_ratio_max)
+    return layout.of_sequences(clamp(total, high=s.sequence_log_ratio_max))
 
 
 def sequence_sums(x: Tensor, layout: Layout) -> Tensor:
@@ -117,10 +141,10 @@ def policy_loss(
         return absent if x is None else torch.where(active, x, absent)
 
     zero, one = torch.zeros_like(logps), torch.ones_like(logps)
-    logps = torch.where(active, logps, zero)
+    weights = torch.where(active, inputs.weights, zero)
+    logps = only_where(weights != 0, torch.where(active, logps, zero))
     old = read(inputs.old_logps, logps.detach())
     rollout = read(inputs.rollout_logps, logps.detach())
-    weights = torch.where(active, inputs.weights, zero)
     log_ratio = log_ratios(logps, old, active, layout, form.ratio_level, s)
     values = TokenValues(
         logps, old, log_ratio, read(inputs.advantages, zero), read(inputs.token_weights, one),
@@ -131,17 +155,25 @@ def policy_loss(
         values = with_pooled(values, importance, active, layout, form, s)
         if inputs.pooled_weights is None:  # exactly, where the logarithm of 1 and the floor is not 0
             values = values._replace(pooled_weight=one)
-    policy, gradient_weight, flags = policy_objective(form, values, s)
-    policy = policy if form.objective == "gmpo" else values.token_weight * policy
+    token_weight = one if form.objective == "gmpo" else values.token_weight  # of gmpo's means, which it is in already
+    kept = token_weight != 0
+    policy, gradient_weight, flags = policy_objective(
+        form, values._replace(logp=only_where(kept, logps), log_ratio=only_where(kept, log_ratio)), s
+    )
+    policy = weighted(token_weight, policy)
     kl = zero
     if form.kl_estimator != "none":
-        kl = kl_penalty(form, logps, read(inputs.ref_logps, zero), rollout, log_ratio.exp(), s)
+        kl = kl_penalty(form, logps, read(inputs.ref_logps, zero), rollout, log_ratio, s)
     h = zero if entropy is None else torch.where(active, entropy, zero)
-    bonus = s.entropy_coef * read(inputs.entropy_mask, one) * h
     entropy_weights = weights if inputs.entropy_weights is None else torch.where(active, inputs.entropy_weights, zero)
+    coef = s.entropy_coef * read(inputs.entropy_mask, one)
+    bonus = weighted(coef, only_where(coef * entropy_weights != 0, h))
 
-    parts = [(weights * policy).sum(), (weights * s.kl_coef * kl).sum(), -(entropy_weights * bonus).sum()]
-    per_token = torch.where(active, policy + s.kl_coef * kl - bonus, zero)
+    parts = [
+        weighted(weights, policy).sum(), weighted(weights, weighted(s.kl_coef, kl)).sum(),
+        -weighted(entropy_weights, bonus).sum(),
+    ]  # fmt: skip
+    per_token = torch.where(active, policy + weighted(s.kl_coef, kl) - bonus, zero)
     metrics = policy_metrics(
         parts, active, layout, h, kl, logps - old, logps - rollout, log_ratio.exp(), flags, gradient_weight,
         values.token_weight * importance,
@@ -155,9 +187,8 @@ def with_pooled(
     """What the sequence-weighted objectives ask of a token's sequence, brought to each token."""
     n = layout.sequence_sums(active.to(torch.int64)).clamp(min=1)
     counts = torch.where(active, v.token_weight if form.objective == "gmpo" else torch.ones_like(v.adv), 0.0)
-    pooled = sequence_sums(
-        torch.where(active, pooled_term(form, v.log_ratio, v.adv, importance, s), 0.0) * counts, layout
-    )
+    terms = only_where(counts != 0, pooled_term(form, v.log_ratio, v.adv, importance, s))
+    pooled = sequence_sums(weighted(counts, terms), layout)
     if form.objective == "gmpo":
         pooled = pooled / sequence_sums(counts, layout).clamp(min=1)
     log_weight = sequence_sums(torch.where(active, (importance + GMPO_WEIGHT_FLOOR).log(), 0.0), layout) / n

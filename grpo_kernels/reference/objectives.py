@@ -51,29 +51,54 @@ def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     return torch.where(condition, torch.full_like(like, yes), torch.full_like(like, no))
 
 
+# Autograd multiplies by 0 what a clamp or a `where` holds back, and 0 * inf is NaN. What is removed is left out before.
+
+
+def only_where(passes: Tensor, x: Tensor) -> Tensor:
+    """x, differentiated there only."""
+    return torch.where(passes, x, x.detach())
+
+
+def clamp(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """Passes the gradient at its bounds, and that of a NaN, which torch's own clamp holds back."""
+    return torch.where(x.isnan(), x, x.clamp(low, high))
+
+
+def weighted(weight: Tensor | float, x: Tensor) -> Tensor:
+    """weight * x, and exactly 0 where the weight is: what is removed may be infinite or NaN."""
+    return torch.where(torch.as_tensor(weight == 0, device=x.device), 0.0, weight * x)
+
+
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """a * b, where an a of exactly 0 removes an infinite b; a NaN stays one."""
+    return torch.where((a == 0) & b.isinf(), 0.0, a * b)
+
+
 def outside_clip(ratio: Tensor, adv: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
     """Which tokens the clip holds back: below its range with A < 0, above it with A > 0."""
     return (ratio < s.ratio_low) & (adv < 0), (ratio > s.ratio_high) & (adv > 0)
 
 
 def clip_objective(v: TokenValues, s: Scalars) -> Objective:
-    """-min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that)."""
-    ratio, adv = v.log_ratio.exp(), v.adv
-    unclipped, clipped = ratio.clamp(max=s.delta) * adv, ratio.clamp(s.ratio_low, s.ratio_high) * adv
-    value = -torch.minimum(unclipped, clipped)
-    dual = torch.zeros_like(adv, dtype=torch.bool)
-    if s.dual_clip != math.inf:
-        dual = (adv < 0) & (value > -s.dual_clip * adv)
-        value = torch.where(dual, -s.dual_clip * adv, value)
-    passes = (unclipped <= clipped) & (ratio <= s.delta) & ~dual
-    cap = dual | ((adv < 0) & (ratio > s.delta))
-    return value, torch.where(passes, ratio, 0.0), Flags(*outside_clip(ratio, adv, s), cap)
+    """-min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that).
+
+    By the sign of A each is -A times the ratio under some bound, and passes the gradient where that is the ratio
+    itself, at the bound too."""
+    ratio, adv = v.log_ratio.detach().exp(), v.adv
+    capped, clipped = ratio.clamp(max=s.delta), ratio.clamp(s.ratio_low, s.ratio_high)
+    bounded = torch.where(
+        adv < 0, torch.maximum(capped, clipped).clamp(max=s.dual_clip), torch.minimum(capped, clipped)
+    )
+    below, above, down = ratio < bounded, ratio > bounded, adv < 0  # a NaN is neither
+    passes = ~(below | above)
+    value = -torch.where(passes, only_where(passes, v.log_ratio).exp(), bounded) * adv
+    return value, torch.where(passes, ratio, 0.0), Flags(below & down, above & (adv > 0), above & down)
 
 
 def score_objective(weight: Tensor, v: TokenValues, flags: Flags) -> Objective:
     """-weight A logp, the weight without gradient."""
     weight = weight.detach()
-    return -weight * v.adv * v.logp, weight, flags
+    return times(times(v.adv, -weight), v.logp), weight, flags
 
 
 def cispo_objective(v: TokenValues, s: Scalars) -> Objective:
@@ -85,17 +110,18 @@ def cispo_objective(v: TokenValues, s: Scalars) -> Objective:
 
 def sapo_objective(v: TokenValues, s: Scalars) -> Objective:
     """-(4 / tau) sigmoid(tau (r - 1)) A (arXiv:2511.20347)."""
-    ratio, tau = v.log_ratio.exp(), _choose(v.adv > 0, s.sapo_tau_pos, s.sapo_tau_neg, v.adv)
+    tau = _choose(v.adv > 0, s.sapo_tau_pos, s.sapo_tau_neg, v.adv)
+    shut = torch.sigmoid(-tau * (v.log_ratio.detach().exp() - 1))
+    ratio = only_where(shut != 0, v.log_ratio).exp()  # an infinite ratio is shut
     gate = torch.sigmoid(tau * (ratio - 1))
-    weight = 4 * gate * torch.sigmoid(-tau * (ratio - 1)) * ratio
-    return -4 / tau * gate * v.adv, weight, _no_flags(v.adv)
+    return -4 / tau * gate * v.adv, times(shut, 4 * gate * ratio), _no_flags(v.adv)
 
 
 def gmpo_objective(v: TokenValues, s: Scalars) -> Objective:
     """A sequence's -exp(mean of its clipped log-ratios) * mean A * geometric mean of its token weights."""
-    weight = v.pooled_log_ratio.exp() * v.pooled_weight
+    weight = only_where(v.pooled_adv != 0, v.pooled_log_ratio).exp() * v.pooled_weight
     low, high = (v.adv < 0) & (v.log_ratio < -s.eps_low), (v.adv > 0) & (v.log_ratio > s.eps_high)
-    return -weight * v.pooled_adv, weight, Flags(low, high, torch.zeros_like(low))
+    return times(v.pooled_adv, -weight), weight, Flags(low, high, torch.zeros_like(low))
 
 
 def vespo_objective(v: TokenValues, s: Scalars) -> Objective:
@@ -114,60 +140,66 @@ def reinforce_objective(v: TokenValues, s: Scalars) -> Objective:
 def binary_kl(old: Tensor, logp: Tensor) -> Tensor:
     """KL between the two coins "this token" and "any other", of the old policy and the new."""
     p_old = old.exp()
-    return p_old * (old - logp) + (1 - p_old) * ((1 - p_old + 1e-8) / (1 - logp.exp() + 1e-8)).log()
+    return times(p_old, old - logp) + (1 - p_old) * ((1 - p_old + 1e-8) / (1 - logp.exp() + 1e-8)).log()
 
 
-def _dppo(within_high: Tensor, within_low: Tensor, v: TokenValues, s: Scalars) -> Objective:
-    """The truncated ratio, where the divergence from the old policy stays within its bound or shrinks."""
+def _dppo(above: Tensor, below: Tensor, v: TokenValues, s: Scalars) -> Objective:
+    """The truncated ratio where the divergence from the old policy stays within its bound or shrinks: a NaN is kept."""
     ratio, up = v.log_ratio.exp(), v.adv > 0
-    keep = torch.where(up, within_high, within_low)
-    flags = Flags(~keep & ~up, ~keep & up, keep & (ratio > s.ratio_cap))
-    return score_objective(torch.where(keep, ratio.clamp(max=s.ratio_cap), 0.0), v, flags)
+    drop = torch.where(up, above, below)
+    flags = Flags(drop & ~up, drop & up, ~drop & (ratio > s.ratio_cap))
+    return score_objective(torch.where(drop, 0.0, ratio.clamp(max=s.ratio_cap)), v, flags)
 
 
 def dppo_tv_objective(v: TokenValues, s: Scalars) -> Objective:
     moved = v.logp.exp() - v.old.exp()
-    return _dppo(moved <= s.eps_high, moved >= -s.eps_low, v, s)
+    return _dppo(moved > s.eps_high, moved < -s.eps_low, v, s)
 
 
 def dppo_kl_objective(v: TokenValues, s: Scalars) -> Objective:
     moved, divergence = v.logp.exp() - v.old.exp(), binary_kl(v.old, v.logp)
-    return _dppo((divergence <= s.eps_high) | (moved <= 0), (divergence <= s.eps_low) | (moved >= 0), v, s)
+    return _dppo((divergence > s.eps_high) & (moved > 0), (divergence > s.eps_low) & (moved < 0), v, s)
 
 
-def _trust_region(keep: Tensor, v: TokenValues, s: Scalars) -> Objective:
-    """-A r where the probability stays within its bounds of the sampler's, plus a squared log-ratio everywhere."""
-    ratio, up = v.log_ratio.exp(), v.adv > 0
-    weight = torch.where(keep, ratio, 0.0)
-    flags = Flags(~keep & ~up, ~keep & up, torch.zeros_like(up))
-    return -weight * v.adv + s.ratio_sq_coef * v.log_ratio.square(), weight, flags
+def ratio_term(keep: Tensor, v: TokenValues) -> tuple[Tensor, Tensor]:
+    """-A r of the tokens that are kept, and its weight."""
+    weight = torch.where(keep, only_where(keep & (v.adv != 0), v.log_ratio).exp(), 0.0)
+    return times(v.adv, -weight), weight
+
+
+def _trust_region(drop: Tensor, v: TokenValues, s: Scalars) -> Objective:
+    """-A r where the probability stays within its bounds of the sampler's, where a NaN is kept, plus a squared
+    log-ratio."""
+    (value, weight), up = ratio_term(~drop, v), v.adv > 0
+    flags = Flags(drop & ~up, drop & up, torch.zeros_like(up))
+    return value if s.ratio_sq_coef == 0 else value + s.ratio_sq_coef * v.log_ratio.square(), weight, flags
 
 
 def tv_mask_objective(v: TokenValues, s: Scalars) -> Objective:
     moved = v.logp.exp() - v.old.exp()
-    return _trust_region(torch.where(v.adv > 0, moved <= s.tv_high, moved >= -s.tv_low), v, s)
+    return _trust_region(torch.where(v.adv > 0, moved > s.tv_high, moved < -s.tv_low), v, s)
 
 
 def ipo_objective(v: TokenValues, s: Scalars) -> Objective:
-    return _trust_region((v.logp.exp() - v.old.exp()).abs() <= s.tv_high, v, s)
+    return _trust_region((v.logp.exp() - v.old.exp()).abs() > s.tv_high, v, s)
 
 
 def dro_objective(v: TokenValues, s: Scalars) -> Objective:
-    value = -(v.adv * v.logp - s.dro_beta * v.log_ratio.square() / 2)
+    value = times(-v.adv, v.logp) + s.dro_beta * v.log_ratio.square() / 2
     return value, torch.ones_like(v.adv), _no_flags(v.adv)
 
 
 def clip_cov_objective(v: TokenValues, s: Scalars) -> Objective:
     """clip, without the tokens picked for their covariance (arXiv:2505.22617)."""
-    value, weight, flags = clip_objective(v, s)
     dropped = v.selected != 0
+    value, weight, flags = clip_objective(v._replace(log_ratio=only_where(~dropped, v.log_ratio)), s)
     return torch.where(dropped, 0.0, value), torch.where(dropped, 0.0, weight), flags._replace(cap=flags.cap | dropped)
 
 
 def kl_cov_objective(v: TokenValues, s: Scalars) -> Objective:
     """-A r, and on the picked tokens cov_kl |x| (arXiv:2505.22617)."""
-    ratio, picked = v.log_ratio.exp(), v.selected != 0
-    value = -ratio * v.adv + torch.where(picked, s.cov_kl * v.log_ratio.abs(), 0.0)
+    (value, ratio), picked = ratio_term(torch.ones_like(v.adv, dtype=torch.bool), v), v.selected != 0
+    value = value + torch.where(picked, s.cov_kl * v.log_ratio.abs(), 0.0)
     return value, ratio, _no_flags(v.adv)._replace(cap=picked)
 
 
@@ -201,7 +233,7 @@ def pooled_term(form: Form, log_ratio: Tensor, adv: Tensor, importance: Tensor, 
     if form.objective == "vespo":
         log_importance = importance.log().clamp(VESPO_LOG_MIN, VESPO_LOG_MAX)
         return (log_ratio.clamp(-VESPO_LOG_MAX, VESPO_LOG_MAX) + log_importance).detach()
-    kept = torch.where(adv > 0, log_ratio.clamp(max=s.eps_high), log_ratio.clamp(min=-s.eps_low))
+    kept = torch.where(adv > 0, clamp(log_ratio, high=s.eps_high), clamp(log_ratio, low=-s.eps_low))
     return torch.where(adv == 0, 0.0, kept)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...config import Scalars
 from .launch import Constant
-from .numeric import clamp_, excess, expm1, is_finite, max_, min_
+from .numeric import clamp_, excess, expm1, is_finite, max_, min_, times, weighted
 
 (
     EPS_LOW, EPS_HIGH, RATIO_LOW, RATIO_HIGH, DELTA, DUAL_CLIP, CISPO_LOW, CISPO_HIGH, SAPO_TAU_POS, SAPO_TAU_NEG,
@@ -25,24 +25,22 @@ GMPO_WEIGHT_FLOOR = tl.constexpr(1e-10)  # added to a token weight before its lo
 
 @triton.jit
 def clip_objective(log_ratio, adv, s):
-    """-min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that)."""
+    """-min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that). By the sign of A each is -A times
+    the ratio under some bound, and passes the gradient where that is the ratio itself, at the bound too."""
     ratio = tl.exp(log_ratio)
     capped, clipped = min_(ratio, s[DELTA]), clamp_(ratio, s[RATIO_LOW], s[RATIO_HIGH])
-    clips = capped * adv > clipped * adv  # not so for a NaN, which gets through
-    value = -tl.where(clips, clipped, capped) * adv
-    dual = (adv < 0) & (-s[DUAL_CLIP] * adv < value)
-    value = tl.where(dual, -s[DUAL_CLIP] * adv, value)
-    weight = tl.where(clips | (ratio > s[DELTA]) | dual, 0.0, ratio)
-    zero = tl.zeros_like(adv)
-    low, high = (ratio < s[RATIO_LOW]) & (adv < 0), (ratio > s[RATIO_HIGH]) & (adv > 0)
-    return value, -weight * adv, zero, zero, weight, low, high, dual | ((adv < 0) & (ratio > s[DELTA]))
+    bounded = tl.where(adv < 0, min_(max_(capped, clipped), s[DUAL_CLIP]), min_(capped, clipped))
+    below, above = ratio < bounded, ratio > bounded  # a NaN is neither, and gets through
+    weight, zero = tl.where(below | above, 0.0, ratio), tl.zeros_like(adv)
+    down = adv < 0
+    return -bounded * adv, -weight * adv, zero, zero, weight, below & down, above & (adv > 0), above & down
 
 
 @triton.jit
 def score_objective(weight, adv, logp, low, high, cap):
     """-weight A logp, the weight without gradient."""
-    zero = tl.zeros_like(adv)
-    return -weight * adv * logp, zero, zero, -weight * adv, weight, low, high, cap
+    slope, zero = times(adv, -weight), tl.zeros_like(adv)
+    return times(slope, logp), zero, zero, slope, weight, low, high, cap
 
 
 @triton.jit
@@ -70,7 +68,7 @@ def sapo_objective(log_ratio, adv, s):
 def gmpo_objective(log_ratio, adv, pooled_log_ratio, pooled_adv, pooled_weight, s):
     """A sequence's -exp(mean of its clipped log-ratios) * mean A * geometric mean of its token weights."""
     weight = tl.exp(pooled_log_ratio) * pooled_weight
-    value, zero = -weight * pooled_adv, tl.zeros_like(adv)
+    value, zero = times(pooled_adv, -weight), tl.zeros_like(adv)
     low, high = (adv < 0) & (log_ratio < -s[EPS_LOW]), (adv > 0) & (log_ratio > s[EPS_HIGH])
     return value, zero, value, zero, weight, low, high, adv < adv
 
@@ -89,19 +87,19 @@ def vespo_objective(logp, adv, log_w, s):
 def binary_kl(old, logp):
     """KL between the two coins "this token" and "any other", of the old policy and the new; 1 - p as -expm1(logp)."""
     p_old, other_old, other = tl.exp(old), -expm1(old), -expm1(logp)
-    return p_old * (old - logp) + other_old * tl.log((other_old + 1e-8) / (other + 1e-8))
+    return times(p_old, old - logp) + other_old * tl.log((other_old + 1e-8) / (other + 1e-8))
 
 
 @triton.jit
 def dppo_objective(logp, old, log_ratio, adv, s, KL: tl.constexpr):
-    """The truncated ratio, where the divergence from the old policy stays within its bound or shrinks."""
+    """The truncated ratio where the divergence from the old policy stays within its bound or shrinks: a NaN is kept."""
     moved, up = tl.exp(logp) - tl.exp(old), adv > 0
     if KL:
         divergence = binary_kl(old, logp)
-        high = up & ~((divergence <= s[EPS_HIGH]) | (moved <= 0))
-        low = ~up & ~((divergence <= s[EPS_LOW]) | (moved >= 0))
+        high = up & (divergence > s[EPS_HIGH]) & (moved > 0)
+        low = ~up & (divergence > s[EPS_LOW]) & (moved < 0)
     else:
-        high, low = up & ~(moved <= s[EPS_HIGH]), ~up & ~(moved >= -s[EPS_LOW])
+        high, low = up & (moved > s[EPS_HIGH]), ~up & (moved < -s[EPS_LOW])
     dropped, ratio = low | high, tl.exp(log_ratio)
     weight = tl.where(dropped, 0.0, min_(ratio, s[RATIO_CAP]))
     return score_objective(weight, adv, logp, low, high, ~dropped & (ratio > s[RATIO_CAP]))
@@ -109,16 +107,17 @@ def dppo_objective(logp, old, log_ratio, adv, s, KL: tl.constexpr):
 
 @triton.jit
 def trust_region_objective(logp, old, log_ratio, adv, s, TWO_SIDED: tl.constexpr):
-    """-A r where the probability stays within its bounds of the sampler's, plus a squared log-ratio everywhere."""
+    """-A r where the probability stays within its bounds of the sampler's, where a NaN is kept, plus a squared
+    log-ratio."""
     moved, up = tl.exp(logp) - tl.exp(old), adv > 0
-    above = ~(moved <= s[TV_HIGH])
+    above = moved > s[TV_HIGH]
     if TWO_SIDED:
-        dropped = above | ~(moved >= -s[TV_HIGH])
+        dropped = above | (moved < -s[TV_HIGH])
     else:
-        dropped = (up & above) | (~up & ~(moved >= -s[TV_LOW]))
+        dropped = (up & above) | (~up & (moved < -s[TV_LOW]))
     weight = tl.where(dropped, 0.0, tl.exp(log_ratio))
-    squares, zero = s[RATIO_SQ_COEF] * log_ratio, tl.zeros_like(adv)
-    value, slope = -weight * adv + squares * log_ratio, -weight * adv + 2 * squares
+    policy, squares, zero = times(adv, -weight), weighted(s[RATIO_SQ_COEF], log_ratio), tl.zeros_like(adv)
+    value, slope = policy + weighted(squares, log_ratio), policy + 2 * squares
     return value, slope, zero, zero, weight, dropped & ~up, dropped & up, adv < adv
 
 
@@ -126,7 +125,7 @@ def trust_region_objective(logp, old, log_ratio, adv, s, TWO_SIDED: tl.constexpr
 def dro_objective(logp, log_ratio, adv, s):
     """-(A logp - beta x^2 / 2)."""
     pull, zero, never = s[DRO_BETA] * log_ratio, tl.zeros_like(adv), adv < adv
-    return -adv * logp + pull * log_ratio / 2, pull, zero, -adv, zero + 1, never, never, never
+    return times(-adv, logp) + pull * log_ratio / 2, pull, zero, -adv, zero + 1, never, never, never
 
 
 @triton.jit
@@ -144,7 +143,8 @@ def kl_cov_objective(log_ratio, adv, selected, s):
     x, ratio, zero, never = log_ratio, tl.exp(log_ratio), tl.zeros_like(adv), adv < adv
     picked = selected != 0
     slope = tl.where(picked, s[COV_KL], 0.0) * tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
-    return -ratio * adv + slope * x, -ratio * adv + slope, zero, zero, ratio, never, never, picked
+    policy = times(adv, -ratio)
+    return policy + weighted(slope, x), policy + slope, zero, zero, ratio, never, never, picked
 
 
 @triton.jit
@@ -240,11 +240,11 @@ def kl_penalty(logp, ref, rollout, log_ratio, s, KL: tl.constexpr, KL_GRADIENT: 
     k, d_log_ratio = estimate, tl.zeros_like(u)
     if KL_GRADIENT == "importance_weighted":
         ratio = tl.exp(log_ratio)
-        k = ratio * estimate
-        d_log_ratio, d_logp = k, ratio * d_logp
+        k = times(estimate, ratio)
+        d_log_ratio, d_logp = k, times(d_logp, ratio)
     elif KL_GRADIENT == "behaviour_weighted":
         ratio = tl.exp(logp - rollout)
-        k, d_logp = ratio * estimate, ratio * score
+        k, d_logp = times(estimate, ratio), times(score, ratio)
     elif KL_GRADIENT == "score_function":
         d_logp = score
     value = clamp_(k, -s[KL_OUTPUT_CLAMP], s[KL_OUTPUT_CLAMP])
@@ -269,12 +269,12 @@ def token_loss(
     )
     kl = tl.zeros_like(logp)
     if OBJECTIVE != "gmpo":  # its token weights say which tokens its means are of
-        policy, d_log_ratio = token_weight * policy, token_weight * d_log_ratio
-        d_pooled, d_logp = token_weight * d_pooled, token_weight * d_logp
+        policy, d_log_ratio = weighted(token_weight, policy), weighted(token_weight, d_log_ratio)
+        d_pooled, d_logp = weighted(token_weight, d_pooled), weighted(token_weight, d_logp)
     if KL != "none":
         kl, kl_d_log_ratio, kl_d_logp = kl_penalty(logp, ref, rollout, log_ratio, s, KL, KL_GRADIENT)
-        d_log_ratio += s[KL_COEF] * kl_d_log_ratio
-        d_logp += s[KL_COEF] * kl_d_logp
+        d_log_ratio += weighted(s[KL_COEF], kl_d_log_ratio)
+        d_logp += weighted(s[KL_COEF], kl_d_logp)
     return policy, kl, d_log_ratio, d_pooled, d_logp, weight, low, high, cap
 
 

@@ -31,6 +31,18 @@ def quotient(a, b):
 
 
 @triton.jit
+def weighted(weight, x):
+    """weight * x, and exactly 0 where the weight is: what is removed may be infinite or NaN."""
+    return tl.where(weight == 0, 0.0, weight * x)
+
+
+@triton.jit
+def times(a, b):
+    """a * b, where an a of exactly 0 removes an infinite b; a NaN stays one."""
+    return tl.where(a == 0, tl.where(b == b, 0.0, b), a * b)
+
+
+@triton.jit
 def excess(x):
     """e^x - 1 - x without cancellation: near 0 its series, x^2/2 (1 + x/3 (1 + x/4 (...))), to the type's last bit."""
     LAST: tl.constexpr = 17 if x.dtype == tl.float64 else 10

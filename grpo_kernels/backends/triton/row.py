@@ -13,7 +13,7 @@ import triton.language as tl
 from .group import sample_advantage
 from .launch import kernel, number
 from .math import ENTROPY_COEF, LOG_RATIO_CLAMP, inside, token_loss
-from .numeric import clamp_, quotient
+from .numeric import clamp_, quotient, weighted
 from .policy_inputs import (
     ADV,
     ENTROPY_MASK,
@@ -171,7 +171,7 @@ def policy_pull(logp, token, s, OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GR
         logp, token[OLD], log_ratio, token[ADV], token[TOKEN_WEIGHT], token[SELECTED], token[REF], token[ROLLOUT],
         zero, zero, zero, s, OBJECTIVE, KL, KL_GRADIENT,
     )  # fmt: skip
-    g_logp = token[WEIGHT] * (term[4] + tl.where(inside(raw, log_ratio), term[2], 0.0))
+    g_logp = weighted(token[WEIGHT], term[4] + tl.where(inside(raw, log_ratio), term[2], 0.0))
     return g_logp, -s[ENTROPY_COEF] * token[ENTROPY_MASK] * token[ENTROPY_WEIGHT]
 
 

@@ -7,7 +7,7 @@ the logits changes no digit of the entropy.
 import triton
 import triton.language as tl
 
-from .numeric import expm1, quotient
+from .numeric import expm1, quotient, times, weighted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -80,14 +80,14 @@ def entropy_of(sum, dot):
 def row_gradient(g_logp, g_entropy, log_sum, entropy):
     """(a, b) of d loss / d logit_j = slope * 2^y (a + b y), from -p (g + h (log p + H))."""
     inv_sum = tl.exp(-log_sum)
-    return -inv_sum * (g_logp + g_entropy * (entropy - log_sum)), -inv_sum * g_entropy * LN2
+    return -inv_sum * (g_logp + weighted(g_entropy, entropy - log_sum)), -inv_sum * g_entropy * LN2
 
 
 @triton.jit
 def target_gradient(g_logp, g_entropy, logp, entropy):
     """The target's entry without the slope. 1 - p is formed as -expm1(logp): exact for a peaked row."""
-    from_entropy = tl.where(g_entropy == 0, 0.0, g_entropy * tl.exp(logp) * (logp + entropy))
-    return -g_logp * expm1(logp) - from_entropy
+    of_entropy = times(tl.exp(logp), logp + entropy)  # p log p is 0 where p is
+    return -g_logp * expm1(logp) - weighted(g_entropy, of_entropy)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from .math import (
     pooled_limit,
     pooled_term,
     token_loss,
+    weighted,
 )  # fmt: skip
 from .numeric import quotient
 from .packed import first_of_tail, sequence_bounds
@@ -83,7 +84,7 @@ def pool(
         on, logp, token = load_tokens(b, start + tl.arange(0, BLOCK), end, logps, active, views, REAL)
         count = count_of(token, OBJECTIVE)
         value, _ = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
-        total += tl.where(on, count * value, 0.0)
+        total += tl.where(on, weighted(count, value), 0.0)
         counted += tl.where(on, count, 0.0)
         tokens += tl.where(on, 1.0, 0.0)
         advs += tl.where(on, token[ADV], 0.0)
@@ -107,7 +108,7 @@ def push_back(
         on, logp, token = load_tokens(b, t, end, logps, active, views, REAL)
         _, open = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
         at = g_logps + b * tokens + t
-        tl.store(at, tl.load(at, on, 0.0) + count_of(token, OBJECTIVE) * pull, on & open)
+        tl.store(at, tl.load(at, on, 0.0) + weighted(count_of(token, OBJECTIVE), pull), on & open)
 
 
 @triton.jit
@@ -158,12 +159,13 @@ def token_block(
     if RATIO_LEVEL == "sequence" or RATIO_LEVEL == "sequence_product":
         d_own, d_pooled = zero, d_pooled + term[2]
     bonus = s[ENTROPY_COEF] * token[ENTROPY_MASK]
-    value, g_logp = term[0] + s[KL_COEF] * term[1] - bonus * entropy, token[WEIGHT] * (term[4] + d_own)
+    value = term[0] + weighted(s[KL_COEF], term[1]) - weighted(bonus, entropy)
+    g_logp = weighted(token[WEIGHT], term[4] + d_own)
     store_block(
         per_token, g_logps, g_entropy, b * tokens + t, t < end, tl.where(on, value, 0.0), tl.where(on, g_logp, 0.0),
         tl.where(on, -bonus * token[ENTROPY_WEIGHT], 0.0),
     )  # fmt: skip
-    pull = tl.where(on, token[WEIGHT] * d_pooled, 0.0)
+    pull = tl.where(on, weighted(token[WEIGHT], d_pooled), 0.0)
     return token_sums(on, logp, entropy, log_ratio, token, term, s), pull
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ...config import METRICS
 from .math import ENTROPY_COEF, KL_COEF, excess, max_, min_
-from .numeric import quotient
+from .numeric import quotient, weighted
 from .policy_inputs import ENTROPY_MASK, ENTROPY_WEIGHT, OLD, POOLED_WEIGHT, ROLLOUT, TOKEN_WEIGHT, WEIGHT
 
 # What the programs leave behind: first what is added up, then two minima and two maxima.
@@ -64,9 +64,9 @@ def token_sums(on, logp, entropy, log_ratio, token, loss, s):
     policy, kl, _, _, _, gradient_weight, low, high, cap = loss
     moved, drift, w = logp - token[OLD], logp - token[ROLLOUT], token[TOKEN_WEIGHT] * token[POOLED_WEIGHT]
     one, ratio = tl.zeros_like(logp) + 1, tl.exp(log_ratio)
-    bonus = s[ENTROPY_COEF] * token[ENTROPY_MASK] * token[ENTROPY_WEIGHT] * entropy
+    bonus = weighted(s[ENTROPY_COEF] * token[ENTROPY_MASK] * token[ENTROPY_WEIGHT], entropy)
     sums = (
-        token[WEIGHT] * policy, token[WEIGHT] * s[KL_COEF] * kl, -bonus,
+        weighted(token[WEIGHT], policy), weighted(token[WEIGHT] * s[KL_COEF], kl), -bonus,
         one, entropy, kl, -moved, excess(moved),
         ratio, tl.where(low, one, 0.0), tl.where(high, one, 0.0), tl.where(cap, one, 0.0),
         gradient_weight, tl.where(w == 0, one, 0.0), w, w * w,
