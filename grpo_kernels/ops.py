@@ -62,7 +62,21 @@ def check_targets(rows: Rows, vocab: int, validate: bool) -> None:
 
 def _new_gradient(args: tuple) -> Tensor:
     logits, backend = args[0], args[-1]
-    return implementation(backend).new_matrix(logits, logits.shape)
+    return _in_phase(logits, implementation(backend).new_matrix)
+
+
+def _in_phase(logits: Tensor, new: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
+    """A tensor like the logits, by `new(like, shape)`: each row begins as far behind a boundary of 16 bytes as theirs.
+
+    A kernel that reads a row in whole 16 bytes can then write its gradient so. Dense where the logits are; of a slice
+    such as ``logits[:, :-1]`` with an odd vocabulary fewer than 16 bytes lie between two rows, or two sequences.
+    """
+    batch, tokens, vocab = logits.shape
+    vector = 16 // logits.element_size()
+    stride_t = vocab + (logits.stride(1) - vocab) % vector
+    stride_b = tokens * stride_t + (logits.stride(0) - tokens * stride_t) % vector
+    first = logits.storage_offset() % vector  # torch's memory begins on a boundary
+    return new(logits, (first + batch * stride_b,)).as_strided(logits.shape, (stride_b, stride_t, 1), first)
 
 
 def _clear_ignored(gradient: Tensor, rows: Rows) -> None:
@@ -194,7 +208,7 @@ row_forward = _define(
 row_backward = _define(
     f"row_backward({_HEAD}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) -> Tensor",
     _row_backward,
-    lambda logits, *_: logits.new_empty(logits.shape),
+    lambda logits, *_: _in_phase(logits, Tensor.new_empty),
 )
 row_backward_ = _define(
     f"row_backward_({_HEAD_INPLACE}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) -> ()",
@@ -205,7 +219,7 @@ row_policy = _define(
     f"row_policy({_HEAD}, {_POLICY}, bool validate, str backend) -> (Tensor, Tensor, Tensor)",
     _row_policy,
     lambda logits, targets, *_: (
-        logits.new_empty(logits.shape),
+        _in_phase(logits, Tensor.new_empty),
         _real(logits, targets.shape),
         _real(logits, targets.shape),
     ),

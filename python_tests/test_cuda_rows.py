@@ -22,7 +22,8 @@ MACHINE = {"shared_bytes": 10 << 10, "threads": 64}
 # What a row of so many bf16 logits is on that machine: vectors and scalars, two blocks or one a multiprocessor, a tail
 # that is read again, clusters of 2 and 8, the last with a tail too.
 VOCABULARIES = (1, 7, 31, 257, 1500, 3000, 5003, 6000, 8001, 21000, 45000)
-H100, A100 = 227 << 10, 163 << 10
+H100, A100, CONSUMER = 227 << 10, 163 << 10, 99 << 10  # the last: sm_86, sm_89 and, with bulk copies, sm_120
+SCALED_CONSUMER = {"shared_bytes": 14 << 10, "threads": 64}  # an eighth of it, the two kilobytes beside the row apart
 
 
 def plan(vocab, size=2, bulk=True, twice=True):
@@ -53,6 +54,53 @@ def test_plans_for_real_gpus(vocab, shared):
         if size == 2 and bulk:
             assert fits == (vocab not in (128_256, 151_936, 1_000_000))
             assert twice.cluster == {202_048: 2, 262_144: 4, 1_000_000: 8}.get(vocab, 1)
+
+
+# Of bf16 rows: threads, slots, residents, and the blocks of a cluster where there are clusters.
+ON_CONSUMER_GPUS = {
+    20_000: (256, 5, 0, 1), 32_000: (512, 6, 0, 1), 50_257: (512, 6, 4, 1),
+    128_256: (512, 6, 0, 4), 151_936: (512, 6, 0, 4), 262_144: (512, 6, 0, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("vocab", ON_CONSUMER_GPUS)
+@pytest.mark.parametrize("bulk", [True, False])
+def test_plans_for_consumer_gpus(vocab, bulk):
+    threads, slots, resident, cluster = ON_CONSUMER_GPUS[vocab]
+    p = emulated.row_plan(CONSUMER, 512, bulk, 2 * vocab, True)
+    assert (p.threads, p.slots, p.cluster) == (threads, slots, cluster if bulk else 1)
+    assert p.resident == (4 if cluster > 1 and not bulk else resident)
+    assert 512 // threads * (p.shared_bytes + 1024) <= CONSUMER + 1024
+
+
+@pytest.mark.parametrize("vocab", [20_000, 50_257, 128_256])
+@pytest.mark.parametrize("bulk", [True, False])
+def test_rows_as_on_a_consumer_gpu(vocab, bulk):
+    real, vocab = emulated.row_plan(CONSUMER, 512, bulk, 2 * vocab, True), vocab // 8
+    here = emulated.row_plan(*SCALED_CONSUMER.values(), bulk, 2 * vocab, True)
+    assert (here.slots, here.resident, here.cluster) == (real.slots, real.resident, real.cluster)
+    case, results = Case(vocab, torch.bfloat16, shift=1), []
+    for schedule in emulated.SCHEDULES:
+        with emulated.machine(**SCALED_CONSUMER, bulk_copies=bulk, schedule=schedule):
+            results.append(case.two_passes())
+    assert same(results[0], results[1]) and same(results[0], results[2])
+    eager, exact = case.two_passes("reference"), case.two_passes("reference", wide=True)
+    for values in zip(results[0], eager, exact, strict=True):
+        assert_as_accurate(*values, what=f"{vocab} columns")
+
+
+@pytest.mark.parametrize("vocab", [300, 21000])
+def test_small_blocks_with_much_memory_keep_to_the_slots_that_have_barriers(vocab):
+    """A bit of a word for each slot, and two barriers of the kilobytes behind them: 111 slots would fit."""
+    much = {"shared_bytes": H100, "threads": 64}
+    p = emulated.row_plan(*much.values(), True, 2 * vocab, True)
+    assert p.slots == 32 and p.shared_bytes <= H100
+    case = Case(vocab, torch.bfloat16)
+    with emulated.machine(**much):
+        found = case.two_passes()
+    eager, exact = case.two_passes("reference"), case.two_passes("reference", wide=True)
+    for values in zip(found, eager, exact, strict=True):
+        assert_as_accurate(*values, what=f"{vocab} columns")
 
 
 class Case:

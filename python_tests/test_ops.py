@@ -49,6 +49,46 @@ def test_opcheck(dtype):
         torch.library.opcheck(op, args)
 
 
+VIEWS = {  # of [5, 7, 133]
+    "of_fewer_tokens": lambda dtype: torch.randn(5, 8, 133).to(dtype)[:, :-1],
+    "not_from_the_first": lambda dtype: torch.randn(5, 9, 133).to(dtype)[:, 1:-1],
+    "of_a_padded_vocabulary": lambda dtype: torch.randn(5, 7, 139).to(dtype)[..., :133],
+    "tokens_first": lambda dtype: torch.randn(7, 5, 133).to(dtype).transpose(0, 1),
+    "expanded": lambda dtype: torch.randn(1, 7, 133).to(dtype).expand(5, -1, -1),
+}
+
+
+def each_row(matrix):
+    return [row for sequence in matrix for row in sequence]  # views: flatten would copy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_gradient_is_aligned_as_its_logits_are(backend, view, dtype):
+    """Each row modulo 16 bytes, so that a kernel that reads it in vectors can write it so."""
+    b, x = make_batch(), VIEWS[view](dtype).requires_grad_()
+    dense = gk.grpo_loss(x.contiguous(), b.targets, b.advantages, b.mask, backend="reference").loss
+    (expected,) = torch.autograd.grad(dense, x)
+    for single_pass in (True, False):
+        loss = gk.grpo_loss(x, b.targets, b.advantages, b.mask, single_pass=single_pass, backend=backend).loss
+        (gradient,) = torch.autograd.grad(loss, x)
+        shifts = {(g.data_ptr() - z.data_ptr()) % 16 for g, z in zip(each_row(gradient), each_row(x), strict=True)}
+        assert shifts == {0} and gradient.stride(2) == 1
+        assert gradient.untyped_storage().nbytes() < gradient.nbytes + 16 * (5 * 7 + 5 + 1)
+        torch.testing.assert_close(gradient, expected, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_graph_knows_how_a_gradient_is_aligned(view):
+    rows, inputs, stats = arguments()
+    rows = rows._replace(logits=VIEWS[view](torch.float32))
+    for op, args in {
+        ops.row_backward: (*rows, *stats, stats[0], None, "cpu"),
+        ops.row_policy: (*rows, *inputs, False, "cpu"),
+    }.items():
+        torch.library.opcheck(op, args, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("form", ["token", "sequence", "gmpo", "vespo", "dppo_kl", "ipo", "clip_cov", "kl_cov"])
 def test_compiled_is_eager(form, inplace):
