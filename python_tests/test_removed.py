@@ -11,7 +11,7 @@ from forms import OBJECTIVES
 from oracles import one_thread as one_thread  # small tensors wait for a second thread longer than they compute
 
 import grpo_kernels as gk
-from grpo_kernels.config import BY_SEQUENCE, KL_GRADIENTS
+from grpo_kernels.config import BY_COVARIANCE, BY_SEQUENCE, KL_GRADIENTS
 
 INF, NAN = math.inf, math.nan
 LOSSES = {"clip": {}, "dual": {"dual_clip": 3.0}, "delta": {"delta": 1.5}, **OBJECTIVES}
@@ -21,7 +21,7 @@ BAD = [*FAR, (-1.0, NAN), (NAN, -1.0), (NAN, NAN)]
 WAYS = ["token_weights", "entropy_mask", "sequence_weights"]
 
 
-def loss_and_gradient(config, logps, old, adv, backend, real, **options):
+def run(config, logps, old, backend, real, *, adv, **options):
     x = torch.tensor(logps, dtype=real, requires_grad=True)
     old = torch.tensor(old, dtype=real)
     out = gk.policy_loss(
@@ -30,18 +30,26 @@ def loss_and_gradient(config, logps, old, adv, backend, real, **options):
     return out, torch.autograd.grad(out.loss, x)[0]
 
 
-def with_first(pairs, rest):
-    """[len(pairs), 3]: each bad token before two good ones; the log-probs and the old ones."""
-    return tuple([[pair[i], *rest[i]] for pair in pairs] for i in (0, 1))
+GOOD = [(-1.0, -1.1), (-0.5, -0.5)]
 
 
-REST = ([-1.0, -0.5], [-1.25, -0.75])
+def columns(pairs):
+    """Log-probs and old ones of one sequence: the bad tokens, then two good ones."""
+    return tuple([[pair[i] for pair in (*pairs, *GOOD)]] for i in (0, 1))
 
 
-def removing(way, rows, real):
-    off = torch.ones(rows, 3, dtype=real)
-    off[:, 0] = 0
-    return {way: torch.zeros(rows, dtype=real) if way == "sequence_weights" else off}
+def harmless(pairs):
+    return [(-1.0, -1.0)] * len(pairs)
+
+
+def removing(ways, bad, real):
+    """Of a row for each way, the first `bad` tokens."""
+    off = {way: torch.ones(len(ways), bad + len(GOOD), dtype=real) for way in ways}
+    for i, way in enumerate(ways):
+        off[way][i, :bad] = 0
+    if "sequence_weights" in ways:
+        off["sequence_weights"] = off["sequence_weights"][:, 0]
+    return off
 
 
 @pytest.fixture(params=BACKENDS_HERE)
@@ -55,39 +63,32 @@ def real_of(backend):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_weight_of_0_removes_the_token(every_backend, name):
-    """By weights of the token, the mask of the top entropies, weights of the sequence: as if the token were a good one."""
+    """By weights of the token, the mask of the top entropies, weights of the sequence: as if it were a good one."""
     config, real = gk.LossConfig(**LOSSES[name]), real_of(every_backend)
-    ways = WAYS[:2] if name in ("clip_cov", "kl_cov") else WAYS  # no other may pick its tokens by the batch's mean
-    for way, adv in itertools.product(ways, (1.0, -1.0)):
-        if way != "sequence_weights" and (name == "vespo" or (name, way) == ("gmpo", "token_weights")):
-            continue  # pooled, not removed
-        if name in ("clip_cov", "kl_cov"):
-            pairs = [(-1.0, bad) for logp, bad in BAD if logp == -1.0]
-        else:
-            pairs = BAD
-        off, advs = removing(way, len(pairs), real), [adv] * len(pairs)
-        out, g = loss_and_gradient(config, *with_first(pairs, REST), advs, every_backend, real, **off)
-        good, expected = loss_and_gradient(
-            config, *with_first([(-1.0, -1.0)] * len(pairs), REST), advs, every_backend, real, **off
+    pooled = {"gmpo": WAYS[1:], "vespo": WAYS[2:]}  # what they pool is not removed
+    ways = pooled.get(name, WAYS)
+    pairs = [pair for pair in BAD if name not in BY_COVARIANCE or pair[0] == -1.0]  # they look at every log-prob
+    for adv in (1.0, -1.0):
+        options = {**removing(ways, len(pairs), real), "adv": [adv] * len(ways)}
+        out, g = run(config, *(row * len(ways) for row in columns(pairs)), every_backend, real, **options)
+        good, expected = run(
+            config, *(row * len(ways) for row in columns(harmless(pairs))), every_backend, real, **options
         )
-        assert torch.equal(out.loss, good.loss) and torch.equal(g, expected), (way, adv, out.loss, g, expected)
-        assert (g[:, 0] == 0).all()
+        assert torch.equal(out.loss, good.loss) and torch.equal(g, expected), (adv, out.loss, g, expected)
+        assert (g[:, : len(pairs)] == 0).all() and (name == "clip_cov" or g[:-1, -1].all())
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("dro", "kl_cov")])
 def test_an_advantage_of_0_removes_the_token(every_backend, name):
-    config, real = (
-        gk.LossConfig(**{**LOSSES[name], **({"ratio_sq_coef": 0.0} if name in ("tv_mask", "ipo") else {})}),
-        real_of(every_backend),
-    )
+    squares = {"ratio_sq_coef": 0.0} if name in ("tv_mask", "ipo") else {}
+    config, real = gk.LossConfig(**{**LOSSES[name], **squares}), real_of(every_backend)
     pairs = [(lp, old) for lp, old in FAR if lp == -1.0 or name not in (*BY_SEQUENCE, "clip_cov")]
-    adv = [[0.0, 1.0, -1.0]] * len(pairs)
-    if name == "vespo":  # it pools the ratios of every token
-        adv = [[0.0, 0.0, 0.0]] * len(pairs)
-    out, g = loss_and_gradient(config, *with_first(pairs, REST), adv, every_backend, real)
-    good, expected = loss_and_gradient(config, *with_first([(-1.0, -1.0)] * len(pairs), REST), adv, every_backend, real)
+    rest = [0.0, 0.0] if name == "vespo" else [1.0, -1.0]  # it pools the ratios of every token
+    adv = [[0.0] * len(pairs) + rest]
+    out, g = run(config, *columns(pairs), every_backend, real, adv=adv)
+    good, expected = run(config, *columns(harmless(pairs)), every_backend, real, adv=adv)
     assert torch.equal(out.loss, good.loss) and torch.equal(g, expected)
-    assert name == "gmpo" or (g[:, 0] == 0).all()
+    assert (g[:, : len(pairs)] == 0).all()
 
 
 BOUNDED = {  # options, A, and the loss of a token whose ratio overflows
@@ -109,7 +110,7 @@ BOUNDED = {  # options, A, and the loss of a token whose ratio overflows
 @pytest.mark.parametrize("name", BOUNDED)
 def test_a_bound_holds_a_ratio_that_overflows(every_backend, name, old):
     (options, adv, value), real = BOUNDED[name], real_of(every_backend)
-    out, g = loss_and_gradient(gk.LossConfig(**options), [[-1.0]], [[old]], [adv], every_backend, real)
+    out, g = run(gk.LossConfig(**options), [[-1.0]], [[old]], every_backend, real, adv=[adv])
     torch.testing.assert_close(out.loss, torch.tensor(value, dtype=real))
     assert g.item() == (-10.0 if name == "cispo" else 0.0)
 
@@ -121,7 +122,7 @@ def test_a_target_of_probability_0_weighs_nothing(every_backend, name, adv):
     real = real_of(every_backend)
     if name == "kl_cov":
         options = {"objective": "tv_mask", "tv_low": 2.0}  # -A r without a bound: r = 0
-    out, g = loss_and_gradient(gk.LossConfig(**options), [[-INF]], [[-5.0]], [adv], every_backend, real)
+    out, g = run(gk.LossConfig(**options), [[-INF]], [[-5.0]], every_backend, real, adv=[adv])
     bounded = 0.8 if name == "clip" and adv < 0 else 0.0
     saturated = -4 / options["sapo_tau_pos" if adv > 0 else "sapo_tau_neg"] * adv if name == "sapo" else 0.0
     tau = options.get("sapo_tau_pos" if adv > 0 else "sapo_tau_neg", 1.0)
@@ -135,9 +136,7 @@ def test_a_target_of_probability_0_weighs_nothing(every_backend, name, adv):
 def test_a_nan_is_not_hidden(every_backend, name, adv):
     """Of the old log-probs; vespo takes a ratio that is none for 0, as TRL does, and reinforce reads none."""
     real = real_of(every_backend)
-    out, g = loss_and_gradient(
-        gk.LossConfig(**LOSSES[name]), *with_first([(-1.0, NAN)], REST), [adv], every_backend, real
-    )
+    out, g = run(gk.LossConfig(**LOSSES[name]), *columns([(-1.0, NAN)]), every_backend, real, adv=[adv])
     assert out.loss.isnan()
     if name not in BY_SEQUENCE and not name.startswith("dro"):
         assert g[0, 0].isnan() and g[0, 1:].isfinite().all()
@@ -150,9 +149,8 @@ def test_a_kl_of_0_is_0_under_any_weight(every_backend, estimator, gradient):
     """logp = ref, where both weights overflow; k1 alone has a slope there, which they multiply."""
     config = gk.LossConfig(kl_coef=0.5, kl_estimator=estimator, kl_gradient=gradient)
     real = real_of(every_backend)
-    out, g = loss_and_gradient(
-        config, [[-1.0]], [[-2000.0]], [0.0], every_backend, real, ref_logps=torch.tensor([[-1.0]], dtype=real)
-    )
+    ref = torch.tensor([[-1.0]], dtype=real)
+    out, g = run(config, [[-1.0]], [[-2000.0]], every_backend, real, adv=[0.0], ref_logps=ref)
     assert out.loss == 0
     if estimator != "k1":
         assert g.item() == 0
@@ -166,9 +164,8 @@ def test_a_clamp_holds_a_kl_that_overflows(every_backend, gradient):
         pytest.skip("its gradient is k2's, which no clamp bounds")
     config = gk.LossConfig(kl_coef=0.5, kl_gradient=gradient, kl_input_clamp=20.0, kl_output_clamp=10.0)
     real = real_of(every_backend)
-    out, g = loss_and_gradient(
-        config, [[-1.0]], [[-2000.0]], [0.0], every_backend, real, ref_logps=torch.tensor([[999.0]], dtype=real)
-    )
+    ref = torch.tensor([[999.0]], dtype=real)
+    out, g = run(config, [[-1.0]], [[-2000.0]], every_backend, real, adv=[0.0], ref_logps=ref)
     assert out.loss == 5 and g.item() == 0
 
 
