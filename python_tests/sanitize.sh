@@ -18,4 +18,5 @@ runtime=$(${CXX:-c++} -print-file-name=libasan.so):$(${CXX:-c++} -print-file-nam
 # Leaks are off: the interpreter's own would drown ours.
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$work "$python" -m pytest -q -m "not slow" \
   python_tests/test_logps.py python_tests/test_losses.py python_tests/test_linear.py python_tests/test_edges.py python_tests/test_advantages.py \
-  python_tests/test_diversity.py python_tests/test_returns.py python_tests/test_cuda_rows.py python_tests/test_cuda_tokens.py
+  python_tests/test_diversity.py python_tests/test_returns.py python_tests/test_cuda_rows.py python_tests/test_cuda_tokens.py \
+  python_tests/test_cuda_boundaries.py
