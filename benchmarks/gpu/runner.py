@@ -151,6 +151,8 @@ class Run:
 
 
 def brief(result: dict[str, Any]) -> str:
+    if "skipped" in result:
+        return f"skipped: {result['skipped']}"
     word = "good" if result["ok"] else "unfinished" if result.get("unfinished") else "FAILED"
     word = f"unavailable ({result['unavailable']})" if "unavailable" in result else word
     wrong = ", ".join(result.get("bad", []))
