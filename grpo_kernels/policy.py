@@ -51,15 +51,16 @@ class LossOutput(NamedTuple):
     ratio_mean/min/max  of r (1 when there are no tokens)
     clip_low            share of tokens with A < 0 and r below 1 - eps_low; cispo: r below cispo_low;
                         dppo and trust regions: A <= 0 and outside the region
-    clip_high           share with A > 0 and r above 1 + eps_high; cispo: A > 0 and r above cispo_high;
-                        dppo and trust regions: A > 0 and outside the region
+    clip_high           share with A > 0 and r above 1 + eps_high, or delta if that is lower; cispo: A > 0 and r
+                        above cispo_high; dppo and trust regions: A > 0 and outside the region
     clip_region         their sum
-    clip_cap            share with A < 0 where delta or dual_clip bounds the term; cispo: A <= 0 and r
-                        above cispo_high; dppo: r above ratio_cap; *_cov: picked tokens
+    clip_cap            share with A < 0 where the term is bounded from above: by dual_clip, or by the larger of
+                        delta and 1 + eps_high; cispo: A <= 0 and r above cispo_high; dppo: r above ratio_cap;
+                        *_cov: picked tokens
     clip_low_min        least clip_low of a sequence that has tokens
     clip_high_max       largest clip_high of a sequence
-    gradient_weight     mean of g where the policy term's gradient is -g A: the ratio where it is not
-                        clipped, cispo's clamped ratio, vespo's phi, 1 for reinforce
+    gradient_weight     mean of g where the policy term's gradient is -g A: the ratio where no bound holds it
+                        (A = 0 counts as A > 0), cispo's clamped ratio, vespo's phi, 1 for reinforce
     rejected            share of tokens with w = 0
     weight_mean/min/max of w (1 where nothing weighs); weight_ess: (sum w)^2 / (N sum w^2)
     rollout_kl          mean of -d, rollout_kl_k3 of e^d - 1 - d, rollout_abs_diff of |d|: how far the policy
