@@ -88,7 +88,7 @@ def reward_weights_of(weights: Tensor | Sequence[float] | None, rewards: Tensor)
     if isinstance(weights, Tensor):
         return weights.detach().to(rewards.device, torch.float64)
     if weights is None or not len(weights):
-        return rewards.new_ones(rewards.shape[1:] if weights is None else 0, dtype=torch.float64)
+        return rewards.new_ones(rewards.shape[1:] if weights is None else (0,), dtype=torch.float64)
     return torch.stack([torch.full((), float(w), dtype=torch.float64, device=rewards.device) for w in weights])
 
 
