@@ -41,8 +41,8 @@ def aggregation_weights(
 
 
 def _on_device(scale: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """0-d, without a copy to the device, which the host would wait for: a number is filled in there, and a 0-d tensor of
-    the CPU is an argument of the product."""
+    """0-d, without a copy to the device, which the host would wait for: a number is filled in there, and a 0-d tensor
+    of the CPU is an argument of the product."""
     if not isinstance(scale, Tensor):
         return torch.full((), scale, dtype=dtype, device=like.device)
     if scale.dim() == 0 and scale.device != like.device:

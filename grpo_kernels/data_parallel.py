@@ -24,7 +24,8 @@ class Ranks:
 
     def _all_sizes(self, samples: int, device: torch.device) -> list[int]:
         sizes = torch.empty(dist.get_world_size(self.group), dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(sizes, torch.full((1,), samples, dtype=torch.int64, device=device), group=self.group)
+        own = torch.full((1,), samples, dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(sizes, own, group=self.group)
         return sizes.tolist()
 
     @property

@@ -83,12 +83,12 @@ def real_rewards(rewards: Tensor) -> Tensor:
 
 
 def reward_weights_of(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Tensor:
-    """float64 [K] beside the rewards [S, K], 1 each for None. Numbers are filled in where the rewards are: a tensor made
-    of them on the CPU would be copied there, and waited for."""
+    """float64 [K] beside the rewards [S, K], 1 each for None. Numbers are filled in where the rewards are: a tensor
+    made of them on the CPU would be copied there, and waited for."""
     if isinstance(weights, Tensor):
         return weights.detach().to(rewards.device, torch.float64)
     if weights is None or not len(weights):
-        return rewards.new_ones(rewards.shape[1:] if weights is None else 0, dtype=torch.float64)
+        return rewards.new_ones(rewards.shape[1:] if weights is None else (0,), dtype=torch.float64)
     return torch.stack([torch.full((), float(w), dtype=torch.float64, device=rewards.device) for w in weights])
 
 

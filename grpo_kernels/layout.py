@@ -165,8 +165,8 @@ def check_rows_apart(logits: Tensor) -> None:
     if len(dims) == 2 and _interlaced(dims, vocab):
         return
     raise ValueError(
-        f"in place, rows of logits must not share memory: strides {logits.stride()} of shape {tuple(logits.shape)} make "
-        "them overlap (as after expand); pass inplace=False, or logits that are a copy of their own"
+        f"in place, rows of logits must not share memory: strides {logits.stride()} of shape {tuple(logits.shape)} "
+        "make them overlap (as after expand); pass inplace=False, or logits that are a copy of their own"
     )
 
 

@@ -144,7 +144,8 @@ def linear_token_logps(
     """``token_logps`` of ``hidden @ weight.T + bias``, chunk by chunk; masked rows are never computed.
 
     Differentiable in ``hidden``, ``weight`` and ``bias``; a frozen one costs no matmul. The backward computes the
-    logits again (8 N H V operations in all). What TRL's ``ChunkedLogProbFunction`` and verl's ``FusedLinearForPPO`` do.
+    logits again (8 N H V operations in all). On a GPU, forward and backward each wait for the number of active rows.
+    What TRL's ``ChunkedLogProbFunction`` and verl's ``FusedLinearForPPO`` do.
 
     Args:
         hidden: ``[..., H]``, last hidden states; one position more than the targets is allowed, the last is ignored.
@@ -210,8 +211,8 @@ def linear_grpo_loss(
 
     With a token-level ratio the forward already computes the gradients of hidden, weight and bias, chunk by chunk:
     three matmuls (6 N H V operations, 4 N H V with a frozen head) where recomputing the logits takes four. Masked rows
-    are never computed. Losses that need more than the token (see ``grpo_loss``) and
-    ``single_pass=False`` recompute.
+    are never computed, so that on a GPU the forward waits for their number. Losses that need more than the token (see
+    ``grpo_loss``) and ``single_pass=False`` recompute, and wait again in the backward.
 
     Args:
         hidden, weight, bias, chunk_rows: as in ``linear_token_logps``.

@@ -123,9 +123,8 @@ def grpo_loss(
         LossOutput.
 
     Raises:
-        ValueError, TypeError: as ``token_logps`` and ``policy_loss``; for ``inplace`` on a leaf that requires grad, or on rows that
-            overlap in memory;
-            for advantages and rewards both given, or neither.
+        ValueError, TypeError: as ``token_logps`` and ``policy_loss``; for ``inplace`` on a leaf that requires grad, or
+            on rows that overlap in memory; for advantages and rewards both given, or neither.
         RuntimeError: from a second backward through an ``inplace`` loss.
     """
     unsupported_group("tp_group", tp_group)

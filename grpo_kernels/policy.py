@@ -99,8 +99,10 @@ class TokenPolicy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
+        if g is None:
+            return (None,) * (5 + N_INPUTS)
         needs = ctx.needs_input_grad[:2]
-        gradients = [g * x if need and g is not None else None for x, need in zip(ctx.saved_tensors, needs, strict=True)]
+        gradients = [g * x if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)]
         return *gradients, *[None] * (3 + N_INPUTS)
 
 
@@ -259,9 +261,10 @@ def policy_loss(
         entropy_mask: per token, multiplies the policy term (TRL's top-entropy quantile), and the entropy term with
             ``config.entropy_mask_bonus``; ``gmpo`` leaves the tokens out of its mean.
         sequence_weights: ``[R]``, multiplies every term of a sequence, beside the aggregation's own weight.
-        cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences; needed where a sequence matters. They rise from
-            0 to at most N. On a GPU that is not checked, as it would have to be waited for: they are taken as clamped,
-            so that nothing is read or written elsewhere; how the tokens are shared out then is not promised.
+        cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences, on the tokens' device; needed where a sequence
+            matters. They rise from 0 to at most N. On a GPU that is not checked, as it would have to be waited for: they
+            are taken as clamped, so that nothing is read or written elsewhere; how the tokens are shared out then is not
+            promised.
         denominator: replaces the aggregation's own (tokens, sequences, or sequences * max_length), for gradient
             accumulation and data parallelism; a 0-d tensor is not waited for.
         scale: multiplies the loss; ``1 / steps`` for gradient accumulation.
@@ -272,7 +275,8 @@ def policy_loss(
         LossOutput; ``entropy`` is the argument's, when it is asked for or part of the loss.
 
     Raises:
-        ValueError: for shapes that do not fit, and for a tensor that the config needs and that is missing.
+        ValueError: for shapes that do not fit, for boundaries on another device, and for a tensor that the config
+            needs and that is missing.
     """
     unsupported_group("cp_group", cp_group)
     config = config or DEFAULT

@@ -38,7 +38,8 @@ def group_diversity(
     In the order of position, a sample is dropped if its similarity to an earlier kept sample of its group reaches
     `threshold`, and joins the cluster of the most similar one (the first of equals). Every pair is compared exactly, on
     any number of threads; the CPU kernels tell n-grams of two or more tokens apart by 64-bit hashes, where a collision
-    among 16 million has a chance of 1e-5. Time grows with S^2 in a group and memory as the token ids'.
+    among 16 million has a chance of 1e-5. Time grows with S^2 in a group and memory as the token ids'. The backend
+    "triton" waits for the GPU, for the numbers of tokens and n-grams; "cuda" does not.
 
     A loss without the repetitions reads ``mask & keep[:, None]``, and ``group_advantages(valid=keep)`` leaves their
     rewards out. Or every cluster counts as one sample: pass ``sequence_weights=weights``, and ``weights.sum()``, the

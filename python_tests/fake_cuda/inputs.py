@@ -1,0 +1,57 @@
+"""Fake tensors on the GPU, by the names of the functions' arguments. Making them is not recorded: it launches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEQUENCES, TOKENS, VOCAB, HIDDEN, GROUP, REWARDS = 4, 8, 64, 16, 2, 3
+Call = Callable[[], Any]
+LEAVES: list[Tensor] = []  # whose gradient goes before each call, or it would be added to that of the call before
+
+
+def gpu(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    x = torch.empty(shape, dtype=dtype, device="cuda", requires_grad=grad)
+    LEAVES.extend([x] if grad else [])
+    return x
+
+
+class Inputs:
+    """Of one form: what it takes, by the names of the functions' arguments."""
+
+    def __init__(self, packed: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        self.tokens = (SEQUENCES * TOKENS,) if packed else (SEQUENCES, TOKENS)
+        self.dtype, self.packed = dtype, packed
+        self.cu_seqlens = gpu(SEQUENCES + 1, dtype=torch.int32) if packed else None
+
+    def a_token(self, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
+        real = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return gpu(*self.tokens, dtype=dtype or real, grad=grad)
+
+    def a_sequence(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return gpu(SEQUENCES, dtype=dtype)
+
+    def mask(self) -> Tensor:
+        return self.a_token(torch.bool)
+
+    def targets(self) -> Tensor:
+        return self.a_token(torch.int64)
+
+    def logits(self, grad: bool = True) -> Tensor:
+        return gpu(*self.tokens, VOCAB, dtype=self.dtype, grad=grad)
+
+    def head(self) -> tuple[Tensor, Tensor]:
+        return gpu(*self.tokens, HIDDEN, dtype=self.dtype, grad=True), gpu(VOCAB, HIDDEN, dtype=self.dtype, grad=True)
+
+
+def backward(loss: Tensor) -> None:
+    loss.backward()
+
+
+def both_layouts() -> Iterator[tuple[str, Inputs, dict[str, Any]]]:
+    for packed in (False, True):
+        x = Inputs(packed)
+        yield "packed" if packed else "padded", x, {"cu_seqlens": x.cu_seqlens} if packed else {}
