@@ -262,9 +262,9 @@ def policy_loss(
             ``config.entropy_mask_bonus``; ``gmpo`` leaves the tokens out of its mean.
         sequence_weights: ``[R]``, multiplies every term of a sequence, beside the aggregation's own weight.
         cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences, on the tokens' device; needed where a sequence
-            matters. They rise from 0 to at most N. On a GPU that is not checked, as it would have to be waited for: they
-            are taken as clamped, so that nothing is read or written elsewhere; how the tokens are shared out then is not
-            promised.
+            matters. They rise from 0 to at most N. On a GPU that is not checked, as it would have to be waited for:
+            they are taken as clamped, so that nothing is read or written elsewhere; how the tokens are shared out then
+            is not promised.
         denominator: replaces the aggregation's own (tokens, sequences, or sequences * max_length), for gradient
             accumulation and data parallelism; a 0-d tensor is not waited for.
         scale: multiplies the loss; ``1 / steps`` for gradient accumulation.
