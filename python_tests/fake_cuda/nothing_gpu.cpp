@@ -1,8 +1,9 @@
 // A CUDA device that does nothing, for a torch that was built without CUDA.
 //
-// FakeTensorMode has tensors with a device and no memory, but autograd wants more of a device than its name: it asks the
-// accelerator's hooks how many devices there are and starts a thread for each, and it sets the device and the stream of a
-// node by the device guard. Without either it ends with "PyTorch is not linked with support for cuda devices".
+// FakeTensorMode has tensors with a device and no memory, but autograd wants more of a device than its name: it asks
+// the accelerator's hooks how many devices there are and starts a thread for each, and it sets the device and the
+// stream of a node by the device guard. Without either it ends with "PyTorch is not linked with support for cuda
+// devices".
 //
 // Hazard: torch looks the hooks up once, by the class name "CUDAHooks" in a registry, the first time it is asked for
 // them. So this is loaded before `import torch` has run, with global symbols, in a process of its own.
