@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-TRITON_FOLDER = "backends/triton/"
+OURS = "grpo_kernels/backends/triton/"
 
 
 class Outside(NamedTuple):
@@ -43,13 +43,11 @@ class Accesses:
         within = (addresses < ends) & (ends - addresses >= size)
         self.inside[self._kernel] = self.inside.get(self._kernel, 0) + 1
         if (mask & ~within).any():
-            lines = [f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in traceback.extract_stack() if is_ours(f)]
+            lines = [
+                f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in traceback.extract_stack() if OURS in f.filename
+            ]
             self.outside.append(Outside(self._kernel, what, int((mask & ~within).sum()), lines[-1] if lines else "?"))
         return mask & within
-
-
-def is_ours(frame: traceback.FrameSummary) -> bool:
-    return TRITON_FOLDER in frame.filename and "runtime" not in frame.filename
 
 
 def runs_of(x: torch.Tensor) -> np.ndarray:

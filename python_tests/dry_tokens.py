@@ -74,7 +74,9 @@ def every_form():
                 one = torch.ones(8, dtype=torch.float64)
                 samples = Samples(torch.zeros(8, 2), None, None, ids, one, one)
                 backend.group_advantages(samples, AdvantageForm(4, baseline, scale, 1, 1e-4, 0.5, -9.0, 9.0, False))
-    backend.gae(torch.zeros(1, 9), None, None, torch.tensor([0, 4, 9]), 0.9, 1.0)
+    grid, cu = torch.zeros(1, 9), torch.tensor([0, 4, 9])
+    backend.gae(grid, None, None, cu, 0.9, 1.0)
+    backend.gae(grid, grid, torch.ones_like(grid, dtype=torch.bool), cu, 0.9, 1.0)
     for dtype in (torch.float32, torch.float16, torch.float64):
         for first in (0, 1):
             backend.scale(torch.zeros(2, 3, 64, dtype=dtype)[..., first:], torch.ones(()))

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import real_dtype
-from .launch import REALS, bits, kernel, number, on_device_of
+from .launch import REALS, bits, kernel, number, on_device_of, registers
 from .math import temporal_difference, value_term
 from .numeric import max_, quotient
 from .packed import first_of_tail, sequence_bounds
@@ -17,6 +17,7 @@ from .policy_inputs import read, view_args
 # Tokens of a sequence scanned together, 8 a thread: one of each 128, no neighbours, so that a scan is 8 scans of 128
 # tokens, each across the warps.
 BLOCK, WARPS = 1024, 4
+REGISTERS = 168  # of a thread, at most: three programs on a multiprocessor; packed GAE spills with 128
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def gae(
                 *view_args(rewards), *view_args(values), *view_args(active),
                 None if cu_seqlens is None else cu_seqlens.contiguous(), tokens, sequences, bits(gamma, real),
                 bits(gamma * lam, real), advantages, returns, REAL=REALS[real], BLOCK=BLOCK, num_warps=WARPS,
-                enable_fp_fusion=False,
+                enable_fp_fusion=False, **registers(REGISTERS),
             )  # fmt: skip
     return advantages, returns
 
