@@ -1,7 +1,8 @@
 """Coefficients that follow what training shows: the KL's and the entropy bonus's.
 
 A coefficient is a run-time number of the kernels, so changing it recompiles nothing. A fixed one needs no controller:
-it stands in ``LossConfig(kl_coef=...)``; ``horizon=math.inf`` keeps this interface and the value.
+it stands in ``LossConfig(kl_coef=...)``; ``horizon=math.inf`` keeps this interface and the value. A captured CUDA graph
+holds numbers as they were; ``coef_on(device)`` is a tensor that it reads anew at each replay.
 """
 
 from __future__ import annotations
@@ -23,6 +24,21 @@ def _check(name: str, value: float, legal: bool, what: str) -> float:
 
 class _Controller:
     _state: tuple[str, ...]  # attributes that training changes
+    coef: Any  # what to pass to LossConfig, an attribute or a property
+
+    def coef_on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The coefficient as a 0-d tensor for ``LossConfig``: always the same one, which `update` and `load_state_dict`
+        write the new value into, so that one config serves all steps and a replayed CUDA graph follows. Nothing waits.
+        """
+        tensors = self.__dict__.setdefault("_tensors", {})
+        key = (torch.device(device), dtype)
+        if key not in tensors:
+            tensors[key] = torch.full((), self.coef, device=device, dtype=dtype)
+        return tensors[key]  # type: ignore[no-any-return]
+
+    def _publish(self) -> None:
+        for tensor in self.__dict__.get("_tensors", {}).values():
+            tensor.fill_(self.coef)
 
     def state_dict(self) -> dict[str, float]:
         """What training has changed, plain numbers (JSON holds them)."""
@@ -38,6 +54,7 @@ class _Controller:
             raise ValueError(f"state must have {', '.join(self._state)}; got {', '.join(map(str, state)) or 'nothing'}")
         for name in self._state:
             setattr(self, name, float(state[name]))
+        self._publish()
 
 
 class AdaptiveKLController(_Controller):
@@ -47,6 +64,8 @@ class AdaptiveKLController(_Controller):
 
         out = grpo_loss(..., config=dataclasses.replace(config, kl_coef=controller.coef))
         controller.update(out.metrics["kl"], n_steps=batch_size)
+
+    or, once, ``LossConfig(kl_coef=controller.coef_on(logits.device))``, which every update changes.
 
     Args:
         init: the first coefficient, at least 0.
@@ -77,6 +96,7 @@ class AdaptiveKLController(_Controller):
         _check("n_steps", n_steps, n_steps >= 0, "at least 0")
         error = min(max(current / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * n_steps / self.horizon
+        self._publish()
         return self.coef
 
 
@@ -90,6 +110,8 @@ class AdaptiveEntropyController(_Controller):
             out = grpo_loss(..., return_entropy=True, config=dataclasses.replace(config, entropy_coef=controller.coef))
             controller.observe(out.entropy, mask)
         controller.update()
+
+    or, once, ``LossConfig(entropy_coef=controller.coef_on(logits.device))``, which every update changes.
 
     Args:
         init: the first value of the coefficient.
@@ -153,4 +175,5 @@ class AdaptiveEntropyController(_Controller):
         step = self.delta if entropy <= self.target else -self.delta
         self.value = min(max(self.value + step, self.low), self.high)
         self.last_entropy = entropy
+        self._publish()
         return self.coef

@@ -41,6 +41,19 @@ def test_kl_is_verls():
         assert ours.update(kl, 16 + i) == pytest.approx(theirs.value, rel=1e-14)
 
 
+def test_a_tensor_of_the_coefficient_follows_the_controller():
+    kl, entropy = gk.AdaptiveKLController(0.1, 0.01, 10), gk.AdaptiveEntropyController(0.2, target=1.0, delta=0.1)
+    on_kl, on_entropy = kl.coef_on("cpu", torch.float64), entropy.coef_on("cpu")
+    assert on_kl.item() == 0.1 and on_entropy.item() == 0.0 and kl.coef_on("cpu", torch.float64) is on_kl
+    config = gk.LossConfig(kl_coef=on_kl, entropy_coef=on_entropy)
+    kl.update(1.0), entropy.observe(torch.full((3,), 0.5))
+    entropy.update()
+    assert on_kl.item() == kl.coef != 0.1 and on_entropy.item() == pytest.approx(entropy.coef) and entropy.coef > 0
+    assert config.kl_coef is kl.coef_on("cpu", torch.float64)
+    kl.load_state_dict({"coef": 0.7})
+    assert on_kl.item() == 0.7
+
+
 def test_kl_coefficient_reaches_the_loss():
     b = make_batch()
     controller, config = gk.AdaptiveKLController(0.1, 0.01, 10), gk.LossConfig(kl_coef=0.1)
