@@ -100,7 +100,7 @@ class CudaOnPtx:
         spec = importlib.util.spec_from_file_location(MODULE, folder / f"{MODULE}.so")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        self.options, self.ran, self.edit = Options(), list[Ran](), lambda text: text
+        self.options, self.ran, self.edit = Options(), list[Ran](), lambda text, entry: text
         self._texts = {e: text for f in folder.glob("*.ptx") for text in [f.read_text()] for e in entries(text)}
         self._error: BaseException | None = None
         self._library, self._launched, self._arch = (
@@ -137,7 +137,7 @@ class CudaOnPtx:
             return
         try:
             entry = name.decode()
-            made = program(self.edit(self._texts[entry]), entry)
+            made = program(self.edit(self._texts[entry], entry), entry)
             data = ctypes.string_at(parameters, made.kernel.parameter_bytes)
             grid = Grid(
                 made, tuple(blocks[i] for i in range(3)), threads, data, shared_bytes=shared, cluster=cluster,

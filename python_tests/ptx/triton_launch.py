@@ -21,7 +21,7 @@ class Ran(NamedTuple):
 
 class TritonOnPtx:
     def __init__(self, arch: int = 90):
-        self.options, self.ran, self.edit = Options(), list[Ran](), lambda text: text
+        self.options, self.ran, self.edit = Options(), list[Ran](), lambda text, entry: text
         self.driver = dry_run("cuda", arch)
         self.driver.launcher_cls = self._launcher()
         handles = iter(range(1, 1 << 30))
@@ -34,7 +34,7 @@ class TritonOnPtx:
                 self.source, self.metadata = source, metadata
 
             def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-                ptx = outer.edit(compiled(outer.driver, self.source.fn, function).asm["ptx"])
+                ptx = outer.edit(compiled(outer.driver, self.source.fn, function).asm["ptx"], self.metadata.name)
                 outer.launch(ptx, self.source, self.metadata, (x, y, z), rest[4:])  # behind metadata and hooks
 
         return Launcher
