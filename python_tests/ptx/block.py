@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .frame import ALL, LANES
+from .frame import ALL, EVERYBODY, LANES
 from .memory import RANK_SHIFT, SHARED_WINDOW, SharedMemory, Trap
 from .races import Shadow
 from .sync import Copy, Mbarrier, Meeting
@@ -32,6 +32,7 @@ class Warp:
         self.rows = grid.program.frame.new_rows(special)
         self.groups: list[list] = [[0, ALL]]  # where lanes are, and which
         self.present = ALL  # that have not left
+        self.apart, self.stops = False, frozenset[int]()  # whether, and where, the machine has to choose among groups
         self.blocked = self.done = False
         self.copies: list[Copy] = []  # that no barrier waits for yet
         self.clocks = np.zeros(block.cluster.agents, np.int32)
@@ -49,7 +50,7 @@ class Warp:
         together: dict[int, np.ndarray] = {}
         for pc, mask in sorted(self.groups, key=lambda g: g[0]):
             together[pc] = together[pc] | mask if pc in together else mask
-        self.groups = [[pc, ALL if mask.all() else mask] for pc, mask in together.items()]
+        self.groups = [[pc, ALL if mask.tobytes() == EVERYBODY else mask] for pc, mask in together.items()]
 
 
 class Block:

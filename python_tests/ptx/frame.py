@@ -3,6 +3,7 @@ view of one under a type, so that a closure finds it by an index."""
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 
@@ -12,6 +13,7 @@ from .text import Kernel, size_of
 
 LANES = 32
 ALL = np.ones(LANES, bool)  # compared by identity: the mask of a warp that is all there
+NOBODY, EVERYBODY = bytes(LANES), ALL.tobytes()  # what masks are compared with, as that is what is fast
 UNDEFINED = 0xA5A5A5A5A5A5A5A5  # what a register holds before it is written
 
 _INTEGERS = {1: (np.uint8, np.int8), 2: (np.uint16, np.int16), 4: (np.uint32, np.int32), 8: (np.uint64, np.int64)}
@@ -86,19 +88,33 @@ class Frame:
             raise NotImplementedError(f"operand {operand!r} as {kind}")
         return (known[base] + int(offset or 0)) & mask
 
-    def new_rows(self, special: dict[str, object]) -> list[np.ndarray]:
-        """A warp's views, in the order of their indices."""
-        store = {}
-        for size, rows in self._rows.items():
-            initial = np.array(rows, np.uint64).astype(_INTEGERS[size][0])
-            store[size] = np.repeat(initial[:, None], LANES, axis=1)
+    @functools.cached_property
+    def _initial(self) -> dict[int, np.ndarray]:
+        columns = {size: np.array(rows, np.uint64).astype(_INTEGERS[size][0]) for size, rows in self._rows.items()}
+        return {size: np.repeat(column[:, None], LANES, axis=1) for size, column in columns.items()}
+
+    def new_rows(self, special: dict[str, object]) -> Rows:
+        """A warp's."""
+        store = {size: matrix.copy() for size, matrix in self._initial.items()}
         for name, value in special.items():
             store[4][self._place[name][1]] = value
-        made = []
-        for size, row, dtype in self._views:
-            narrow = store[size][row].view(dtype)
-            made.append(narrow[:: size // dtype.itemsize] if size != dtype.itemsize else narrow)
-        return made
+        return Rows(list(self._views), store)
+
+
+class Rows(dict[int, np.ndarray]):
+    """The views of a warp by their index, made when they are first used: most warps go few of a kernel's ways."""
+
+    def __init__(self, views: list[tuple[int, int, np.dtype]], store: dict[int, np.ndarray]):
+        super().__init__()
+        self._views, self._store = views, store
+
+    def __missing__(self, index: int) -> np.ndarray:
+        size, row, dtype = self._views[index]
+        view = self._store[size][row].view(dtype)
+        if size != dtype.itemsize:
+            view = view[:: size // dtype.itemsize]  # the low part
+        self[index] = view
+        return view
 
 
 def put(to: np.ndarray, mask: np.ndarray, value: object) -> None:

@@ -11,12 +11,11 @@ import numpy as np
 
 from . import access, alu, collective, sync
 from .block import Cluster, Warp
-from .frame import ALL, LANES, Frame
+from .frame import ALL, EVERYBODY, LANES, NOBODY, Frame
 from .memory import GlobalMemory, Trap
 from .text import Instruction, Kernel, parse
 
 PLAIN, BRANCH, LEAVE, TOGETHER = range(4)
-_NOBODY, _EVERYBODY = bytes(LANES), bytes([1] * LANES)
 
 
 class Step(NamedTuple):
@@ -35,6 +34,7 @@ class Program:
         self.globals = {name: np.zeros(size, np.uint8) for name, size in kernel.constants.items()}
         self.frame = Frame(kernel, {name: x.ctypes.data for name, x in self.globals.items()})
         self.code = [self._step(ins) for ins in kernel.code]
+        self.collectives = frozenset(pc for pc, step in enumerate(self.code) if step.kind == TOGETHER)
 
     def _step(self, ins: Instruction) -> Step:
         try:
@@ -164,8 +164,11 @@ class Grid:
 
     def _advance(self, w: Warp, count: int) -> None:
         code, executed = self.program.code, self.executed
+        group = w.groups[0]
+        w.apart = len(w.groups) > 1
         for _ in range(count):
-            group = w.groups[0] if len(w.groups) == 1 else self._choose(w)
+            if w.apart or group[0] in w.stops:
+                group = self._choose(w)
             pc, mask = group
             kind, run, guard, negated, members = code[pc]
             self.step_of = pc
@@ -176,9 +179,11 @@ class Grid:
             self.instructions += 1
             if kind == BRANCH:
                 self._branch(w, group, run, active)
+                w.apart = len(w.groups) > 1
             elif kind == LEAVE:
                 if self._leave(w, group, active):
                     return
+                w.apart = True
             else:
                 group[0] = pc + 1
                 if active is not None and run(w, active):
@@ -193,14 +198,14 @@ class Grid:
         if mask is not ALL:
             active = active & mask
         raw = active.tobytes()
-        return None if raw == _NOBODY else ALL if raw == _EVERYBODY else active.copy()
+        return None if raw == NOBODY else ALL if raw == EVERYBODY else active.copy()
 
     @staticmethod
     def _branch(w: Warp, group: list, to: int, taken: np.ndarray | None) -> None:
         pc, mask = group
         if taken is None:
             group[0] = pc + 1
-        elif taken is mask or (taken == mask).all():
+        elif taken is mask or taken.tobytes() == mask.tobytes():
             group[0] = to
         else:
             group[:] = [to, taken]
@@ -227,14 +232,18 @@ class Grid:
 
     def _choose(self, w: Warp) -> list:
         """Lanes at one place go on as one; those at a collective instruction wait for its other lanes. The ones that are
-        behind go first, but not always: a GPU need not bring lanes together either."""
+        behind go first, but not always: a GPU need not bring lanes together either. The choice holds up to a branch, a
+        collective instruction, or where other lanes are."""
         w.merge()
+        w.apart, w.stops = False, frozenset()
         if len(w.groups) == 1:
             return w.groups[0]
         free = [g for g in w.groups if not self._waits(w, g)]
         if not free:
             raise Trap("the lanes of a warp wait for each other at several instructions")
-        return self.random.choice(free) if self.random.random() < self.options.apart else free[0]
+        chosen = self.random.choice(free) if self.random.random() < self.options.apart else free[0]
+        w.stops = self.program.collectives.union(g[0] for g in w.groups if g is not chosen)
+        return chosen
 
     def _waits(self, w: Warp, group: list) -> bool:
         kind, _, guard, negated, members = self.program.code[group[0]]

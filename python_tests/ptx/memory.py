@@ -82,6 +82,8 @@ class GlobalMemory:
         check_alignment(at, bytes_)
         if self.spans is None:
             return
+        if not len(self.spans):
+            raise Trap(f"{what} where no tensor is")
         i = np.searchsorted(self.spans[:, 0], at, side="right") - 1
         outside = (i < 0) | (at + bytes_ > self.spans[np.maximum(i, 0), 1])
         if outside.any():

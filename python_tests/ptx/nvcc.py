@@ -6,13 +6,14 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
-import gc
 import hashlib
 import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from grpo_kernels.backends.native import Kernels, plain_matrix
 from grpo_kernels.backends.scratch import GpuMemory
 
 from .machine import Grid, Options, program
-from .memory import Trap
 from .text import entries
 from .triton_launch import Ran, spans_of
 
@@ -127,6 +127,7 @@ class CudaOnPtx:
         return getattr(self.kernels, name)
 
     def _launch(self, kernel: Any, device: torch.device, *arguments: Any) -> None:
+        self._spans = spans_of(tensors_of_the_callers(2))
         cpu.launch(kernel, device, *arguments)
         error, self._error = self._error, None
         if error is not None:
@@ -141,12 +142,29 @@ class CudaOnPtx:
             data = ctypes.string_at(parameters, made.kernel.parameter_bytes)
             grid = Grid(
                 made, tuple(blocks[i] for i in range(3)), threads, data, shared_bytes=shared, cluster=cluster,
-                spans=spans_of(x for x in gc.get_objects() if type(x) is torch.Tensor), options=self.options,
+                spans=self._spans, options=self.options,
             )  # fmt: skip
             self.ran.append(Ran(short(entry), grid))
             grid.run()
-        except (Trap, NotImplementedError, KeyError) as error:  # ctypes would print it and go on
+        except BaseException as error:  # ctypes would print it and go on
             self._error = error
+
+
+def tensors_of_the_callers(frames: int) -> list[torch.Tensor]:
+    """What the functions behind `_launch` hold: the kernels get addresses alone, and these are what they may touch."""
+    frame, found = sys._getframe(2), list[torch.Tensor]()
+    for _ in range(frames):
+        found += _tensors(list(frame.f_locals.values()))
+        frame = frame.f_back
+    return found
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
 
 
 @functools.cache
