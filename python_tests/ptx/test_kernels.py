@@ -24,9 +24,9 @@ HERE = [
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the source tree")
 
 
-def run(backend, *arguments):
-    """The outcome of every case."""
-    command = [sys.executable, "-m", "ptx.run", backend, *arguments]
+def run(module, backend, *arguments):
+    """What a module of this folder prints, a line of JSON for each case."""
+    command = [sys.executable, "-m", f"ptx.{module}", backend, *arguments]
     paths = f"{ROOT}:{ROOT / 'python_tests'}"
     done = subprocess.run(
         command,
@@ -55,7 +55,7 @@ def kernels_in_the_sources(backend):
 
 @pytest.mark.parametrize("backend", HERE)
 def test_every_kernel(backend):
-    outcomes = run(backend)
+    outcomes = run("run", backend)
     check(outcomes)
     assert {kernel for found in outcomes for kernel in found["kernels"]} == kernels_in_the_sources(backend)
 
@@ -64,4 +64,4 @@ def test_every_kernel(backend):
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("backend", HERE)
 def test_every_form_and_shape(backend, seed):
-    check(run(backend, "--soak", "--seed", str(seed), "--resident", str(1 + 2 * seed)))
+    check(run("run", backend, "--soak", "--seed", str(seed), "--resident", str(1 + 2 * seed)))
