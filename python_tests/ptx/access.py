@@ -58,6 +58,8 @@ def load(frame: Frame, ins: Instruction) -> Callable:
 
 def store(frame: Frame, ins: Instruction) -> Callable | None:
     kind, space = ins.parts[-1], space_of(ins.parts)
+    if "async" in ins.parts:
+        raise NotImplementedError("a store that an mbarrier counts")
     if space == "param":  # arguments of a call, which ends the kernel
         return lambda w, m: None
     size = size_of(kind)
@@ -100,6 +102,8 @@ def _operation(ins: Instruction, size: int) -> Callable[..., int]:
 def atomic(frame: Frame, ins: Instruction) -> Callable:
     """Lane after lane, in an order that nothing may hang on."""
     kind, space = ins.parts[-1], space_of(ins.parts)
+    if "async" in ins.parts:
+        raise NotImplementedError("a reduction that an mbarrier counts")
     size = size_of(kind)
     operands = ins.operands if ins.parts[0] == "atom" else ("_", *ins.operands)
     target = frame.target(operands[0], kind)

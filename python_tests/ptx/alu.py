@@ -65,8 +65,14 @@ INTEGERS = {
 LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.not_equal, "not": np.logical_not}
 
 
+# Others (a carry, saturation, rounding towards 0) would change results.
+MODIFIERS = {"rn", "rm", "ftz", "lo", "hi", "NaN", "approx", "full"}
+
+
 def _same_type(frame: Frame, ins: Instruction) -> Run:
     name, kind = ins.parts[0], ins.parts[-1]
+    if (unknown := set(ins.parts[1:-1]) - MODIFIERS) or ("rm" in ins.parts and name != "fma"):
+        raise NotImplementedError(f"{name} with {unknown or 'rm'}")
     target = frame.target(ins.operands[0], kind)
     sources = [frame.source(x, kind) for x in ins.operands[1:]]
     fn = float_function(ins) if kind in ("f16", "f32", "f64") else _integer_function(name, kind, ins)
@@ -80,7 +86,7 @@ def _integer_function(name: str, kind: str, ins: Instruction) -> Callable:
         return LOGIC[name]
     if name == "mul":
         return _high_product if "hi" in ins.parts else np.multiply
-    if name == "mad":
+    if name == "mad" and "lo" in ins.parts:
         return lambda x, y, z: x * y + z
     if name in ("shl", "shr"):
         raise AssertionError("shifts have a builder of their own")
@@ -176,6 +182,8 @@ def comparison(name: str, is_float: bool) -> Callable:
 def _setp(frame: Frame, ins: Instruction) -> Run:
     kind = ins.parts[-1]
     combined = [p for p in ins.parts[2:-1] if p in LOGIC]
+    if len(ins.parts) != 3 + len(combined):
+        raise NotImplementedError("setp with a modifier")
     sources = [frame.source(x, kind) for x in ins.operands[1:3]]
     compare = comparison(ins.parts[1], kind.startswith("f"))
     first, _, second = ins.operands[0].partition("|")

@@ -70,24 +70,26 @@ class Block:
 
     def meet(self, w: Warp, name: int, threads: int | None) -> bool:
         meeting = self._meetings.setdefault(name, Meeting())
-        w.blocked = True
+        meeting.of_all = threads is None
         meeting.arrive(w)
+        w.blocked = True
         here = len(meeting.waiting) * LANES
-        if threads is not None and here >= threads:
-            if here > threads:
-                raise Trap(f"{here} threads at barrier {name}, which is for {threads}")
+        if threads is None:
+            self.settle()
+        elif here > threads:
+            raise Trap(f"{here} threads at barrier {name}, which is for {threads}")
+        elif here == threads:
             meeting.release()
             self.grid.idle = 0
-        elif threads is None:
-            self.settle()
         return w.blocked
 
     def settle(self) -> None:
-        """A barrier without a number of threads is for all that have not left."""
-        meeting, left = self._meetings.get(0), [w for w in self.warps if not w.done]
-        if meeting and meeting.waiting and len(meeting.waiting) == len(left):
-            meeting.release()
-            self.grid.idle = 0
+        """After an arrival, or when a warp has left."""
+        left = sum(not w.done for w in self.warps)
+        for meeting in self._meetings.values():
+            if meeting.of_all and meeting.waiting and len(meeting.waiting) == left:
+                meeting.release()
+                self.grid.idle = 0
         self.cluster.settle()
 
     def _peer(self, at: int) -> tuple[Block, int]:

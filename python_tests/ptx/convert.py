@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .floats import flushed
 from .frame import dtype_of
 
 ROUND = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
@@ -19,9 +20,11 @@ def convert(to: str, kind: str, modifiers: tuple[str, ...]) -> Callable:
         return lambda x: bf16_bits(x.astype(np.float32))
     if kind == "bf16":
         return lambda x: (x.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(dtype_of(to))
-    steps = [ROUND[m] for m in modifiers if m in ROUND]
+    if unknown := set(modifiers) - {"rn", "sat", "ftz", *ROUND}:
+        raise NotImplementedError(f"cvt with {unknown}")
+    steps = [flushed] * ("ftz" in modifiers) + [ROUND[m] for m in modifiers if m in ROUND]
     if kind.startswith("f") and to[0] in "su":
-        return lambda x: _to_integer(steps[0](x.astype(np.float64)), dtype_of(to))
+        return lambda x: _to_integer(_after(steps, x.astype(np.float64)), dtype_of(to))
     if kind.startswith("f"):
         return lambda x: _to_float(x, steps, "sat" in modifiers, dtype_of(to))
     if "sat" in modifiers:
@@ -40,6 +43,12 @@ def f16_bits(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float16).view(np.uint16)
 
 
+def _after(steps: list[Callable], x: np.ndarray) -> np.ndarray:
+    for step in steps:
+        x = step(x)
+    return x
+
+
 def _to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Past the type's range to its end; NaN is 0."""
     info = np.iinfo(dtype)
@@ -49,8 +58,7 @@ def _to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _to_float(x: np.ndarray, steps: list[Callable], saturate: bool, dtype: np.dtype) -> np.ndarray:
-    for step in steps:
-        x = step(x)
+    x = _after(steps, x)
     if saturate:
         x = np.where(np.isnan(x), 0, np.clip(x, 0, 1))
     return x.astype(dtype)

@@ -24,7 +24,7 @@ def flushed(x: np.ndarray) -> np.ndarray:
 def float_function(ins: Instruction) -> Callable:
     name, kind = ins.parts[0], ins.parts[-1]
     real = dtype_of(kind).type
-    if name in EXTREMES:
+    if name in EXTREMES and "ftz" not in ins.parts:
         return EXTREMES[name]["NaN" in ins.parts]
     if name in ("fma", "mad"):
         return lambda x, y, z: rounded_fma(x, y, z, "rm" in ins.parts, "ftz" in ins.parts)

@@ -49,7 +49,6 @@ CUDA = [
     Mutant("the release of a slot", "loss with a tail", "row_kernel", ARRIVAL, "", ALL, soak=True),
     Mutant("the barrier behind a row's result", "two passes", "row_kernel", NAMED_BARRIER, "", SECOND, soak=True),
     Mutant("the first meeting of the cluster", "loss of a cluster", "row_kernel", MEETING, "", FIRST, 6, soak=True),
-    Mutant("the last meeting of the cluster", "loss of a cluster", "row_kernel", MEETING, "", SECOND, 6, soak=True),
 ]
 TRITON = [
     Mutant("a barrier of a group's reduction", "group", "group_kernel", BARRIER),

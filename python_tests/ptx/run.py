@@ -34,19 +34,18 @@ def backend_on_ptx(name: str) -> Any:
 @contextlib.contextmanager
 def configured(on_ptx: Any, name: str, case: Case) -> Iterator[None]:
     """The case's machine."""
-    if not case.machine:
-        yield
-    elif name == "cuda":
+    if name == "cuda":
         on_ptx.machine(**case.machine)
         yield
-        on_ptx.machine()
-    else:
-        from grpo_kernels.backends.triton import tuning
+        return
+    from grpo_kernels.backends.triton import tuning
 
-        key = "cuda", 90
-        saved = tuning.TABLE[key]
-        tuning.TABLE[key] = saved._replace(**case.machine)
+    key = "cuda", 90
+    saved = tuning.TABLE[key]
+    tuning.TABLE[key] = saved._replace(**case.machine)
+    try:
         yield
+    finally:
         tuning.TABLE[key] = saved
 
 

@@ -21,6 +21,7 @@ class Meeting:
     def __init__(self) -> None:
         self.waiting: list = []
         self.clocks: np.ndarray | None = None
+        self.of_all = True  # that have not left, or of a number of threads
 
     def arrive(self, w) -> None:
         self.waiting.append(w)

@@ -75,6 +75,7 @@ FLOATS = {
     "fma.rn.f32 %r9, %r1, %r2, 0f3F800000;": lambda x, y: (x.astype(np.float64) * y + 1).astype(np.float32),
     "copysign.f32 %r9, %r1, %r2;": lambda x, y: np.copysign(y, x),
     "cvt.rni.f32.f32 %r9, %r1;": lambda x, y: np.rint(x),
+    "cvt.rpi.ftz.f32.f32 %r9, %r1;": lambda x, y: np.ceil(np.where(abs(x) < 1e-38, 0 * x, x)),
     "cvt.sat.f32.f32 %r9, %r1;": lambda x, y: np.nan_to_num(np.clip(x, 0, 1)),
     "ex2.approx.ftz.f32 %r9, %r2;": lambda x, y: np.exp2(y.astype(np.float64)).astype(np.float32),
     "setp.ne.f32 %p1, %r1, %r2; selp.f32 %r9, 0f3F800000, 0f00000000, %p1;": lambda x, y: (
@@ -151,7 +152,16 @@ def test_atomics_of_lanes_at_one_place():
 
 
 @pytest.mark.parametrize(
-    "code", ["sin.approx.f32 %f1, %f2;", "mov.u32 %r1, %smid;", "call.uni foo, ();", "ld.global.u32 %r1, [nobody];"]
+    "code",
+    [
+        "add.cc.u32 %r1, %r1, %r2;",
+        "add.rz.f32 %f1, %f1, %f2;",
+        "cvt.rz.f32.f64 %f1, %g1;",
+        "sin.approx.f32 %f1, %f2;",
+        "mov.u32 %r1, %smid;",
+        "call.uni foo, ();",
+        "ld.global.u32 %r1, [nobody];",
+    ],
 )
 def test_what_is_not_known_is_named(code):
     with pytest.raises(NotImplementedError, match="of k"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 
@@ -46,14 +47,12 @@ class Kernel:
 class Scope:
     """The names declared between two braces: inline assembly uses the same ones again and again."""
 
-    count = 0
-
     def __init__(self, parent: Scope | None):
         self.parent, self.names = parent, dict[str, str]()
+        self._numbers = itertools.count(1) if parent is None else parent._numbers
 
     def declare(self, name: str) -> str:
-        Scope.count += 1
-        self.names[name] = name if self.parent is None else f"{name}@{Scope.count}"
+        self.names[name] = name if self.parent is None else f"{name}@{next(self._numbers)}"
         return self.names[name]
 
     def resolve(self, word: str) -> str:
