@@ -186,9 +186,10 @@ def test_what_a_gpu_answers_with_an_error(code, message):
 
 
 def test_names_in_braces_are_their_own():
-    twice = "{ .reg .b32 t; again: mov.u32 t, 1; bra done; bra again; done: }"
+    twice = "{ .reg .b32 t; .reg .pred q; again: mov.u32 t, 1; setp.eq.u32 q, t, 1; @q bra done; bra again; done: }"
     made = parse(kernel(f"{twice}\n{twice}\n", 0), "k")
     assert len(made.labels) == 4 and len([n for n in made.registers if n.startswith("t@")]) == 2
+    run(f"{twice}\n{twice}")
     assert split("{%r1, %r2}, [%d0+4], 7") == ["{%r1, %r2}", "[%d0+4]", "7"]
     with pytest.raises(ValueError, match=r"no kernel 'other'.* it has k"):
         parse(kernel("", 0), "other")

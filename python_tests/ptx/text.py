@@ -6,7 +6,7 @@ import itertools
 import re
 from dataclasses import dataclass, field
 
-WORD = re.compile(r"[%$\w.@]+")
+WORD = re.compile(r"[%$\w.]+")
 ARRAY = re.compile(r"\.(shared|global|const) (?:\.align (\d+) )?\.(\w+) ([\w$]+)(\[\d*\])?")
 
 
