@@ -103,11 +103,8 @@ class CudaOnPtx:
         self.options, self.ran, self.edit = Options(), list[Ran](), lambda text, entry: text
         self._texts = {e: text for f in folder.glob("*.ptx") for text in [f.read_text()] for e in entries(text)}
         self._error: BaseException | None = None
-        self._library, self._launched, self._arch = (
-            ctypes.PyDLL(str(folder / f"{MODULE}.so")),
-            LAUNCHED(self._run),
-            arch,
-        )
+        self._library = ctypes.PyDLL(str(folder / f"{MODULE}.so"))
+        self._launched, self._arch = LAUNCHED(self._run), arch
         self.machine()
         self.kernels = Kernels(module, self._launch, plain_matrix, GpuMemory(module))
 
@@ -139,6 +136,8 @@ class CudaOnPtx:
         try:
             entry = name.decode()
             made = program(self.edit(self._texts[entry], entry), entry)
+            if len(made.kernel.parameters) != 1:
+                raise NotImplementedError(f"{entry} has {len(made.kernel.parameters)} parameters and not one struct")
             data = ctypes.string_at(parameters, made.kernel.parameter_bytes)
             grid = Grid(
                 made, tuple(blocks[i] for i in range(3)), threads, data, shared_bytes=shared, cluster=cluster,
