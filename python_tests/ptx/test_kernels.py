@@ -30,7 +30,7 @@ def run(module, backend, *arguments):
     paths = f"{ROOT}:{ROOT / 'python_tests'}"
     done = subprocess.run(
         command,
-        env=environment(PYTHONPATH=paths),
+        env=environment(PYTHONPATH=paths, TRITON_INTERPRET="0"),
         cwd=ROOT / "python_tests",
         capture_output=True,
         text=True,
