@@ -65,7 +65,7 @@ def _new_gradient(args: tuple) -> Tensor:
     return _in_phase(logits, implementation(backend).new_matrix)
 
 
-def _in_phase(logits: Tensor, new: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
+def _in_phase(logits: Tensor, new: Callable[[Tensor, Any], Tensor]) -> Tensor:
     """A tensor like the logits, by `new(like, shape)`: each row begins as far behind a boundary of 16 bytes as theirs.
 
     A kernel that reads a row in whole 16 bytes can then write its gradient so. Dense where the logits are; of a slice
