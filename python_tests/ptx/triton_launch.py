@@ -42,19 +42,28 @@ class TritonOnPtx:
     def launch(self, ptx: str, source: Any, metadata: Any, blocks: tuple[int, int, int], args: tuple) -> None:
         made = program(ptx, metadata.name)
         parameters = bytearray(made.kernel.parameter_bytes)
-        names = [n for n in source.fn.arg_names if source.signature[n] != "constexpr"]
-        passed = dict(zip(source.fn.arg_names, args, strict=True))
+        passed = zip(source.fn.arg_names, args, strict=True)
+        values = [value for name, x in passed for value in leaves(x, source.signature[name])]
         offsets = [at for at, _ in made.kernel.parameters.values()]
-        for name, at in zip(names, offsets, strict=False):  # what Triton adds at the end is 0
-            value = passed[name]
-            number = value.data_ptr() if isinstance(value, torch.Tensor) else int(value)
-            parameters[at : at + 8] = struct.pack("<q", number)
+        for value, at in zip(values, offsets, strict=False):  # what Triton adds at the end is 0
+            parameters[at : at + len(value)] = value
         grid = Grid(
             made, blocks, 32 * metadata.num_warps, bytes(parameters), shared_bytes=metadata.shared,
             spans=spans_of(args), options=self.options,
         )  # fmt: skip
         self.ran.append(Ran(metadata.name, grid))
         grid.run()
+
+
+def leaves(value: Any, kind: Any) -> list[bytes]:
+    """An argument as the kernel's parameters hold it; those of a tuple one by one."""
+    if kind == "constexpr":
+        return []
+    if isinstance(kind, tuple):
+        return [leaf for x, k in zip(value, kind, strict=True) for leaf in leaves(x, k)]
+    if kind == "fp32":
+        return [struct.pack("<f", value)]
+    return [struct.pack("<q", value.data_ptr() if isinstance(value, torch.Tensor) else int(value))]
 
 
 def compiled(driver: DryDriver, fn: Any, function: int) -> Any:
