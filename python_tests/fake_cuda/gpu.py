@@ -36,6 +36,10 @@ class _NativeModule:
     def Rows(*_: Any) -> str:
         return "Rows"
 
+    @staticmethod
+    def unusable() -> str:
+        return ""
+
 
 class _Launches:
     """Who is told of a launch."""
