@@ -30,9 +30,9 @@ def aggregation_weights(
         raise ValueError("sequence_weights over flat tokens need cu_seqlens")
     if denominator is None:
         denominator = _own_denominator(layout, active, aggregation, config)
-    weight = _on_device(scale, active, dtype) / denominator
+    weight = (_on_device(scale, active, dtype) / denominator).to(dtype)
     if aggregation != "sequence_mean" and sequence_weights is None:
-        return weight.to(dtype).expand(layout.grid)
+        return weight.expand(layout.grid)
     if aggregation == "sequence_mean":
         weight = weight / layout.sequence_sums(active).clamp(min=1)
     if sequence_weights is not None:

@@ -158,7 +158,7 @@ def dppo_tv_objective(v: TokenValues, s: Scalars) -> Objective:
 
 def dppo_kl_objective(v: TokenValues, s: Scalars) -> Objective:
     moved, divergence = v.logp.exp() - v.old.exp(), binary_kl(v.old, v.logp)
-    return _dppo((divergence > s.eps_high) & (moved > 0), (divergence > s.eps_low) & (moved < 0), v, s)
+    return _dppo(~(divergence <= s.eps_high) & (moved > 0), ~(divergence <= s.eps_low) & (moved < 0), v, s)
 
 
 def ratio_term(keep: Tensor, v: TokenValues) -> tuple[Tensor, Tensor]:

@@ -96,8 +96,8 @@ def dppo_objective(logp, old, log_ratio, adv, s, KL: tl.constexpr):
     moved, up = tl.exp(logp) - tl.exp(old), adv > 0
     if KL:
         divergence = binary_kl(old, logp)
-        high = up & (divergence > s[EPS_HIGH]) & (moved > 0)
-        low = ~up & (divergence > s[EPS_LOW]) & (moved < 0)
+        high = up & ~(divergence <= s[EPS_HIGH]) & (moved > 0)
+        low = ~up & ~(divergence <= s[EPS_LOW]) & (moved < 0)
     else:
         high, low = up & (moved > s[EPS_HIGH]), ~up & (moved < -s[EPS_LOW])
     dropped, ratio = low | high, tl.exp(log_ratio)
