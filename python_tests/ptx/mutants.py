@@ -38,7 +38,7 @@ MEETING = r"barrier\.cluster\.arrive\S*;\s*barrier\.cluster\.wait\S*;"
 FIRST, SECOND, ALL = slice(0, 1), slice(1, 2), slice(None)
 
 CUDA = [
-    Mutant("the fence before an arrival", "whiten", "moments_kernel", FENCE),
+    Mutant("the fences of an arrival", "whiten", "moments_kernel", FENCE, "", ALL),
     Mutant("the fences between pieces", "gae", "gae_kernel", FENCE, "", ALL),
     Mutant("the barrier of a block's sum", "value", "value_kernel", BARRIER),
     Mutant("the wait for a free slot", "loss with a tail", "row_kernel", f"{WAIT}(?={COPIES_NEXT})", OVER, ALL),
