@@ -27,6 +27,7 @@ class Mutant(NamedTuple):
 FENCE = r"(membar\.gl|fence\.\w+\.gpu);"
 WAIT = r"mbarrier\.(try|test)_wait\.parity\S* ([%\w]+), [^;]*;"
 COPIES_NEXT = r"(?:(?!_wait\.parity)[\s\S])*?cp\.async\.(bulk|cg)"  # before another wait: by the warp that loads
+WATCHED = r" @over bra DONE; (nanosleep\S* \d+; )?mov\.u64 now"  # the watch ahead of such a wait
 OVER = r"setp.eq.u32 \2, 0, 0;"  # the wait is always over
 ARRIVAL = r"mbarrier\.arrive\.shared(::cta)?\.b64 [%\w]+, [^;]*;"
 ACQUIRE_RELEASE = r"acq_rel(?=\.add)"
@@ -41,7 +42,9 @@ CUDA = [
     Mutant("the fences of an arrival", "whiten", "moments_kernel", FENCE, "", ALL),
     Mutant("the fences between pieces", "gae", "gae_kernel", FENCE, "", ALL),
     Mutant("the barrier of a block's sum", "value", "value_kernel", BARRIER),
-    Mutant("the wait for a free slot", "loss with a tail", "row_kernel", f"{WAIT}(?={COPIES_NEXT})", OVER, ALL),
+    Mutant(
+        "the wait for a free slot", "loss with a tail", "row_kernel", f"{WAIT}(?={WATCHED}|{COPIES_NEXT})", OVER, ALL
+    ),
     Mutant("the waits for chunks", "loss in place", "row_kernel", f"{WAIT}(?!{COPIES_NEXT})", OVER, ALL),
     Mutant("the barrier before a row's result", "two passes", "row_kernel", NAMED_BARRIER),
     Mutant("the wait for the cluster", "loss of a cluster", "row_kernel", CLUSTER_WAIT, OVER),
