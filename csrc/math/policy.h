@@ -135,8 +135,8 @@ template <typename T> GK_HD T binary_kl(T old, T logp) {
   return times_(p_old, old - logp) + (1 - p_old) * log_((1 - p_old + tiny) / (1 - exp_(logp) + tiny));
 }
 
-// The truncated ratio where the divergence from the old policy stays within its bound or shrinks. A NaN of the inputs is
-// kept; a divergence that is none, as beyond a log-prob of 0, is outside.
+// The truncated ratio where the divergence from the old policy stays within its bound or shrinks. A NaN of the inputs
+// is kept; a divergence that is none, as beyond a log-prob of 0, is outside.
 template <typename T> GK_HD Term<T> dppo_objective(bool kl, const TokenValues<T>& t, const Scalars<T>& s) {
   const T moved = exp_(t.logp) - exp_(t.old);
   const bool up = t.adv > 0;
