@@ -221,3 +221,12 @@ def test_calls_from_several_python_threads():
     with ThreadPoolExecutor(4) as pool:
         losses = list(pool.map(lambda _: gk.grpo_loss(x, t, a).loss, range(100)))
     assert all(torch.equal(loss, expected) for loss in losses)
+
+
+def test_importing_the_library_does_not_import_the_compiler():
+    """torch._dynamo takes longer than the rest of torch. The mark that stands in for its decorator is the same."""
+    program = "import sys, grpo_kernels; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(marked).items() <= vars(backends._of_gpu).items() and vars(marked)

@@ -106,13 +106,16 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None
     return backend
 
 
-@torch.compiler.assume_constant_result
 def _of_gpu(index: int | None, dtype: torch.dtype | None) -> str:
     try:
         module: Any = implementation("cuda")
     except BackendUnavailable:
         return "triton"
     return "cuda" if module.runs_on(torch.device("cuda" if index is None else f"cuda:{index}"), dtype) else "triton"
+
+
+# torch.compiler.assume_constant_result does this and imports torch._dynamo, which takes longer than all of `import torch`.
+_of_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_runs_on(module: Any, backend: str, device: torch.device, dtype: torch.dtype | None) -> None:
