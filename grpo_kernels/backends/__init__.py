@@ -114,7 +114,7 @@ def _of_gpu(index: int | None, dtype: torch.dtype | None) -> str:
     return "cuda" if module.runs_on(torch.device("cuda" if index is None else f"cuda:{index}"), dtype) else "triton"
 
 
-# torch.compiler.assume_constant_result does this and imports torch._dynamo, which takes longer than all of `import torch`.
+# What torch.compiler.assume_constant_result does, but for the import of torch._dynamo, which takes longer than torch's.
 _of_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
