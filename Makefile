@@ -70,4 +70,4 @@ triton-versions: $(VENV)/.test
 	PYTHON=$(VENV)/bin/python sh python_tests/triton_versions.sh $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info grpo_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info grpo_kernels/backends/*.so

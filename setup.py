@@ -1,11 +1,11 @@
 """The native modules, without torch: pybind11 and ninja build in seconds, and one wheel serves every torch.
 
-`grpo_kernels._cpu` is built unless GRPO_KERNELS_CPU=0 leaves it out, with the backend "cpu". `grpo_kernels._cuda` is
-built from csrc/cuda/*.cu where nvcc is found; a CUDA build that fails is reported and left out. GRPO_KERNELS_CUDA=0
-never tries it, =1 makes its failure an error. GRPO_KERNELS_CUDA_ARCHS="80;90" replaces the default list of
-architectures.
-GRPO_KERNELS_EMULATED=1 builds `grpo_kernels._emulated` instead, the CUDA kernels for the CPU: python_tests/conftest.py
-does it for the tests, so that no wheel and no user's build has it.
+`grpo_kernels.backends._cpu` is built unless GRPO_KERNELS_CPU=0 leaves it out, with the backend "cpu".
+`grpo_kernels.backends._cuda` is built from csrc/cuda/*.cu where nvcc is found; a CUDA build that fails is reported and
+left out. GRPO_KERNELS_CUDA=0 never tries it, =1 makes its failure an error. GRPO_KERNELS_CUDA_ARCHS="80;90" replaces the
+default list of architectures.
+GRPO_KERNELS_EMULATED=1 builds `grpo_kernels.backends._emulated` instead, the CUDA kernels for the CPU:
+python_tests/conftest.py does it for the tests, so that no wheel and no user's build has it.
 """
 
 import os
@@ -132,13 +132,13 @@ def extensions() -> list[Extension]:
     kernels = sources("cuda", "*.cu")
     if os.environ.get("GRPO_KERNELS_EMULATED") == "1":
         emulation = ["csrc/bindings.cpp", *sources("emulation", "*.cpp"), *kernels]
-        return [Extension("grpo_kernels._emulated", emulation)]
+        return [Extension("grpo_kernels.backends._emulated", emulation)]
     modules = []
     if os.environ.get("GRPO_KERNELS_CPU") != "0":
-        modules.append(Extension("grpo_kernels._cpu", ["csrc/bindings.cpp", *sources("cpu", "*.cpp")]))
+        modules.append(Extension("grpo_kernels.backends._cpu", ["csrc/bindings.cpp", *sources("cpu", "*.cpp")]))
     wanted = os.environ.get("GRPO_KERNELS_CUDA")
     if kernels and wanted != "0" and (wanted == "1" or shutil.which("nvcc")):
-        cuda = Extension("grpo_kernels._cuda", ["csrc/bindings.cpp", *sources("cuda", "*.cpp"), *kernels])
+        cuda = Extension("grpo_kernels.backends._cuda", ["csrc/bindings.cpp", *sources("cuda", "*.cpp"), *kernels])
         cuda.optional = wanted != "1"
         modules.append(cuda)
     return modules

@@ -8,7 +8,7 @@ case $python in /*) ;; *) python=$root/$python ;; esac
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r "$root/setup.py" "$root/pyproject.toml" "$root/csrc" "$root/grpo_kernels" "$root/python_tests" "$work"
-rm -f "$work"/grpo_kernels/*.so
+rm -f "$work"/grpo_kernels/backends/*.so
 cd "$work"
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g"
 export CXXFLAGS="$flags" LDFLAGS="-fsanitize=address,undefined" GRPO_KERNELS_CUDA=0

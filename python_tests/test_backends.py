@@ -111,8 +111,8 @@ def gpus(monkeypatch):
     def install(capabilities, errors):
         forget()
         native = SimpleNamespace(unusable=lambda: errors[current[0]])
-        monkeypatch.setitem(sys.modules, "grpo_kernels._cuda", native)
-        monkeypatch.setattr(gk, "_cuda", native, raising=False)
+        monkeypatch.setitem(sys.modules, "grpo_kernels.backends._cuda", native)
+        monkeypatch.setattr(backends, "_cuda", native, raising=False)
         for name, value in {
             "is_available": lambda: True, "device_count": lambda: len(capabilities), "current_device": lambda: current[0],
             "get_device_capability": lambda i: capabilities[i], "device": on,

@@ -31,7 +31,7 @@ def build(tree, path=None, **environment):
 
 
 def modules(tree):
-    return {p.name.split(".")[0] for p in (tree / "grpo_kernels").glob("*.so")}
+    return {p.name.split(".")[0] for p in (tree / "grpo_kernels/backends").glob("*.so")}
 
 
 def test_a_missing_compiler_is_one_clear_sentence(tree):
@@ -56,7 +56,7 @@ def test_a_failing_cuda_build_leaves_the_cpu_module(tree):
     path = fake_nvcc(tree, '[ "$1" = --list-gpu-arch ] && echo compute_80 && exit 0\nexit 1')
     done = build(tree, path=path)
     assert done.returncode == 0 and modules(tree) == {"_cpu"}
-    assert "grpo_kernels._cuda was not built and the CUDA backend will be missing" in done.stderr
+    assert "grpo_kernels.backends._cuda was not built and the CUDA backend will be missing" in done.stderr
     assert build(tree, path=path, GRPO_KERNELS_CUDA="1").returncode != 0  # asked for: an error
     quiet = build(tree, path=path, GRPO_KERNELS_CUDA="0")
     assert quiet.returncode == 0 and "was not built" not in quiet.stderr
@@ -69,12 +69,12 @@ def test_either_module_may_be_left_out(tree):
         env = {**os.environ, "GRPO_KERNELS_CUDA": "1", **switches}
         (tree / "listed.py").write_text(script)
         done = subprocess.run([sys.executable, "listed.py"], cwd=tree, env=env, capture_output=True, text=True)
-        assert done.stdout.strip() == f"['grpo_kernels.{expected}']", done.stderr
+        assert done.stdout.strip() == f"['grpo_kernels.backends.{expected}']", done.stderr
 
 
 WITHOUT_CPU = """
 import sys
-sys.modules["grpo_kernels._cpu"] = None
+sys.modules["grpo_kernels.backends._cpu"] = None
 import torch
 import grpo_kernels as gk
 from grpo_kernels.testing.bench import machine_info
@@ -108,7 +108,7 @@ print(cuda.unusable())
 def test_cuda_joins_where_nvcc_is_and_its_errors_name_the_kernel(tree):
     done = build(tree)
     assert done.returncode == 0 and modules(tree) == {"_cpu", "_cuda"}, done.stderr
-    command = [sys.executable, "-c", LAUNCH, next((tree / "grpo_kernels").glob("_cuda*.so"))]
+    command = [sys.executable, "-c", LAUNCH, next((tree / "grpo_kernels/backends").glob("_cuda*.so"))]
     done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     failure, unusable = done.stdout.splitlines()
     assert failure.startswith("kernel row_forward: "), done.stdout + done.stderr

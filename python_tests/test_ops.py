@@ -170,7 +170,7 @@ def test_import_does_no_work():
         "assert not torch.cuda.is_initialized()\n"
         "extra = {'triton', 'transformers', 'rich', 'typer', 'matplotlib', 'psutil'} & set(sys.modules)\n"
         "import torch.utils; assert not {'rich', 'typer', 'matplotlib'} & extra, extra\n"
-        "assert 'grpo_kernels._cpu' not in sys.modules\n"
+        "assert 'grpo_kernels.backends._cpu' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "", done.stderr

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .. import _cpu  # type: ignore[attr-defined]
+from . import _cpu  # type: ignore[attr-defined]
 from .native import Kernels
 from .scratch import NoMemory
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .. import _cuda  # type: ignore[attr-defined]
+from . import _cuda  # type: ignore[attr-defined]
 from .gpu import index_of, refused_by_all, too_old
 from .native import Kernels, plain_matrix
 from .scratch import GpuMemory

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .. import _emulated  # type: ignore[attr-defined]
+from . import _emulated  # type: ignore[attr-defined]
 from . import cpu
 from .native import Kernels, plain_matrix
 from .scratch import GpuMemory

@@ -23,7 +23,7 @@ from grpo_kernels.testing.dry_driver import dry_run
 class _NativeModule:
     """In the place of `_cuda`: a number for each constant of kernels.h, a name for each kernel."""
 
-    __name__ = "grpo_kernels._cuda"
+    __name__ = "grpo_kernels.backends._cuda"
     TOKEN_SUMS = GAE_SUMS = VALUE_SUMS = MOMENT_SUMS = 8
     TOKENS_A_PIECE = TOKENS_IN_TABLE = 2048
 
@@ -50,7 +50,7 @@ class _Launches:
 def install() -> None:
     """Makes `backend="auto"` what it is on an H100: "cuda", and "triton" for float64."""
     module: Any = _NativeModule()
-    sys.modules[module.__name__] = grpo_kernels._cuda = module  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = backends._cuda = module  # type: ignore[attr-defined]
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc]
     torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment, return-value]
