@@ -2,8 +2,8 @@
 
 `grpo_kernels.backends._cpu` is built unless GRPO_KERNELS_CPU=0 leaves it out, with the backend "cpu".
 `grpo_kernels.backends._cuda` is built from csrc/cuda/*.cu where nvcc is found; a CUDA build that fails is reported and
-left out. GRPO_KERNELS_CUDA=0 never tries it, =1 makes its failure an error. GRPO_KERNELS_CUDA_ARCHS="80;90" replaces the
-default list of architectures.
+left out. GRPO_KERNELS_CUDA=0 never tries it, =1 makes its failure an error. GRPO_KERNELS_CUDA_ARCHS="80;90" replaces
+the default list of architectures.
 GRPO_KERNELS_EMULATED=1 builds `grpo_kernels.backends._emulated` instead, the CUDA kernels for the CPU:
 python_tests/conftest.py does it for the tests, so that no wheel and no user's build has it.
 """

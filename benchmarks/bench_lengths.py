@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from grpo_kernels.bench.case import Case
-from grpo_kernels.bench.lengths import LENGTHS
+from grpo_kernels.tools.bench.case import Case
+from grpo_kernels.tools.bench.lengths import LENGTHS
 
 from . import cases
 from .harness import Harness

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from grpo_kernels.bench.case import Case
+from grpo_kernels.tools.bench.case import Case
 
 from . import cases
 from .harness import Harness

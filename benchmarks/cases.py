@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from grpo_kernels.bench.case import Case, of_model
-from grpo_kernels.testing.providers import LOSSES, Task
+from grpo_kernels.tools.bench.case import Case, of_model
+from grpo_kernels.tools.providers import LOSSES, Task
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"

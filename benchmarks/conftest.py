@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from grpo_kernels.bench.results import of_this_machine
-from grpo_kernels.bench.table import overview_table
-from grpo_kernels.testing.bench import machine_info
+from grpo_kernels.tools.bench.results import of_this_machine
+from grpo_kernels.tools.bench.table import overview_table
+from grpo_kernels.tools.bench.timing import machine_info
 
 from .harness import Harness
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grpo_kernels.bench.case import Case, of_model
-from grpo_kernels.bench.lengths import measure_lengths
-from grpo_kernels.bench.measure import Options, measure
-from grpo_kernels.bench.results import Results, now
-from grpo_kernels.bench.sweeps import SWEEPS
-from grpo_kernels.testing.bench import machine_info
-from grpo_kernels.testing.providers import Ours, Provider, Task, providers
+from grpo_kernels.tools.bench.case import Case, of_model
+from grpo_kernels.tools.bench.lengths import measure_lengths
+from grpo_kernels.tools.bench.measure import Options, measure
+from grpo_kernels.tools.bench.results import Results, now
+from grpo_kernels.tools.bench.sweeps import SWEEPS
+from grpo_kernels.tools.bench.timing import machine_info
+from grpo_kernels.tools.providers import Ours, Provider, Task, providers
 
 from .cases import DEVICE, ENTROPY, KL, advantages
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_kernels.bench.case import Case
-from grpo_kernels.bench.lengths import measure_lengths
-from grpo_kernels.bench.measure import Options, distance, measure, take_turns
-from grpo_kernels.testing.clock import clock_for
-from grpo_kernels.testing.providers import Ours, both, providers
+from grpo_kernels.tools.bench.case import Case
+from grpo_kernels.tools.bench.clock import clock_for
+from grpo_kernels.tools.bench.lengths import measure_lengths
+from grpo_kernels.tools.bench.measure import Options, distance, measure, take_turns
+from grpo_kernels.tools.providers import Ours, both, providers
 
 from .cases import DEVICE, shrunk
 

@@ -11,10 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from grpo_kernels.bench import report
-from grpo_kernels.bench.compare import compare, comparison_table
-from grpo_kernels.bench.results import load
-from grpo_kernels.bench.table import markdown_table
+from grpo_kernels.tools.bench import report
+from grpo_kernels.tools.bench.compare import compare, comparison_table
+from grpo_kernels.tools.bench.results import load
+from grpo_kernels.tools.bench.table import markdown_table
 
 __all__ = ["main", "markdown_table"]
 

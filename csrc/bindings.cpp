@@ -1,5 +1,5 @@
 // pybind11: raw addresses, strides and numbers from Python into the structs of kernels.h. Computes nothing and knows no
-// torch; every check has been made in Python (grpo_kernels/ops.py). The GIL is released while a kernel runs.
+// torch; every check has been made in Python (grpo_kernels/ops/loss.py). The GIL is released while a kernel runs.
 // One file for _cpu, _cuda and the tests' _emulated; the last argument of every kernel is the CUDA stream's handle.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

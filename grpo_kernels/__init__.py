@@ -8,14 +8,14 @@ from .advantages.returns import TokenAdvantages, gae, reinforce_plus_plus, reinf
 from .advantages.token_baselines import optimal_token_baseline
 from .backends import available_backends
 from .config import LossConfig
-from .controllers import AdaptiveEntropyController, AdaptiveKLController
 from .correction.config import CorrectionConfig, RejectionFilter
+from .correction.controllers import AdaptiveEntropyController, AdaptiveKLController
+from .correction.kl import kl_divergence
 from .correction.rollout import RolloutCorrection, rollout_correction
-from .kl import kl_divergence
-from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
-from .logps import TokenLogps, token_logps
-from .losses import GRPOLoss, grpo_loss
-from .policy import LossOutput, policy_loss
+from .loss.grpo import GRPOLoss, grpo_loss
+from .loss.linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
+from .loss.logps import TokenLogps, token_logps
+from .loss.policy import LossOutput, policy_loss
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import LossConfig
-from .layout import Layout
+from .inputs.layout import Layout
 
 
 def aggregation_weights(

@@ -11,8 +11,8 @@ import grpo_kernels as gk
 from grpo_kernels.backends import triton as backend
 from grpo_kernels.backends.triton import launch, tuning
 from grpo_kernels.backends.triton.row import gradient_kernel, policy_kernel, stats_kernel
-from grpo_kernels.layout import layout_of, real_dtype, rows_of
-from grpo_kernels.policy import Advantages, policy_inputs
+from grpo_kernels.inputs.layout import layout_of, real_dtype, rows_of
+from grpo_kernels.loss.policy import Advantages, policy_inputs
 from grpo_kernels.testing.dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
 KERNELS = (stats_kernel, gradient_kernel, policy_kernel)

@@ -14,9 +14,9 @@ from grpo_kernels.backends.triton.diversity import greedy, greedy_kernel
 from grpo_kernels.backends.triton.returns import gae_kernel, value_kernel
 from grpo_kernels.backends.triton.scale import scale_kernel
 from grpo_kernels.backends.triton.token import token_kernel
-from grpo_kernels.grouping import BASELINES, SCALES, AdvantageForm, Samples
-from grpo_kernels.layout import layout_of
-from grpo_kernels.policy import Advantages, policy_inputs
+from grpo_kernels.inputs.grouping import BASELINES, SCALES, AdvantageForm, Samples
+from grpo_kernels.inputs.layout import layout_of
+from grpo_kernels.loss.policy import Advantages, policy_inputs
 from grpo_kernels.testing.dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
 ARCH = int(sys.argv[2]) if sys.argv[1] == "cuda" else sys.argv[2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import grpo_kernels as gk
-from grpo_kernels.grouping import BASELINES, SCALES, SINGLES
+from grpo_kernels.inputs.grouping import BASELINES, SCALES, SINGLES
 
 R = torch.tensor([1.0, 0.0, 0.5, 0.25, 3.0, -1.0, 2.0, 2.5])
 

@@ -15,16 +15,14 @@ import pytest
 import torch
 from conftest import environment
 
-from grpo_kernels.bench import compare as comparing
-from grpo_kernels.bench import plots, report, results, table
-from grpo_kernels.bench.case import Case, of_model
-from grpo_kernels.bench.lengths import measure_lengths
-from grpo_kernels.bench.measure import Differs, Options, distance, measure, summary
-from grpo_kernels.bench.sweeps import SWEEPS
-from grpo_kernels.testing import bench
-from grpo_kernels.testing.batch import tokens_batch
-from grpo_kernels.testing.clock import CudaClock, WallClock
-from grpo_kernels.testing.providers import (
+from grpo_kernels.tools.bench import compare as comparing
+from grpo_kernels.tools.bench import plots, report, results, table, timing
+from grpo_kernels.tools.bench.case import Case, of_model
+from grpo_kernels.tools.bench.clock import CudaClock, WallClock
+from grpo_kernels.tools.bench.lengths import measure_lengths
+from grpo_kernels.tools.bench.measure import Differs, Options, distance, measure, summary
+from grpo_kernels.tools.bench.sweeps import SWEEPS
+from grpo_kernels.tools.providers import (
     PATHS,
     Provider,
     Result,
@@ -34,8 +32,9 @@ from grpo_kernels.testing.providers import (
     provider_named,
     providers,
 )
-from grpo_kernels.testing.providers.plain import Eager
-from grpo_kernels.testing.shapes import SHAPES, shape_named
+from grpo_kernels.tools.providers.batch import tokens_batch
+from grpo_kernels.tools.providers.plain import Eager
+from grpo_kernels.tools.shapes import SHAPES, shape_named
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = Options(seconds=0.0, compile=False, strict=True)
@@ -234,7 +233,7 @@ def test_lengths_are_called_twice_each() -> None:
 def test_providers_take_turns_in_their_numbers() -> None:
     calls: list[str] = []
     providers = {name: lambda name=name: calls.append(name) for name in ("often", "rarely")}
-    seconds = bench.measure_interleaved(
+    seconds = timing.measure_interleaved(
         providers, {"often": 6, "rarely": 2}, lambda: calls.append("setup"),
         prepare={"rarely": lambda: calls.append("prepare")},
     )  # fmt: skip
@@ -243,7 +242,7 @@ def test_providers_take_turns_in_their_numbers() -> None:
     assert all(calls[i + 1] == "rarely" for i, call in enumerate(calls) if call == "prepare")
     measured = [call for call in calls if call in providers][2:]  # after one untimed call each
     assert sorted(measured[:4]) == ["often", "often", "often", "rarely"]
-    assert bench.medians({"x": [1.0, 9.0, 2.0]}) == {"x": 2.0}
+    assert timing.medians({"x": [1.0, 9.0, 2.0]}) == {"x": 2.0}
 
 
 def test_neither_setup_nor_flush_is_timed() -> None:
@@ -251,7 +250,7 @@ def test_neither_setup_nor_flush_is_timed() -> None:
         def flush(self) -> None:
             torch.randn(1 << 21)
 
-    seconds = bench.measure_interleaved({"nothing": lambda: None}, 3, lambda: torch.randn(1 << 21), clock=Slow())
+    seconds = timing.measure_interleaved({"nothing": lambda: None}, 3, lambda: torch.randn(1 << 21), clock=Slow())
     assert min(seconds["nothing"]) < 1e-3
 
 
@@ -290,7 +289,7 @@ def test_a_gpu_is_timed_by_events() -> None:
         cuda.now += 2.5
 
     clock = CudaClock(cuda, flush_bytes=64)
-    seconds = bench.measure_interleaved({"kernel": run}, 3, clock=clock)
+    seconds = timing.measure_interleaved({"kernel": run}, 3, clock=clock)
     assert seconds["kernel"] == pytest.approx([2.5e-3] * 3) and cuda.synchronised == 4
     assert cuda.head_starts == 4  # before the first event each time: the host launches meanwhile
 
@@ -302,17 +301,17 @@ def test_summary_is_median_and_quartiles() -> None:
 
 def test_produced_logits_share_memory_and_are_no_leaf() -> None:
     logits = torch.randn(2, 3, 5)
-    head = bench.produced(logits)
+    head = timing.produced(logits)
     assert head.requires_grad and not head.is_leaf and head.data_ptr() == logits.data_ptr()
     (gradient,) = torch.autograd.grad(head.sum(), head)
     assert gradient.shape == logits.shape and not logits.requires_grad
 
 
 def test_machine_info_names_what_a_figure_depends_on() -> None:
-    info = bench.machine_info()
+    info = timing.machine_info()
     assert info["cpu"] and info["cores"] >= 1 and info["torch_threads"] == torch.get_num_threads()
     assert info["instruction_set"] in ("generic", "avx2", "avx512", "avx512_bf16")
-    assert bench.device_of({**info, "gpu": "NVIDIA H100"}) == "NVIDIA H100"
+    assert timing.device_of({**info, "gpu": "NVIDIA H100"}) == "NVIDIA H100"
 
 
 # ---- tables, comparison, report ----
@@ -427,7 +426,7 @@ def invoke(tmp_path: Path) -> Any:
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from grpo_kernels.cli import app
+    from grpo_kernels.tools.cli import app
 
     sizes = ["--vocab", "499", "--hidden", "16", "--sequences", "2", "--tokens", "8"]
     common = [*sizes, "--seconds", "0", "--no-compile", "--out", str(tmp_path)]

@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import grpo_kernels as gk
 from grpo_kernels.config import Scalars
-from grpo_kernels.layout import layout_of, real_dtype
-from grpo_kernels.policy import Advantages, policy_inputs
+from grpo_kernels.inputs.layout import layout_of, real_dtype
+from grpo_kernels.loss.policy import Advantages, policy_inputs
 from grpo_kernels.testing.inputs import make_batch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

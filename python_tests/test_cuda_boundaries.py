@@ -11,7 +11,7 @@ from forms import FORMS
 from test_cuda_tokens import HERE, PIECE, on_device, tokens
 
 import grpo_kernels as gk
-from grpo_kernels.layout import Layout
+from grpo_kernels.inputs.layout import Layout
 
 pytestmark = pytest.mark.skipif(not HERE, reason="the CUDA kernels are neither built for a GPU nor emulated")
 TOKENS, ROOM = 3 * PIECE - 100, 4 * PIECE

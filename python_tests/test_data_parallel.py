@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import grpo_kernels as gk
-from grpo_kernels.grouping import BASELINES, SCALES
+from grpo_kernels.inputs.grouping import BASELINES, SCALES
 
 RANKS = 2
 SPLIT = 7  # samples on the first rank, of 19: groups straddle the ranks

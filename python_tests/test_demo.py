@@ -20,12 +20,12 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 from typer.testing import CliRunner
 
-from grpo_kernels import cli, demo
-from grpo_kernels.demo import measure, report, smollm, train
-from grpo_kernels.demo.errors import DemoError, require
-from grpo_kernels.demo.policy import completion_mask
-from grpo_kernels.demo.synthetic import SyntheticPolicy, one_thread
-from grpo_kernels.demo.tasks import Addition, Completion, CopyDigits, Problem, Score
+from grpo_kernels.tools import cli, demo
+from grpo_kernels.tools.demo import measure, report, smollm, train
+from grpo_kernels.tools.demo.errors import DemoError, require
+from grpo_kernels.tools.demo.policy import completion_mask
+from grpo_kernels.tools.demo.synthetic import SyntheticPolicy, one_thread
+from grpo_kernels.tools.demo.tasks import Addition, Completion, CopyDigits, Problem, Score
 
 TINY = replace(train.SYNTHETIC, steps=3, prompts=4, group_size=4, evaluation_prompts=2, evaluation_copies=2)
 
@@ -178,7 +178,7 @@ def test_ctrl_c_keeps_what_was_done(tmp_path, at, steps_done):
 
 
 def test_ctrl_c_has_its_exit_code(tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo_kernels.demo.synthetic.SyntheticPolicy", lambda seed: Interrupted(2))
+    monkeypatch.setattr("grpo_kernels.tools.demo.synthetic.SyntheticPolicy", lambda seed: Interrupted(2))
     assert invoke("demo", "--synthetic", "--out", str(tmp_path)).exit_code == 130
 
 

@@ -11,8 +11,8 @@ from device_proxy import FUNCTIONS, OnDevice
 
 import grpo_kernels as gk
 from grpo_kernels import backends
-from grpo_kernels.testing.bench import produced
 from grpo_kernels.testing.inputs import make_batch
+from grpo_kernels.tools.bench.timing import produced
 
 NAMES = [name for name in ("cpu", "emulated") if name in backends.NAMES + backends.TESTS_ONLY]
 

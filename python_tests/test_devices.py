@@ -5,8 +5,8 @@ import torch
 
 import grpo_kernels as gk
 from grpo_kernels.aggregation import aggregation_weights
-from grpo_kernels.grouping import reward_weights_of
-from grpo_kernels.layout import layout_of
+from grpo_kernels.inputs.grouping import reward_weights_of
+from grpo_kernels.inputs.layout import layout_of
 
 N, R = 6, 2
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels as gk
-from grpo_kernels.advantages import operators as ops
 from grpo_kernels.config import LossConfig
+from grpo_kernels.ops import advantages as ops
 
 GARBAGE = [-1, -100, 1 << 62, -(1 << 63), 7]
 

@@ -11,7 +11,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 import grpo_kernels as gk
-from grpo_kernels import cli, doctor
+from grpo_kernels.tools import cli, doctor
 
 RUNS = [name for name, state in gk.available_backends().items() if state == "ok" and name != "reference"]
 

@@ -185,7 +185,7 @@ def test_a_change_of_one_backend_leaves_the_results_of_the_other() -> None:
 
     triton, cuda = names("triton"), names("cuda")
     assert "grpo_kernels/backends/triton/row.py" in triton - cuda and "csrc/cuda/rows.cu" in cuda - triton
-    assert "grpo_kernels/losses.py" in triton & cuda and triton | cuda == names("all")
+    assert "grpo_kernels/loss/grpo.py" in triton & cuda and triton | cuda == names("all")
 
 
 def test_the_limits_of_the_first_call_fit_into_it() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import grpo_kernels as gk
-from grpo_kernels.layout import check_rows_apart
+from grpo_kernels.inputs.layout import check_rows_apart
 from grpo_kernels.testing.inputs import make_batch
 
 B, T, V = 4, 5, 6

@@ -8,7 +8,7 @@ from conftest import dtype_name
 from forms import FORMS
 
 import grpo_kernels as gk
-from grpo_kernels import linear_loops
+from grpo_kernels.ops import linear_chunks
 from grpo_kernels.testing.compare import assert_as_accurate, relative_l2
 from grpo_kernels.testing.inputs import make_batch
 
@@ -206,10 +206,10 @@ def test_products_added_by_the_matmul_itself(monkeypatch):
         loss = gk.linear_grpo_loss(h, w, b.targets, b.advantages.float(), b.mask, bias=c, chunk_rows=4).loss
         return torch.autograd.grad(loss, values)
 
-    assert not linear_loops.adds_in_float32(torch.device("cpu"), torch.bfloat16)
+    assert not linear_chunks.adds_in_float32(torch.device("cpu"), torch.bfloat16)
     widened = gradients()
     monkeypatch.setattr(torch, "addmm", stand_in)
-    monkeypatch.setattr(linear_loops, "adds_in_float32", lambda *_: True)
+    monkeypatch.setattr(linear_chunks, "adds_in_float32", lambda *_: True)
     for mine, theirs in zip(gradients(), widened, strict=True):
         torch.testing.assert_close(mine, theirs)
     assert len(calls) > 1 and set(calls) == {torch.bfloat16}
@@ -217,11 +217,11 @@ def test_products_added_by_the_matmul_itself(monkeypatch):
 
 def test_a_second_chunk_only_where_it_saves_memory():
     """It would hold the weight's gradient in float32 beside the rounded one: as much as 2 H rows of half precision."""
-    choose, half = linear_loops.default_chunk_rows, torch.bfloat16
-    budget = linear_loops.CHUNK_BYTES // (151936 * 2)
+    choose, half = linear_chunks.default_chunk_rows, torch.bfloat16
+    budget = linear_chunks.CHUNK_BYTES // (151936 * 2)
     assert choose(151936, 896, half, False, budget + 1792, True) >= budget + 1792
     assert choose(151936, 896, half, False, budget + 1793, True) == budget
     assert choose(151936, 896, half, False, 1000, False) == budget  # nothing is summed
     assert choose(151936, 896, torch.float32, False, 1000, True) == budget // 2  # nor beside itself
-    assert choose(151936, 896, half, True, 10**6, True) == linear_loops.GPU_CHUNK_BYTES // (151936 * 2)
+    assert choose(151936, 896, half, True, 10**6, True) == linear_chunks.GPU_CHUNK_BYTES // (151936 * 2)
     assert choose(2**40, 8, half, False, 10**6, True) == 1

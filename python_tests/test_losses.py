@@ -10,7 +10,7 @@ from forms import FORMS, OBJECTIVES, with_everything
 
 import grpo_kernels as gk
 from grpo_kernels.config import AGGREGATIONS, KL_ESTIMATORS, KL_GRADIENTS, METRICS, RATIO_LEVELS
-from grpo_kernels.layout import real_dtype
+from grpo_kernels.inputs.layout import real_dtype
 from grpo_kernels.testing.compare import assert_as_accurate, relative_l2
 from grpo_kernels.testing.inputs import make_batch
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels.testing.bench import produced
-from grpo_kernels.testing.memory import PeakMemory, peak_memory
+from grpo_kernels.tools.bench.timing import produced
+from grpo_kernels.tools.memory.peak import PeakMemory, peak_memory
 
 B, T, V = 8, 64, 49152
 N = B * T
@@ -128,7 +128,7 @@ def test_what_was_there_before_does_not_count() -> None:
 
 def test_resident_memory_falls_back_to_sampling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("psutil")
-    monkeypatch.setattr("grpo_kernels.testing.memory._CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
+    monkeypatch.setattr("grpo_kernels.tools.memory.peak._CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
     resident = peak_memory(lambda: torch.ones(16 << 20)).resident_bytes
     assert resident is not None
     assert (64 << 20) - SCRATCH <= resident <= (64 << 20) + SCRATCH

@@ -6,9 +6,9 @@ from forms import FORMS
 from torch._dynamo.testing import CompileCounter
 
 import grpo_kernels as gk
-from grpo_kernels import ops
-from grpo_kernels.layout import layout_of, real_dtype, rows_of
-from grpo_kernels.policy import Advantages, policy_inputs
+from grpo_kernels.inputs.layout import layout_of, real_dtype, rows_of
+from grpo_kernels.loss.policy import Advantages, policy_inputs
+from grpo_kernels.ops import loss as ops
 from grpo_kernels.testing.inputs import make_batch
 
 FULL = {"kl_coef": 0.1, "entropy_coef": 0.05}

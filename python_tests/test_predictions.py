@@ -1,4 +1,4 @@
-"""The formulas of `grpo_kernels.profiling` against the allocator, for every provider that is here."""
+"""The formulas of `grpo_kernels.tools.memory` against the allocator, for every provider that is here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grpo_kernels as gk
-from grpo_kernels.profiling import (
+from grpo_kernels.tools.memory import (
     FORMULAS,
     PRECISIONS,
     LossShape,
@@ -18,11 +18,11 @@ from grpo_kernels.profiling import (
     profile_memory,
     training_memory,
 )
-from grpo_kernels.profiling.critic import critic_moments, critic_step
-from grpo_kernels.profiling.measure import make_batch, profile_step
-from grpo_kernels.profiling.training import critic_parameters
-from grpo_kernels.testing.providers import Task, provider_named, providers
-from grpo_kernels.testing.shapes import SHAPES, ModelShape
+from grpo_kernels.tools.memory.critic import critic_moments, critic_step
+from grpo_kernels.tools.memory.measure import make_batch, profile_step
+from grpo_kernels.tools.memory.training import critic_parameters
+from grpo_kernels.tools.providers import Task, provider_named, providers
+from grpo_kernels.tools.shapes import SHAPES, ModelShape
 
 TOLERANCE = 0.02
 GRIDS = [(8, 32, 16384, 96), (1, 200, 16411, 48)]  # sequences, tokens, vocabulary, hidden
@@ -168,7 +168,7 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from grpo_kernels import cli  # noqa: E402
+from grpo_kernels.tools import cli  # noqa: E402
 
 
 def invoke(*arguments: str):
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_predicted():
 
 
 def test_predict_measures_nothing(monkeypatch):
-    monkeypatch.setattr("grpo_kernels.profiling.measure.profile_step", None)
+    monkeypatch.setattr("grpo_kernels.tools.memory.measure.profile_step", None)
     result = invoke(*TINY, "--predict")
     assert result.exit_code == 0 and "Least memory, predicted for cpu" in result.output
     assert "no formula has met a GPU" in invoke(*TINY[:-2], "--predict", "--device", "cuda").output
@@ -215,7 +215,7 @@ def test_a_failing_peer_is_shown_as_such(monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("no such kernel\nand a stack")
 
-    monkeypatch.setattr("grpo_kernels.testing.providers.plain.Eager.build", broken)
+    monkeypatch.setattr("grpo_kernels.tools.providers.plain.Eager.build", broken)
     result = invoke(*TINY)
     assert result.exit_code == 0 and "fails: RuntimeError: no such kernel" in result.output
 

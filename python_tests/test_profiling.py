@@ -12,8 +12,8 @@ import torch
 from torch.profiler import record_function
 
 import grpo_kernels as gk
-from grpo_kernels.profiling import load_snapshot, profile_memory, snapshot_profile
-from grpo_kernels.profiling.events import MemoryEvent, TensorEvent, blocks_of, curve_of
+from grpo_kernels.tools.memory import load_snapshot, profile_memory, snapshot_profile
+from grpo_kernels.tools.memory.events import MemoryEvent, TensorEvent, blocks_of, curve_of
 
 N, V, H = 64, 5003, 32
 SIZES = {"N": N, "V": V, "H": H}
@@ -214,7 +214,7 @@ def test_json_and_picture(tmp_path: Path):
 
 
 def test_the_layers_of_the_picture_add_up_to_the_timeline():
-    from grpo_kernels.profiling.plot import panel_of
+    from grpo_kernels.tools.memory.plot import panel_of
 
     with profile_memory(sizes=SIZES) as profile:
         eager_step()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import grpo_kernels as gk
-from grpo_kernels.advantages import operators as ops
+from grpo_kernels.ops import advantages as ops
 
 quick = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**31)

@@ -199,9 +199,9 @@ def test_offsets_past_32_bits():
 
 
 def test_a_target_outside_the_vocabulary_is_nan():
-    """What ops.py refuses on the CPU and cannot see on a GPU."""
+    """What ops/loss.py refuses on the CPU and cannot see on a GPU."""
     from grpo_kernels.backends import triton as backend
-    from grpo_kernels.layout import rows_of
+    from grpo_kernels.inputs.layout import rows_of
 
     x, targets = torch.randn(1, 3, 50, device=DEVICE), torch.tensor([[-3, 50, 2**40]], device=DEVICE)
     rows = rows_of(x, targets, None, temperature=1.0, logit_scale=1.0, softcap=None, ignore_index=-100)

@@ -7,8 +7,8 @@ from bounds import Accesses, check_accesses
 
 import grpo_kernels as gk
 from grpo_kernels.backends import triton as backend
-from grpo_kernels.layout import layout_of, rows_of
-from grpo_kernels.policy import Advantages, policy_inputs
+from grpo_kernels.inputs.layout import layout_of, rows_of
+from grpo_kernels.loss.policy import Advantages, policy_inputs
 
 pytest.importorskip("triton")
 import triton

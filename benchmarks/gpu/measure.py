@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from grpo_kernels.testing.clock import Clock, clock_for
+from grpo_kernels.tools.bench.clock import Clock, clock_for
 
 ROUNDS = 7
 
@@ -20,7 +20,7 @@ def _clock(device: str) -> Clock:
 
 
 def milliseconds(call: Callable[[], object], device: str, rounds: int = ROUNDS) -> float:
-    """Median by events behind a sleep of the device (testing/clock.py), with cold caches: the kernels' time."""
+    """Median by events behind a sleep of the device (tools/bench/clock.py), with cold caches: the kernels' time."""
     clock = _clock(device)
     call()  # warm
     seconds = []

@@ -4,7 +4,7 @@
 
 namespace gk {
 
-// The enumerators follow the tuples of names in grpo_kernels/grouping.py.
+// The enumerators follow the tuples of names in grpo_kernels/inputs/grouping.py.
 enum class Baseline : int { mean, leave_one_out, length_weighted, none };
 enum class Scale : int { group, batch, leave_one_out, mean, none };
 

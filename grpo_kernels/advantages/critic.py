@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 from ..aggregation import aggregation_weights
 from ..backends import resolve
 from ..config import LossConfig
-from ..data_parallel import reduced
-from ..grouping import VALUE_METRICS, check_choice, check_ddof_eps, check_unread
-from ..layout import active_tokens, layout_of, real_dtype
-from ..logps import none_for_unused_outputs
+from ..inputs.data_parallel import reduced
+from ..inputs.grouping import VALUE_METRICS, check_choice, check_ddof_eps, check_unread
+from ..inputs.layout import active_tokens, layout_of, real_dtype
+from ..loss.logps import none_for_unused_outputs
+from ..ops import advantages as ops
 from ..reference import advantages as reference
-from . import operators as ops
 
 EPS_MODES = ("variance", "floor", "std")
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from ..grouping import check_groups
-from ..layout import layout_of
-from . import operators as ops
+from ..inputs.grouping import check_groups
+from ..inputs.layout import layout_of
+from ..ops import advantages as ops
 
 
 class GroupDiversity(NamedTuple):

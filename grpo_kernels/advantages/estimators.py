@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from ..data_parallel import Ranks, reduced
-from ..grouping import check_choice, check_groups, groups_of, per_sample, reward_weights_of
+from ..inputs.data_parallel import Ranks, reduced
+from ..inputs.grouping import check_choice, check_groups, groups_of, per_sample, reward_weights_of
+from ..ops import advantages as ops
 from ..reference import advantages as reference
-from . import operators as ops
 from .critic import check_whitening, over_ranks
 from .group import EPS, GroupAdvantages, group_advantages
 

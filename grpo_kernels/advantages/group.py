@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from ..data_parallel import Ranks
-from ..grouping import (
+from ..inputs.data_parallel import Ranks
+from ..inputs.grouping import (
     BASELINES,
     SCALES,
     SINGLES,
@@ -25,7 +25,7 @@ from ..grouping import (
     real_rewards,
     reward_weights_of,
 )
-from . import operators as ops
+from ..ops import advantages as ops
 
 EPS = 1e-4
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from ..grouping import check_unread
-from ..layout import Layout, active_tokens, layout_of, real_dtype
-from . import operators as ops
+from ..inputs.grouping import check_unread
+from ..inputs.layout import Layout, active_tokens, layout_of, real_dtype
+from ..ops import advantages as ops
 from .critic import check_whitening, whitened_grid
 from .group import group_advantages
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..grouping import Groups, groups_of
+from ..inputs.grouping import Groups, groups_of
 from .returns import TokenAdvantages, tokens_of
 
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..grouping import AdvantageForm, Samples
-from ..layout import PolicyInputs, Rows, RowStats
+from ..inputs.grouping import AdvantageForm, Samples
+from ..inputs.layout import PolicyInputs, Rows, RowStats
 from .gpu import index_of
 
 NAMES = ("cuda", "triton", "cpu", "reference")

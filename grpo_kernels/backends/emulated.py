@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from . import _emulated  # type: ignore[attr-defined]
-from . import cpu
+from . import _emulated, cpu  # type: ignore[attr-defined]
 from .native import Kernels, plain_matrix
 from .scratch import GpuMemory
 

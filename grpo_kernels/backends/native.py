@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import METRICS, Form
-from ..grouping import BASELINES, SCALES, VALUE_METRICS, AdvantageForm, Samples
-from ..layout import PolicyInputs, Rows, RowStats, real_dtype
+from ..inputs.grouping import BASELINES, SCALES, VALUE_METRICS, AdvantageForm, Samples
+from ..inputs.layout import PolicyInputs, Rows, RowStats, real_dtype
 from .scratch import NoMemory, Scratch
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

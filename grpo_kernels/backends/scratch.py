@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..grouping import sorted_by_group
+from ..inputs.grouping import sorted_by_group
 
 
 class Scratch(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..grouping import check_choice
+from ..inputs.grouping import check_choice
 
 WEIGHTS = ("none", "ratio", "truncate", "clip", "mask")
 LEVELS = ("token", "sequence_sum", "sequence_mean")

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data_parallel import reduced
-from ..layout import Layout, active_tokens, layout_of, real_dtype
+from ..inputs.data_parallel import reduced
+from ..inputs.layout import Layout, active_tokens, layout_of, real_dtype
 from ..reference import loss as reference
 from .config import CorrectionConfig, RejectionFilter
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..grouping import AdvantageForm, Samples
-from ..layout import real_dtype
+from ..inputs.grouping import AdvantageForm, Samples
+from ..inputs.layout import real_dtype
 
 # ---- group advantages ----
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import BY_SEQUENCE, Form, Scalars
-from ..layout import Layout, PolicyInputs, Rows, real_dtype
+from ..inputs.layout import Layout, PolicyInputs, Rows, real_dtype
 from .objectives import (
     Flags,
     TokenValues,

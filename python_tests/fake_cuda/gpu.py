@@ -14,9 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
-import grpo_kernels
-from grpo_kernels import backends, ops
-from grpo_kernels.advantages import operators
+from grpo_kernels import backends
+from grpo_kernels.ops import advantages, loss
 from grpo_kernels.testing.dry_driver import dry_run
 
 
@@ -88,7 +87,7 @@ def operator_bodies() -> dict[Any, Callable]:
     """The function that each operator of the library runs on every device."""
     return {
         op: getattr(module, f"_{name}")
-        for module in (ops, operators)
+        for module in (loss, advantages)
         for name, op in vars(module).items()
         if isinstance(op, torch._ops.OpOverload)
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...layout import PolicyInputs, Rows, RowStats, real_dtype
+from ...inputs.layout import PolicyInputs, Rows, RowStats, real_dtype
 from ...reference.advantages import masked_moments as masked_moments
 from ...reference.advantages import whiten as whiten
 from ..gpu import index_of, refused_by_all, too_old

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...grouping import AdvantageForm, Samples, sorted_by_group
-from ...layout import real_dtype
+from ...inputs.grouping import AdvantageForm, Samples, sorted_by_group
+from ...inputs.layout import real_dtype
 from .group import (
     ABOVE,
     CONSTANT,

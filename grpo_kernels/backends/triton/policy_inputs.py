@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...config import Form, Scalars
-from ...layout import PolicyInputs
+from ...inputs.layout import PolicyInputs
 from .launch import Constant, bits
 from .math import ENTROPY_COEF, KL_COEF
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...layout import real_dtype
+from ...inputs.layout import real_dtype
 from .launch import REALS, bits, kernel, number, on_device_of, registers
 from .math import temporal_difference, value_term
 from .numeric import max_, quotient

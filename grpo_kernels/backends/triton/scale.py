@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...layout import real_dtype
+from ...inputs.layout import real_dtype
 from .launch import ALIGNMENT, INTERPRETED, REALS, kernel, on_device_of
 from .policy_inputs import view_args
 from .row import row_at

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from ...config import METRICS, Form
-from ...layout import PolicyInputs
+from ...inputs.layout import PolicyInputs
 from .group import sample_advantage
 from .launch import INTERPRETED, REALS, kernel, number, on_device_of
 from .math import (

@@ -1,0 +1,1 @@
+"""Arguments as users give them, checked and brought into one form: [B, T], samples and their groups, ranks."""

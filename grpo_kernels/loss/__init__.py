@@ -1,0 +1,1 @@
+"""Losses and log-probs: the public functions and their autograd."""

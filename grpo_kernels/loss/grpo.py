@@ -1,0 +1,228 @@
+"""The GRPO loss from logits: one launch where the ratio is a token's, two sweeps where it is a sequence's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..advantages.group import EPS, group_advantages
+from ..backends import GROUPS_IN_LAUNCH, LARGEST_GROUP_IN_LAUNCH, implementation, resolve
+from ..config import BY_COVARIANCE, DEFAULT, LossConfig
+from ..inputs.grouping import check_ddof_eps, real_rewards
+from ..inputs.layout import Layout, layout_of, real_dtype, rows_of, within_sequences
+from ..ops import loss as ops
+from .logps import CONSUMED, N_ROWS, check_inplace, none_for_unused_outputs, row_logps, unsupported_group
+from .policy import N_INPUTS, Advantages, LossOutput, output, policy_inputs, token_loss
+
+
+class SinglePass(torch.autograd.Function):
+    """Loss and d loss / d logits in one launch; the loss's value and metrics come from the token kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, cu_seqlens: Tensor | None, validate: bool, inplace: bool, backend: str, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        rows, inputs = rest[:N_ROWS], rest[N_ROWS:]
+        if inplace:
+            logps, entropy = ops.row_policy_(logits, *rows, *inputs, validate, backend)
+            gradient = logits.detach()
+        else:
+            gradient, logps, entropy = ops.row_policy(logits, *rows, *inputs, validate, backend)
+        loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], cu_seqlens, *inputs, backend)
+        ctx.save_for_backward(gradient)
+        ctx.inplace, ctx.consumed, ctx.lent, ctx.backend = inplace, False, False, backend
+        ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
+        none_for_unused_outputs(ctx)
+        return loss, logps, entropy, per_token, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
+        if ctx.consumed:
+            raise RuntimeError(CONSUMED)
+        if g is None:
+            return (None,) * (5 + N_ROWS + N_INPUTS)
+        (gradient,) = ctx.saved_tensors
+        ctx.consumed = ctx.inplace
+        return scaled(ctx, gradient, g), *[None] * (4 + N_ROWS + N_INPUTS)
+
+
+def scaled(ctx: Any, gradient: Tensor, g: Tensor) -> Tensor:
+    """g * gradient, in its own memory where nothing else reads it, then or later; a g of 1 costs nothing."""
+    if torch.compiler.is_compiling():
+        return gradient.mul_(g) if ctx.inplace else gradient * g  # a 0-d g keeps its precision and the gradient's dtype
+    another_may_come = torch._C._autograd._get_current_graph_task_keep_graph() and not ctx.inplace
+    if g.device.type == "cpu" and g == 1:
+        ctx.lent = ctx.lent or another_may_come
+        return gradient
+    if another_may_come or ctx.lent:
+        return gradient * g
+    implementation(ctx.backend).scale(gradient if gradient.dim() == 3 else gradient.view(1, 1, -1), g)
+    return gradient
+
+
+def grpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    rewards: Tensor | None = None,
+    group_size: int | None = None,
+    advantage_eps: float = 1e-4,
+    advantage_scale: str = "group",
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    rollout_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    entropy_mask: Tensor | None = None,
+    sequence_weights: Tensor | None = None,
+    return_entropy: bool = False,
+    cu_seqlens: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    scale: float | Tensor = 1.0,
+    config: LossConfig | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    validate: bool = False,
+    inplace: bool = False,
+    single_pass: bool = True,
+    tp_group: object = None,
+    cp_group: object = None,
+    backend: str = "auto",
+) -> LossOutput:
+    """The GRPO loss from logits, ``policy_loss`` of ``token_logps``, fused.
+
+    Where a token's loss needs that token alone (a token-level ratio, all objectives but ``gmpo``, ``vespo`` and
+    ``*_cov``), the gradient of the logits is written in the forward launch, while each row is in the cache: one read
+    and one write of the logits for loss and gradient. The others, and ``single_pass=False``, take log-probs first and
+    write the gradient in the backward.
+
+    Args:
+        logits, targets, mask, temperature, logit_scale, softcap, ignore_index, validate: as in ``token_logps``; the
+            targets ``[B, T]``, or ``[N]`` packed.
+        advantages, old_logps, ref_logps, rollout_logps, token_weights, entropy_mask, sequence_weights, return_entropy,
+            cu_seqlens, denominator, scale, config: as in ``policy_loss``.
+        rewards, group_size: instead of advantages: ``[R]`` rewards of consecutive groups, normalised within the group
+            with ``advantage_scale`` and ``advantage_eps`` as ``group_advantages`` does; on a GPU inside the loss's own
+            launches (``[B]``, ``"group"`` or ``"none"``, groups of up to 1024).
+        inplace: overwrite the logits with their gradient: no second tensor of their size. Whatever reads the logits
+            afterwards reads the gradient; autograd raises where a node had saved them, and on a second backward.
+            Without grad nothing is written.
+        single_pass: write the gradient in the forward. A gradient of the loss other than 1 then costs one sweep more
+            in the backward (and with retain_graph memory); prefer ``scale`` to dividing the loss.
+        backend: ``"auto"`` or a name from ``available_backends()``.
+
+    Returns:
+        LossOutput.
+
+    Raises:
+        ValueError, TypeError: as ``token_logps`` and ``policy_loss``; for ``inplace`` on a leaf that requires grad, or
+            on rows that overlap in memory; for advantages and rewards both given, or neither.
+        RuntimeError: from a second backward through an ``inplace`` loss.
+    """
+    unsupported_group("tp_group", tp_group)
+    unsupported_group("cp_group", cp_group)
+    config = config or DEFAULT
+    backend = resolve(backend, logits.device, logits.dtype)
+    layout = layout_of(targets.shape, cu_seqlens, targets.device)
+    rows = rows_of(
+        logits,
+        targets,
+        mask,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+    )
+    rows = rows._replace(active=within_sequences(rows.active, layout))
+    group = (group_size, advantage_eps, advantage_scale)
+    fitting = None if advantages is not None else _rewards_in_launch(rewards, *group, layout, logits, config, backend)
+    source = fitting or advantages_of(advantages, rewards, *group, backend)
+    inputs = policy_inputs(
+        layout, rows.active, real_dtype(logits.dtype), config, advantages=source,
+        old_logps=old_logps, ref_logps=ref_logps, rollout_logps=rollout_logps, token_weights=token_weights,
+        entropy_mask=entropy_mask, sequence_weights=sequence_weights, denominator=denominator, scale=scale,
+    )  # fmt: skip
+    fused = single_pass and config.form.token_local and backend != "reference"
+    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    entropy: Tensor | None
+    if fused and wants_grad:
+        if inplace:
+            check_inplace(rows.logits)
+        loss, logps, entropy, per_token, metrics = SinglePass.apply(
+            rows.logits, layout.cu_seqlens, validate, inplace, backend, *rows[1:], *inputs
+        )
+    else:
+        logps, entropy, _ = row_logps(
+            rows, sum_p2=False, validate=validate, inplace_backward=inplace and wants_grad, backend=backend
+        )
+        loss, per_token, metrics = token_loss(logps, entropy, rows.active, layout, inputs, config, backend)
+    return output(layout, loss, logps, entropy if config.has_entropy or return_entropy else None, per_token, metrics)
+
+
+def advantages_of(
+    advantages: Tensor | None, rewards: Tensor | None, group_size: int | None, eps: float, scale: str, backend: str
+) -> Advantages:
+    """As given, or of the rewards in a launch of their own."""
+    if (advantages is None) == (rewards is None):
+        raise ValueError("give either advantages or rewards (with group_size)")
+    if advantages is not None:
+        if group_size is not None:
+            raise ValueError(f"group_size={group_size} goes with rewards; got advantages")
+        return Advantages(advantages)
+    assert rewards is not None
+    return Advantages(
+        group_advantages(rewards, group_size=group_size, eps=eps, scale=scale, backend=backend).advantages
+    )
+
+
+def _rewards_in_launch(
+    rewards: Tensor | None, group_size: int | None, eps: float, scale: str, layout: Layout, logits: Tensor,
+    config: LossConfig, backend: str,
+) -> Advantages | None:  # fmt: skip
+    """Rewards for the loss's own launches; None where they take one of their own, which also names what is wrong."""
+    if rewards is None or group_size is None or backend not in GROUPS_IN_LAUNCH:
+        return None
+    per_row = layout.padded and rewards.shape == layout.shape[:1]
+    if not per_row or real_rewards(rewards).dtype != real_dtype(logits.dtype):
+        return None
+    if not 1 <= group_size <= LARGEST_GROUP_IN_LAUNCH or layout.shape[0] % group_size:
+        return None
+    if config.objective in BY_COVARIANCE:  # whose tokens are picked by their advantages, before
+        return None
+    if scale == "none" and eps == EPS:
+        return Advantages(rewards, "centred", group_size)
+    if scale == "group":
+        check_ddof_eps(1, eps)
+        return Advantages(rewards, "normalised", group_size, float(eps))
+    return None
+
+
+class ConfiguredLoss(torch.nn.Module):
+    """A loss function as a module that holds its ``LossConfig`` and some of its keywords."""
+
+    loss: ClassVar[Callable[..., LossOutput]]  # the function, of the subclass
+
+    def __init__(self, config: LossConfig | None = None, **options: Any) -> None:
+        """``options``: keywords of the function to hold, such as ``temperature``; a call's own go before them."""
+        super().__init__()
+        self.config, self.options = config or DEFAULT, options
+
+    def forward(self, *args: Any, **kwargs: Any) -> LossOutput:
+        return self.loss(*args, config=self.config, **{**self.options, **kwargs})
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.config), *(f"{k}={v!r}" for k, v in self.options.items())])
+
+
+class GRPOLoss(ConfiguredLoss):
+    """A ``LossConfig`` as a module: ``GRPOLoss(config)(logits, targets, advantages, mask, ...)`` is ``grpo_loss``."""
+
+    loss = staticmethod(grpo_loss)

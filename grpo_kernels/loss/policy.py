@@ -1,0 +1,303 @@
+"""The policy loss from log-probs: preparing its inputs, the token kernel's autograd, and policy_loss itself."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..aggregation import aggregation_weights
+from ..backends import resolve
+from ..coefficients import readable
+from ..config import BY_COVARIANCE, BY_SEQUENCE, DEFAULT, METRICS, ROLLOUT_RATIO, LossConfig, Scalars
+from ..inputs.layout import Layout, PolicyInputs, active_tokens, layout_of, real_dtype
+from ..ops import loss as ops
+from ..reference import loss as reference
+from .covariance import covariance_selection
+from .logps import none_for_unused_outputs, unsupported_group
+
+N_INPUTS = len(PolicyInputs._fields)
+
+
+class Advantages(NamedTuple):
+    """A loss's advantages; or rewards of consecutive groups, of which its own launches make them."""
+
+    values: Tensor
+    form: str = "given"  # of config.ADVANTAGES
+    group_size: int = 1
+    eps: float = 0.0
+
+
+class LossOutput(NamedTuple):
+    """What every loss returns. `loss` carries the gradient; everything else is detached.
+
+    `per_token_loss` is the term before aggregation (policy + KL - entropy), 0 at masked tokens. `entropy` is None
+    unless the loss has an entropy term or `return_entropy` asked for it. `metrics` are 0-d tensors on the device, so
+    nothing waits for them until you read them; over N active tokens, with x = logp - old, d = logp - rollout, r the
+    ratio at its level and w the weight of the policy term (token_weights times entropy_mask):
+
+    ==================  =============================================================================
+    policy_loss         the policy term's part of the loss; with the next two it adds up to the loss
+    kl_loss             the KL term's part, coefficient included
+    entropy_loss        the entropy term's part, coefficient and sign included
+    tokens              N
+    entropy             mean entropy in nats (0 where it is not computed)
+    kl                  mean of the KL estimate (weighted by its gradient form), without the coefficient
+    approx_kl           mean of -x: how far the policy has moved since `old`
+    approx_kl_k3        mean of e^x - 1 - x, the same with lower variance
+    ratio_mean/min/max  of r (1 when there are no tokens)
+    clip_low            share of tokens with A < 0 and r below 1 - eps_low; cispo: r below cispo_low;
+                        dppo and trust regions: A <= 0 and outside the region
+    clip_high           share with A > 0 and r above 1 + eps_high, or delta if that is lower; cispo: A > 0 and r
+                        above cispo_high; dppo and trust regions: A > 0 and outside the region
+    clip_region         their sum
+    clip_cap            share with A < 0 where the term is bounded from above: by dual_clip, or by the larger of
+                        delta and 1 + eps_high; cispo: A <= 0 and r above cispo_high; dppo: r above ratio_cap;
+                        *_cov: picked tokens
+    clip_low_min        least clip_low of a sequence that has tokens
+    clip_high_max       largest clip_high of a sequence
+    gradient_weight     mean of g where the policy term's gradient is -g A: the ratio where no bound holds it
+                        (A = 0 counts as A > 0), cispo's clamped ratio, vespo's phi, 1 for reinforce
+    rejected            share of tokens with w = 0
+    weight_mean/min/max of w (1 where nothing weighs); weight_ess: (sum w)^2 / (N sum w^2)
+    rollout_kl          mean of -d, rollout_kl_k3 of e^d - 1 - d, rollout_abs_diff of |d|: how far the policy
+                        is from the sampler; 0 without rollout_logps
+    ==================  =============================================================================
+    """
+
+    loss: Tensor
+    logps: Tensor
+    entropy: Tensor | None
+    per_token_loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class TokenPolicy(torch.autograd.Function):
+    """The token kernel already knows the derivatives, so the backward is a product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logps: Tensor,
+        entropy: Tensor | None,
+        active: Tensor,
+        cu_seqlens: Tensor | None,
+        backend: str,
+        *inputs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, per_token, g_logps, g_entropy, metrics = ops.token_policy(
+            logps, entropy, active, cu_seqlens, *inputs, backend
+        )
+        ctx.save_for_backward(g_logps, g_entropy)
+        ctx.mark_non_differentiable(per_token, metrics)
+        none_for_unused_outputs(ctx)
+        return loss, per_token, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
+        if g is None:
+            return (None,) * (5 + N_INPUTS)
+        needs = ctx.needs_input_grad[:2]
+        gradients = [g * x if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)]
+        return *gradients, *[None] * (3 + N_INPUTS)
+
+
+def policy_inputs(
+    layout: Layout,
+    active: Tensor,
+    dtype: torch.dtype,
+    config: LossConfig,
+    *,
+    advantages: Advantages,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    rollout_logps: Tensor | None,
+    token_weights: Tensor | None,
+    entropy_mask: Tensor | None,
+    sequence_weights: Tensor | None,
+    denominator: Tensor | float | None,
+    scale: float | Tensor,
+) -> PolicyInputs:
+    """Everything the loss reads per token, checked and brought to [B, T]."""
+    _check_given(config, ref_logps, rollout_logps, layout)
+    if config.objective in ROLLOUT_RATIO:
+        old_logps = rollout_logps
+    share = functools.partial(
+        aggregation_weights, layout, config=config, dtype=dtype, sequence_weights=sequence_weights, scale=scale
+    )
+    mask = layout.tokens_or_sequences(entropy_mask, "entropy_mask", dtype)
+    importance = layout.tokens_or_sequences(token_weights, "token_weights", dtype)
+    pooled = config.objective in BY_SEQUENCE
+    policy_weights = None if pooled else importance
+    if mask is not None:
+        policy_weights = mask if policy_weights is None else policy_weights * mask
+    bonus_mask = mask if config.has_entropy and config.entropy_mask_bonus else None
+    entropy_weights = None
+    if config.has_entropy and (config.entropy_aggregation is not None or bonus_mask is not None):
+        kept = active if bonus_mask is None else active & (bonus_mask != 0)
+        own = config.entropy_aggregation or config.aggregation
+        entropy_weights = share(kept, own, denominator=None if config.entropy_aggregation else denominator)
+    kl_coef, entropy_coef, scalars = _coefficients(config, active.device, dtype)
+    adv = layout.tokens_or_sequences(advantages.values, "advantages", dtype)
+    assert adv is not None
+    return PolicyInputs(
+        adv,
+        share(active, config.aggregation, denominator=denominator),
+        layout.tokens(old_logps, "old_logps", dtype),
+        layout.tokens(ref_logps, "ref_logps", dtype) if config.has_kl else None,
+        layout.tokens(rollout_logps, "rollout_logps", dtype),
+        policy_weights,
+        entropy_weights,
+        bonus_mask,
+        None,
+        importance if pooled else None,
+        advantages.group_size,
+        advantages.eps,
+        kl_coef,
+        entropy_coef,
+        scalars,
+        list(config.form._replace(advantages=advantages.form)),
+    )
+
+
+def _coefficients(
+    config: LossConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The coefficients that kernels on `device` read, None where they are numbers, and all numbers."""
+    found: dict[str, Tensor | None] = dict.fromkeys(("kl_coef", "entropy_coef"))
+    scalars = config.scalars
+    for name, value in zip(found, config.tensors, strict=True):
+        if value is None:
+            continue
+        found[name] = readable(name, value, device, dtype)
+        if found[name] is None:
+            scalars = scalars.clone()
+            scalars[Scalars._fields.index(name)] = value.reshape(())
+    return found["kl_coef"], found["entropy_coef"], scalars
+
+
+def _check_given(config: LossConfig, ref_logps: Tensor | None, rollout_logps: Tensor | None, layout: Layout) -> None:
+    if config.has_kl and ref_logps is None:
+        raise ValueError("kl_coef is not 0, so ref_logps must be given; got None")
+    if config.has_kl and config.form.kl_gradient == "behaviour_weighted" and rollout_logps is None:
+        raise ValueError("kl_gradient='behaviour_weighted' needs rollout_logps; got None")
+    if config.objective in ROLLOUT_RATIO and rollout_logps is None:
+        raise ValueError(f"objective={config.objective!r} takes its ratio against rollout_logps; got None")
+    if config.form.pooling != "none" and not layout.knows_sequences:
+        what = f"objective={config.objective!r}, ratio_level={config.ratio_level!r}"
+        raise ValueError(f"{what} over flat tokens needs cu_seqlens")
+
+
+def token_loss(
+    logps: Tensor, entropy: Tensor | None, active: Tensor, layout: Layout, inputs: PolicyInputs, config: LossConfig,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, per-token terms and metrics from [B, T] log-probs; differentiable in them and in the entropy."""
+    if config.objective in BY_COVARIANCE:
+        inputs = inputs._replace(selected=covariance_selection(logps, active, inputs, config))
+    if backend == "reference":
+        return reference.policy_loss(logps, entropy, active, layout, inputs)
+    outputs: tuple[Tensor, Tensor, Tensor] = TokenPolicy.apply(
+        logps, entropy, active, layout.cu_seqlens, backend, *inputs
+    )
+    return outputs
+
+
+def output(
+    layout: Layout, loss: Tensor, logps: Tensor, entropy: Tensor | None, per_token: Tensor, metrics: Tensor
+) -> LossOutput:
+    shape = layout.shape
+    return LossOutput(
+        loss,
+        logps.detach().view(shape),
+        None if entropy is None else entropy.detach().view(shape),
+        per_token.view(shape),
+        dict(zip(METRICS, metrics.unbind(), strict=True)),
+    )
+
+
+def policy_loss(
+    logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    rollout_logps: Tensor | None = None,
+    entropy: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    entropy_mask: Tensor | None = None,
+    sequence_weights: Tensor | None = None,
+    return_entropy: bool = False,
+    cu_seqlens: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    scale: float | Tensor = 1.0,
+    config: LossConfig | None = None,
+    cp_group: object = None,
+    backend: str = "auto",
+) -> LossOutput:
+    """The policy loss from log-probs: ``scale * sum(weights * terms) / denominator``.
+
+    ``terms = policy + kl_coef * kl - entropy_coef * entropy``, the maths of ``LossConfig``, in one launch with its
+    derivative. Differentiable in ``logps`` and ``entropy``; every
+    other tensor is detached. What TRL's ``_compute_loss`` and verl's ``compute_policy_loss_*`` do after the log-probs.
+
+    Args:
+        logps: ``[B, T]``, or ``[N]`` packed; log-probs of the current policy, nats, float32 or float64 (others are
+            computed in float32).
+        advantages: ``[B]`` or ``[B, T]``; packed: ``[N]``, or ``[R]`` with ``cu_seqlens`` (where N = R, per token).
+        mask: per token, any dtype, 0 masks: nothing of a masked token is read, NaN included.
+        old_logps: per token, of the policy that the ratio is taken against; None: on-policy, ratio 1.
+        ref_logps: per token; read only when ``config.kl_coef`` is not 0.
+        rollout_logps: per token, of the sampler; what ``tv_mask`` and ``ipo`` take their ratio against (they ignore
+            old_logps), read by ``kl_gradient="behaviour_weighted"`` and by the rollout metrics.
+        entropy: per token, from ``token_logps``; needed when ``config.entropy_coef`` is not 0.
+        token_weights: per token or sequence, multiplies the policy term only (importance correction, rejection);
+            ``gmpo`` takes their geometric mean over a sequence, ``vespo`` adds their logarithms to that of its ratio.
+        entropy_mask: per token, multiplies the policy term (TRL's top-entropy quantile), and the entropy term with
+            ``config.entropy_mask_bonus``; ``gmpo`` leaves the tokens out of its mean.
+        sequence_weights: ``[R]``, multiplies every term of a sequence, beside the aggregation's own weight.
+        cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences, on the tokens' device; needed where a sequence
+            matters. They rise from 0 to at most N. On a GPU that is not checked, as it would have to be waited for:
+            they are taken as clamped, so that nothing is read or written elsewhere; how the tokens are shared out then
+            is not promised.
+        denominator: replaces the aggregation's own (tokens, sequences, or sequences * max_length), for gradient
+            accumulation and data parallelism; a 0-d tensor is not waited for.
+        scale: multiplies the loss; ``1 / steps`` for gradient accumulation.
+        config: the loss; ``LossConfig()`` when None.
+        backend: ``"auto"`` or a name from ``available_backends()``.
+
+    Returns:
+        LossOutput; ``entropy`` is the argument's, when it is asked for or part of the loss.
+
+    Raises:
+        ValueError: for shapes that do not fit, for boundaries on another device, and for a tensor that the config
+            needs and that is missing.
+    """
+    unsupported_group("cp_group", cp_group)
+    config = config or DEFAULT
+    backend = resolve(backend, logps.device, real_dtype(logps.dtype))
+    layout = layout_of(logps.shape, cu_seqlens, logps.device)
+    dtype = real_dtype(logps.dtype)
+    grid_logps = logps.to(dtype).reshape(layout.grid)
+    active = active_tokens(mask, layout, logps.device)
+    if config.has_entropy and entropy is None:
+        raise ValueError(
+            "entropy_coef is not 0, so entropy must be given (token_logps(..., return_entropy=True)); got None"
+        )
+    grid_entropy = None
+    if entropy is not None and (config.has_entropy or return_entropy):
+        if entropy.shape != logps.shape:
+            raise ValueError(f"entropy must have the shape of logps, {tuple(logps.shape)}; got {tuple(entropy.shape)}")
+        grid_entropy = entropy.to(dtype).reshape(layout.grid)
+    inputs = policy_inputs(
+        layout, active, dtype, config, advantages=Advantages(advantages), old_logps=old_logps, ref_logps=ref_logps,
+        rollout_logps=rollout_logps, token_weights=token_weights, entropy_mask=entropy_mask,
+        sequence_weights=sequence_weights, denominator=denominator, scale=scale,
+    )  # fmt: skip
+    loss, per_token, metrics = token_loss(grid_logps, grid_entropy, active, layout, inputs, config, backend)
+    return output(layout, loss, grid_logps, grid_entropy, per_token, metrics)

@@ -1,0 +1,1 @@
+"""The operators that torch.compile sees: schemas, fake implementations, and checks that need the data."""

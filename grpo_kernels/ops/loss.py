@@ -1,0 +1,259 @@
+"""The operators that torch.compile sees: schema, shapes (fakes) and the one line that calls a backend.
+
+Autograd lives in autograd.Functions outside (loss/). What needs the data to be
+checked, such as a target outside the vocabulary, is checked here, where a graph cannot see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import implementation
+from ..config import METRICS
+from ..inputs.layout import PolicyInputs, Rows, RowStats, check_boundaries, check_rows_apart, real_dtype
+from . import linear_chunks
+
+LIBRARY = torch.library.Library("grpo_kernels", "DEF")
+
+_ROWS = (
+    "Tensor{} logits, Tensor targets, Tensor active, float temperature, Tensor? temperatures, "
+    "float logit_scale, float softcap"
+)
+_POLICY = (
+    "Tensor advantages, Tensor weights, Tensor? old_logps, Tensor? ref_logps, Tensor? rollout_logps, "
+    "Tensor? token_weights, Tensor? entropy_weights, Tensor? entropy_mask, "
+    "Tensor? selected, Tensor? pooled_weights, SymInt group_size, float advantage_eps, "
+    "Tensor? kl_coef, Tensor? entropy_coef, Tensor scalars, str[] form"
+)
+_STATS = "Tensor logps, Tensor entropy, Tensor max, Tensor log_sum"
+_LINEAR = "Tensor weight, Tensor? bias, int chunk_rows, bool[] needs"
+_N_ROWS, _N_STATS, _N_POLICY = len(Rows._fields), len(RowStats._fields), len(PolicyInputs._fields)
+
+
+def _define(schema: str, run: Callable, fake: Callable) -> Any:
+    """Registers `run` for every device; `fake` gives the shapes. The returned overload skips the name lookup."""
+    LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"grpo_kernels::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.grpo_kernels, name).default
+
+
+def _split(args: tuple) -> tuple[Rows, tuple]:
+    return Rows(*args[:_N_ROWS]), args[_N_ROWS:]
+
+
+def check_targets(rows: Rows, vocab: int, validate: bool) -> None:
+    """On the CPU always; elsewhere on request, since reading the answer waits for the device."""
+    if not validate and rows.targets.device.type != "cpu":
+        return
+    bad = rows.active & ((rows.targets < 0) | (rows.targets >= vocab))
+    if bad.any():
+        at = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"target {int(rows.targets[at])} at position {at} is outside the vocabulary of {vocab}; "
+            "mask it, or give it ignore_index"
+        )
+
+
+def _new_gradient(args: tuple) -> Tensor:
+    logits, backend = args[0], args[-1]
+    return _in_phase(logits, implementation(backend).new_matrix)
+
+
+def _in_phase(logits: Tensor, new: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    """A tensor like the logits, by `new(like, shape)`: each row begins as far behind a boundary of 16 bytes as theirs.
+
+    A kernel that reads a row in whole 16 bytes can then write its gradient so. Dense where the logits are; of a slice
+    such as ``logits[:, :-1]`` with an odd vocabulary fewer than 16 bytes lie between two rows, or two sequences.
+    """
+    batch, tokens, vocab = logits.shape
+    vector = 16 // logits.element_size()
+    stride_t = vocab + (logits.stride(1) - vocab) % vector
+    stride_b = tokens * stride_t + (logits.stride(0) - tokens * stride_t) % vector
+    first = logits.storage_offset() % vector  # torch's memory begins on a boundary
+    return new(logits, (first + batch * stride_b,)).as_strided(logits.shape, (stride_b, stride_t, 1), first)
+
+
+def _clear_ignored(gradient: Tensor, rows: Rows) -> None:
+    """The positions past the targets', which no kernel visits."""
+    gradient[:, rows.targets.shape[1] :].zero_()
+
+
+def _modified(logits: Tensor) -> None:
+    if not logits.is_inference():
+        torch.autograd.graph.increment_version(logits)
+
+
+def _row_forward(*args: Any) -> tuple[Tensor, ...]:
+    rows, (sum_p2, validate, backend) = _split(args)
+    check_targets(rows, rows.logits.shape[-1], validate)
+    stats, squares = implementation(backend).row_forward(rows, sum_p2)
+    return (*stats, squares)
+
+
+def _row_backward(*args: Any) -> Tensor:
+    gradient = _new_gradient(args)
+    _row_backward_into(gradient, args)
+    return gradient
+
+
+def _row_backward_(*args: Any) -> None:
+    check_rows_apart(args[0])
+    _row_backward_into(args[0], args)
+    _modified(args[0])
+
+
+def _row_backward_into(gradient: Tensor, args: tuple) -> None:
+    rows, rest = _split(args)
+    saved, (g_logps, g_entropy, backend) = RowStats(*rest[:_N_STATS]), rest[_N_STATS:]
+    implementation(backend).row_backward(rows, saved, g_logps, g_entropy, gradient)
+    _clear_ignored(gradient, rows)
+
+
+def _row_policy(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = _new_gradient(args)
+    return (gradient, *_row_policy_into(gradient, args))
+
+
+def _row_policy_(*args: Any) -> tuple[Tensor, Tensor]:
+    check_rows_apart(args[0])
+    outputs = _row_policy_into(args[0], args)
+    _modified(args[0])
+    return outputs
+
+
+def _row_policy_into(gradient: Tensor, args: tuple) -> tuple[Tensor, Tensor]:
+    rows, rest = _split(args)
+    inputs, (validate, backend) = PolicyInputs(*rest[:_N_POLICY]), rest[_N_POLICY:]
+    check_targets(rows, rows.logits.shape[-1], validate)
+    stats = implementation(backend).row_policy(rows, inputs, gradient)
+    _clear_ignored(gradient, rows)
+    return stats.logps, stats.entropy
+
+
+def _token_policy(
+    logps: Tensor, entropy: Tensor | None, active: Tensor, cu_seqlens: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    inputs, backend = PolicyInputs(*rest[:_N_POLICY]), rest[_N_POLICY]
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, logps.shape[1])
+    return implementation(backend).token_policy(logps, entropy, active, cu_seqlens, inputs)
+
+
+def _linear_forward(*args: Any) -> tuple[Tensor, ...]:
+    rows, (weight, bias, chunk_rows, sum_p2, validate, backend) = _split(args)
+    check_targets(rows, weight.shape[0], validate)
+    stats, squares = linear_chunks.forward(implementation(backend), rows, weight, bias, chunk_rows, sum_p2)
+    return (*stats, squares)
+
+
+def _linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, (weight, bias, chunk_rows, needs, *rest) = _split(args)
+    saved, (g_logps, g_entropy, backend) = RowStats(*rest[:_N_STATS]), rest[_N_STATS:]
+    return linear_chunks.backward(
+        implementation(backend), rows, weight, bias, chunk_rows, needs, saved, g_logps, g_entropy
+    )
+
+
+def _linear_policy(*args: Any) -> tuple[Tensor, ...]:
+    rows, (weight, bias, chunk_rows, needs, *rest) = _split(args)
+    inputs, (validate, backend) = PolicyInputs(*rest[:_N_POLICY]), rest[_N_POLICY:]
+    check_targets(rows, weight.shape[0], validate)
+    return linear_chunks.policy(implementation(backend), rows, weight, bias, chunk_rows, needs, inputs)
+
+
+# ---- shapes ----
+
+
+def _real(like: Tensor, shape: Any) -> Tensor:
+    return like.new_empty(shape, dtype=real_dtype(like.dtype))
+
+
+def _fake_stats(logits: Tensor, targets: Tensor, sum_p2: bool) -> tuple[Tensor, ...]:
+    return (*(_real(logits, targets.shape) for _ in range(_N_STATS)), _real(logits, targets.shape if sum_p2 else (0,)))
+
+
+def _fake_gradients(args: tuple) -> tuple[Tensor, ...]:
+    hidden, (weight, bias, _, needs) = args[0], args[_N_ROWS : _N_ROWS + 4]
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    likes = (hidden, weight, weight if bias is None else bias)
+    return tuple(like.new_empty(s if need else (0,)) for like, s, need in zip(likes, shapes, needs, strict=True))
+
+
+def _fake_token_policy(logps: Tensor, entropy: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    g_entropy = _real(logps, (0,) if entropy is None else logps.shape)
+    return (
+        _real(logps, ()),
+        _real(logps, logps.shape),
+        _real(logps, logps.shape),
+        g_entropy,
+        _real(logps, (len(METRICS),)),
+    )
+
+
+_HEAD = _ROWS.format("")
+_HEAD_INPLACE = _ROWS.format("(a!)")
+_HIDDEN = _HEAD.replace("logits,", "hidden,", 1)
+
+row_forward = _define(
+    f"row_forward({_HEAD}, bool sum_p2, bool validate, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _row_forward,
+    lambda logits, targets, *rest: _fake_stats(logits, targets, rest[-3]),
+)
+row_backward = _define(
+    f"row_backward({_HEAD}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) -> Tensor",
+    _row_backward,
+    lambda logits, *_: _in_phase(logits, Tensor.new_empty),
+)
+row_backward_ = _define(
+    f"row_backward_({_HEAD_INPLACE}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) -> ()",
+    _row_backward_,
+    lambda *_: None,
+)
+row_policy = _define(
+    f"row_policy({_HEAD}, {_POLICY}, bool validate, str backend) -> (Tensor, Tensor, Tensor)",
+    _row_policy,
+    lambda logits, targets, *_: (
+        _in_phase(logits, Tensor.new_empty),
+        _real(logits, targets.shape),
+        _real(logits, targets.shape),
+    ),
+)
+row_policy_ = _define(
+    f"row_policy_({_HEAD_INPLACE}, {_POLICY}, bool validate, str backend) -> (Tensor, Tensor)",
+    _row_policy_,
+    lambda logits, targets, *_: (_real(logits, targets.shape), _real(logits, targets.shape)),
+)
+token_policy = _define(
+    f"token_policy(Tensor logps, Tensor? entropy, Tensor active, Tensor? cu_seqlens, {_POLICY}, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _token_policy,
+    _fake_token_policy,
+)
+linear_forward = _define(
+    f"linear_forward({_HIDDEN}, Tensor weight, Tensor? bias, int chunk_rows, bool sum_p2, bool validate, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_forward,
+    lambda hidden, targets, *rest: _fake_stats(hidden, targets, rest[-3]),
+)
+linear_backward = _define(
+    f"linear_backward({_HIDDEN}, {_LINEAR}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _linear_backward,
+    lambda *args: _fake_gradients(args),
+)
+linear_policy = _define(
+    f"linear_policy({_HIDDEN}, {_LINEAR}, {_POLICY}, bool validate, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_policy,
+    lambda *args: (
+        *_fake_gradients(args),
+        _real(args[0], args[1].shape),
+        _real(args[0], args[1].shape),
+    ),
+)

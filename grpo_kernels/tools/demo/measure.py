@@ -1,0 +1,144 @@
+"""The fused loss beside the one a trainer author would write by hand: numbers, time and memory on the same batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import grpo_kernels as gk
+from grpo_kernels.tools.memory.peak import peak_memory
+
+from .policy import Policy
+from .train import LossInputs
+
+LARGER = 8  # the demo's batch is small enough for a laptop; this many of it are a small batch elsewhere
+LossAndGradients = tuple[Tensor, ...]  # loss, d loss / d hidden, d loss / d weight
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float  # median of the rounds, forward and backward
+    peak_bytes: int  # of all tensors alive at one moment, above what was alive before
+    larger_peak_bytes: int  # the same for a batch `LARGER` times as large
+
+
+@dataclass(frozen=True)
+class Comparison:
+    rows: int
+    active_rows: int
+    vocabulary: int
+    rounds: int
+    fused_loss: float
+    eager_loss: float
+    hidden_gradient_error: float | None  # max |difference| / max |eager|; None: no group carried a signal
+    weight_gradient_error: float | None
+    fused: Cost
+    eager: Cost
+
+    @property
+    def loss_difference(self) -> float:
+        return abs(self.fused_loss - self.eager_loss)
+
+
+def eager_grpo_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, mask: Tensor,
+    old_logps: Tensor, ref_logps: Tensor, config: gk.LossConfig,
+) -> Tensor:  # fmt: skip
+    """Plain PyTorch: all logits, their log-softmax, the clipped objective plus k3, the mean over the tokens."""
+    logits = (hidden @ weight.T).float()
+    logps = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    ratio = (logps - old_logps).exp()
+    high = config.eps_low if config.eps_high is None else config.eps_high
+    advantages = advantages.unsqueeze(-1)
+    policy = -torch.min(ratio * advantages, ratio.clamp(1 - config.eps_low, 1 + high) * advantages)
+    log_ratio = ref_logps - logps
+    kl = log_ratio.exp() - log_ratio - 1
+    mask = mask.to(logps.dtype)
+    return ((policy + config.kl_coef * kl) * mask).sum() / mask.sum()
+
+
+class _Case:
+    """The two losses on the same tensors."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, inputs: LossInputs, config: gk.LossConfig, copies: int = 1):
+        def repeated(x: Tensor) -> Tensor:
+            return x.repeat(copies, *[1] * (x.dim() - 1))
+
+        self.hidden = repeated(hidden).requires_grad_()
+        self.weight = weight.detach().clone().requires_grad_()
+        self.targets, self.mask = repeated(inputs.batch.targets), repeated(inputs.batch.mask)
+        self.advantages = repeated(inputs.advantages)
+        self.old_logps, self.ref_logps = repeated(inputs.old_logps), repeated(inputs.ref_logps)
+        self.config = config
+
+    def fused(self) -> LossAndGradients:
+        loss = gk.linear_grpo_loss(
+            self.hidden, self.weight, self.targets, self.advantages, self.mask,
+            old_logps=self.old_logps, ref_logps=self.ref_logps, config=self.config,
+        ).loss  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight))
+
+    def eager(self) -> LossAndGradients:
+        loss = eager_grpo_loss(
+            self.hidden, self.weight, self.targets, self.advantages, self.mask,
+            self.old_logps, self.ref_logps, self.config,
+        )  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight))
+
+
+def compare(policy: Policy, inputs: LossInputs, config: gk.LossConfig) -> Comparison:
+    """Both losses with the policy as it is now, so after the update: ratios differ from 1 and the KL from 0."""
+    with torch.no_grad():
+        hidden, weight = policy.hidden_and_weight(inputs.batch)
+    case = _Case(hidden, weight, inputs, config)
+    (fused_loss, *fused_gradients), (eager_loss, *eager_gradients) = case.fused(), case.eager()
+    hidden_error: float | None = None
+    weight_error: float | None = None
+    if inputs.advantages.any():  # else the gradient is rounding noise on both sides, which nothing can be relative to
+        hidden_error, weight_error = map(_relative_error, fused_gradients, eager_gradients)
+    del fused_gradients, eager_gradients
+    (fused_seconds, eager_seconds), rounds = interleaved_seconds((case.fused, case.eager))
+    larger = _Case(hidden, weight, inputs, config, copies=LARGER)
+    return Comparison(
+        rows=case.targets.numel(),
+        active_rows=int(case.mask.sum()),
+        vocabulary=weight.shape[0],
+        rounds=rounds,
+        fused_loss=fused_loss.item(),
+        eager_loss=eager_loss.item(),
+        hidden_gradient_error=hidden_error,
+        weight_gradient_error=weight_error,
+        fused=Cost(fused_seconds, peak_bytes(case.fused), peak_bytes(larger.fused)),
+        eager=Cost(eager_seconds, peak_bytes(case.eager), peak_bytes(larger.eager)),
+    )
+
+
+def interleaved_seconds(
+    runs: Sequence[Callable[[], object]], least: int = 5, most: int = 50, budget: float = 1.0
+) -> tuple[list[float], int]:
+    """Median seconds of each, and of how many rounds: more of them where they are short.
+
+    They take turns, so that a disturbance of the machine hits all of them alike.
+    """
+    taken: list[list[float]] = [[] for _ in runs]
+    begin = time.perf_counter()
+    while len(taken[0]) < least or (len(taken[0]) < most and time.perf_counter() - begin < budget):
+        for run, seconds in zip(runs, taken, strict=True):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+    return [median(seconds) for seconds in taken], len(taken[0])
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most bytes of tensors alive at one moment during `run`, above what was alive before."""
+    return peak_memory(run, warm_up=False, resident=False).tensor_bytes
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=torch.finfo(theirs.dtype).tiny)).item()

@@ -1,0 +1,52 @@
+"""What this machine and this installation are: for reports, and for `grpo-kernels doctor`."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+import grpo_kernels as gk
+
+from ..backends import resolve
+
+PACKAGES = ("torch", "triton", "transformers", "numpy")
+PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "verl")
+NOT_INSTALLED = "not installed"
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Of this library, Python and `packages`, or "not installed"."""
+    found = {"grpo-kernels": gk.__version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = NOT_INSTALLED
+    return found
+
+
+def default_backend(device: str = "cpu") -> str:
+    return resolve("auto", torch.device(device))
+
+
+def instruction_set(backend: str) -> str:
+    """Of the kernels that run: ours on `cpu`, PyTorch's own on any other backend."""
+    if backend == "cpu":
+        from ..backends.cpu import instruction_set as native
+
+        return native()
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
+def devices() -> list[str]:
+    names = [f"cpu ({platform.machine()}, threads: {torch.get_num_threads()})"]
+    if torch.cuda.is_available():
+        names += [f"cuda:{i} ({_gpu(i)})" for i in range(torch.cuda.device_count())]
+    return names
+
+
+def _gpu(index: int) -> str:
+    found = torch.cuda.get_device_properties(index)
+    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}"

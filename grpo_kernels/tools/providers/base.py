@@ -1,0 +1,135 @@
+"""What is computed, and the one interface of everybody who computes it."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ...config import LossConfig
+from .batch import Batch
+
+PATHS = {
+    "logits": "loss from logits",
+    "linear": "loss from hidden states and lm_head",
+    "logps": "log-probs of the targets from logits",
+    "tokens": "loss from log-probs",
+    "advantages": "group-normalised advantages",
+    "gae": "GAE, whitened",
+}
+ADVANTAGE_EPS, GAMMA, LAM = 1e-6, 0.99, 0.95
+EPS_LOW, EPS_HIGH, CISPO_CAP, MAX_LENGTH = 0.2, 0.28, 5.0, 512
+NO_DUAL_CLIP = 1e6  # verl always has one; no ratio reaches this
+
+
+class Loss(NamedTuple):
+    """One of the trainers' losses under the name that TRL and Liger give it."""
+
+    preset: str
+    options: dict[str, Any]  # of ours, beside the preset
+    type: str  # loss_type of TRL and Liger
+    level: str = "token"
+    verl: tuple[str, str] | None = None  # its loss_mode and loss_agg_mode, where it computes the same
+
+
+_CLIP = {"eps_low": EPS_LOW, "eps_high": EPS_HIGH}
+LOSSES = {
+    "dapo": Loss("trl_dapo", _CLIP, "dapo", verl=("vanilla", "token-mean")),
+    "grpo": Loss("trl_grpo", _CLIP, "grpo", verl=("vanilla", "seq-mean-token-mean")),
+    "bnpo": Loss("trl_bnpo", _CLIP, "bnpo", verl=("vanilla", "token-mean")),
+    "dr_grpo": Loss("trl_dr_grpo", {**_CLIP, "max_length": MAX_LENGTH}, "dr_grpo"),
+    "gspo": Loss("trl_gspo", _CLIP, "grpo", "sequence", ("gspo", "seq-mean-token-mean")),
+    "luspo": Loss("trl_luspo", _CLIP, "luspo", "sequence"),
+    "cispo": Loss("trl_cispo", {"cispo_high": CISPO_CAP}, "cispo", verl=("cispo", "token-mean")),
+    "sapo": Loss("trl_sapo", {}, "sapo", verl=("sapo", "seq-mean-token-mean")),
+    "vespo": Loss("trl_vespo", {}, "vespo"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A computation without its sizes. `kl_coef` weighs the plain k3 estimator, differentiated pathwise."""
+
+    path: str = "logits"
+    loss: str = "dapo"
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0  # on the "logps" path: entropy is returned, not differentiated
+
+    def __post_init__(self) -> None:
+        if self.path not in PATHS:
+            raise ValueError(f"path must be one of {', '.join(PATHS)}; got {self.path!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
+
+    @property
+    def config(self) -> LossConfig:
+        loss = LOSSES[self.loss]
+        options = {**loss.options, "kl_coef": self.kl_coef, "entropy_coef": self.entropy_coef}
+        return LossConfig.preset(loss.preset, **options, kl_gradient="pathwise")
+
+
+class Result(NamedTuple):
+    """`outputs`: a 0-d loss, or log-probs (and entropy) [B, T]; `inputs`: what the first one is differentiated by."""
+
+    outputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Ready to be called again and again on one batch."""
+
+    forward: Callable[[], Result]
+    restore: Callable[[], object] | None = None  # before each call: what an in-place call overwrote
+
+
+class Provider(ABC):
+    """Who computes it. Nothing foreign is imported before `build`."""
+
+    name: str
+    title: str  # one line for a table's legend
+    paths: ClassVar[frozenset[str]]
+    module: ClassVar[str | None] = None  # to be found for the provider to be there
+    distribution: ClassVar[str | None] = None  # on PyPI
+    needs_gpu: ClassVar[bool] = False
+    rounded_logps: ClassVar[bool] = False  # computes log-probs in the logits' own dtype: compared at its precision
+    approximates: ClassVar[float] = 0.0  # relative L2 that its own approximation may move a gradient by
+    compiles: ClassVar[bool] = False  # by torch.compile: the first call takes seconds
+
+    def missing(self, device: str) -> str | None:
+        """Why it cannot run here; None where it can."""
+        if self.module is not None and importlib.util.find_spec(self.module) is None:
+            return f"not installed: pip install {self.distribution}"
+        if self.needs_gpu and device == "cpu":
+            return "needs a GPU"
+        return None
+
+    def unsupported(self, task: Task) -> str | None:
+        """Why it cannot do this task; None where it can."""
+        return None if task.path in self.paths else f"does not compute the {PATHS[task.path]}"
+
+    def uncompiled(self) -> Provider | None:
+        """Itself without torch.compile, for tests; None where there is nothing else."""
+        return None if self.compiles else self
+
+    @property
+    def version(self) -> str | None:
+        try:
+            return None if self.distribution is None else metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
+    @abstractmethod
+    def build(self, task: Task, batch: Batch) -> Run:
+        """Everything that need not be repeated at each call is done here."""
+
+
+def leaf(x: Tensor | None) -> Tensor:
+    """A leaf of its own on the batch's memory."""
+    assert x is not None, "the batch was made for another path"
+    return x.detach().requires_grad_()
