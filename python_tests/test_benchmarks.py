@@ -32,7 +32,7 @@ from grpo_kernels.tools.providers import (
     provider_named,
     providers,
 )
-from grpo_kernels.tools.providers.batch import tokens_batch
+from grpo_kernels.tools.providers.batch import produced, tokens_batch
 from grpo_kernels.tools.providers.plain import Eager
 from grpo_kernels.tools.shapes import SHAPES, shape_named
 
@@ -301,7 +301,7 @@ def test_summary_is_median_and_quartiles() -> None:
 
 def test_produced_logits_share_memory_and_are_no_leaf() -> None:
     logits = torch.randn(2, 3, 5)
-    head = timing.produced(logits)
+    head = produced(logits)
     assert head.requires_grad and not head.is_leaf and head.data_ptr() == logits.data_ptr()
     (gradient,) = torch.autograd.grad(head.sum(), head)
     assert gradient.shape == logits.shape and not logits.requires_grad

@@ -12,7 +12,7 @@ from device_proxy import FUNCTIONS, OnDevice
 import grpo_kernels as gk
 from grpo_kernels import backends
 from grpo_kernels.testing.inputs import make_batch
-from grpo_kernels.tools.bench.timing import produced
+from grpo_kernels.tools.providers.batch import produced
 
 NAMES = [name for name in ("cpu", "emulated") if name in backends.NAMES + backends.TESTS_ONLY]
 

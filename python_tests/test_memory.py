@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels.tools.bench.timing import produced
 from grpo_kernels.tools.memory.peak import PeakMemory, peak_memory
+from grpo_kernels.tools.providers.batch import produced
 
 B, T, V = 8, 64, 49152
 N = B * T

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels.tools.bench.timing import produced
+from grpo_kernels.tools.providers.batch import produced
 
 from .case import Case, Context
 from .compare import accurate, in_dtype, same_bits

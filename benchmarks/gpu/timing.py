@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels.tools.bench.timing import produced
 from grpo_kernels.tools.providers import Task, both, providers
-from grpo_kernels.tools.providers.batch import Batch, logits_batch, rewards_batch, tokens_batch, values_batch
+from grpo_kernels.tools.providers.batch import Batch, logits_batch, produced, rewards_batch, tokens_batch, values_batch
 
 from .case import Case, Context
 from .measure import host_milliseconds, milliseconds

@@ -15,8 +15,8 @@ from ..config import LossConfig
 from ..inputs.data_parallel import reduced
 from ..inputs.grouping import VALUE_METRICS, check_choice, check_ddof_eps, check_unread
 from ..inputs.layout import active_tokens, layout_of, real_dtype
-from ..loss.logps import none_for_unused_outputs
 from ..ops import advantages as ops
+from ..ops.library import none_for_unused_outputs
 from ..reference import advantages as reference
 
 EPS_MODES = ("variance", "floor", "std")

@@ -15,7 +15,8 @@ from ..config import BY_COVARIANCE, DEFAULT, LossConfig
 from ..inputs.grouping import check_ddof_eps, real_rewards
 from ..inputs.layout import Layout, layout_of, real_dtype, rows_of, within_sequences
 from ..ops import loss as ops
-from .logps import CONSUMED, N_ROWS, check_inplace, none_for_unused_outputs, row_logps, unsupported_group
+from ..ops.library import none_for_unused_outputs
+from .logps import CONSUMED, N_ROWS, check_inplace, row_logps, unsupported_group
 from .policy import N_INPUTS, Advantages, LossOutput, output, policy_inputs, token_loss
 
 

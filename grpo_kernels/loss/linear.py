@@ -12,10 +12,11 @@ from ..backends import resolve
 from ..config import DEFAULT, LossConfig
 from ..inputs.layout import Rows, layout_of, real_dtype, rows_of, within_sequences
 from ..ops import loss as ops
+from ..ops.library import none_for_unused_outputs
 from ..ops.linear_chunks import chunk_rows_for
 from ..reference import loss as reference
 from .grpo import ConfiguredLoss, advantages_of, scaled
-from .logps import N_ROWS, TokenLogps, none_for_unused_outputs, shaped, unsupported_group
+from .logps import N_ROWS, TokenLogps, shaped, unsupported_group
 from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss
 
 

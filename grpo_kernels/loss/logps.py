@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import resolve
 from ..inputs.layout import Rows, check_rows_apart, rows_of
 from ..ops import loss as ops
+from ..ops.library import none_for_unused_outputs
 from ..reference import loss as reference
 
 CONSUMED = (
@@ -37,12 +38,6 @@ def check_inplace(logits: Tensor) -> None:
         raise ValueError("inplace overwrites the logits, and these are a leaf that requires grad; pass inplace=False")
     if not torch.compiler.is_compiling():  # a graph's operators look at the strides of each call
         check_rows_apart(logits)
-
-
-def none_for_unused_outputs(ctx: Any) -> None:
-    """An output whose gradient nobody asks for gives the backward None, not zeros that a launch has filled."""
-    if not torch.compiler.is_compiling():  # dynamo does not know the method, and drops such zeros itself
-        ctx.set_materialize_grads(False)
 
 
 class RowLogps(torch.autograd.Function):

@@ -15,9 +15,10 @@ from ..coefficients import readable
 from ..config import BY_COVARIANCE, BY_SEQUENCE, DEFAULT, METRICS, ROLLOUT_RATIO, LossConfig, Scalars
 from ..inputs.layout import Layout, PolicyInputs, active_tokens, layout_of, real_dtype
 from ..ops import loss as ops
+from ..ops.library import none_for_unused_outputs
 from ..reference import loss as reference
 from .covariance import covariance_selection
-from .logps import none_for_unused_outputs, unsupported_group
+from .logps import unsupported_group
 
 N_INPUTS = len(PolicyInputs._fields)
 

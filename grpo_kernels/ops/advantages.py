@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import implementation
 from ..inputs.grouping import VALUE_METRICS, AdvantageForm, Samples
 from ..inputs.layout import check_boundaries, real_dtype
-from .loss import _define
+from .library import define
 
 
 def _group_advantages(*args: Any) -> tuple[Tensor, ...]:
@@ -26,7 +26,7 @@ def _fake_group_advantages(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return (*(rewards.new_empty(shape) for _ in range(3)), rewards.new_empty(shape, dtype=torch.bool))
 
 
-group_advantages = _define(
+group_advantages = define(
     "group_advantages(Tensor rewards, Tensor? reward_weights, Tensor? valid, Tensor? group_ids, Tensor? lengths, "
     "Tensor? critic_values, SymInt group_size, str baseline, str scale, int ddof, float eps, float critic_weight, "
     "float clip_low, float clip_high, bool single_raw, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -44,7 +44,7 @@ def _gae(
     return implementation(backend).gae(rewards, values, active, cu_seqlens, *numbers)
 
 
-gae = _define(
+gae = define(
     "gae(Tensor rewards, Tensor? values, Tensor? active, Tensor? cu_seqlens, float gamma, float lam, str backend) "
     "-> (Tensor, Tensor)",
     _gae,
@@ -60,7 +60,7 @@ def _value_loss(*args: Any) -> tuple[Tensor, ...]:
     return implementation(backend).value_loss(*inputs)
 
 
-value_loss = _define(
+value_loss = define(
     "value_loss(Tensor values, Tensor? old_values, Tensor returns, Tensor weights, Tensor active, float clip, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _value_loss,
@@ -75,7 +75,7 @@ def _masked_moments(values: Tensor, active: Tensor, backend: str) -> Tensor:
     return implementation(backend).masked_moments(values, active)
 
 
-masked_moments = _define(
+masked_moments = define(
     "masked_moments(Tensor values, Tensor active, str backend) -> Tensor",
     _masked_moments,
     lambda values, *_: values.new_empty(5, dtype=torch.float64),
@@ -86,7 +86,7 @@ def _whiten(values: Tensor, active: Tensor, coefficients: Tensor, backend: str) 
     return implementation(backend).whiten(values, active, coefficients)
 
 
-whiten = _define(
+whiten = define(
     "whiten(Tensor values, Tensor active, Tensor coefficients, str backend) -> Tensor",
     _whiten,
     lambda values, *_: values.new_empty(values.shape, dtype=real_dtype(values.dtype)),
@@ -107,7 +107,7 @@ def _fake_diversity(token_ids: Tensor, active: Tensor | None, cu_seqlens: Tensor
     return tuple(token_ids.new_empty((samples,), dtype=t) for t in (torch.bool, torch.float32, torch.float32))
 
 
-group_diversity = _define(
+group_diversity = define(
     "group_diversity(Tensor token_ids, Tensor? active, Tensor? cu_seqlens, Tensor? group_ids, SymInt group_size, "
     "int ngram, float threshold, str backend) -> (Tensor, Tensor, Tensor)",
     _group_diversity,

@@ -16,8 +16,7 @@ from ..backends import implementation
 from ..config import METRICS
 from ..inputs.layout import PolicyInputs, Rows, RowStats, check_boundaries, check_rows_apart, real_dtype
 from . import linear_chunks
-
-LIBRARY = torch.library.Library("grpo_kernels", "DEF")
+from .library import define
 
 _ROWS = (
     "Tensor{} logits, Tensor targets, Tensor active, float temperature, Tensor? temperatures, "
@@ -32,15 +31,6 @@ _POLICY = (
 _STATS = "Tensor logps, Tensor entropy, Tensor max, Tensor log_sum"
 _LINEAR = "Tensor weight, Tensor? bias, int chunk_rows, bool[] needs"
 _N_ROWS, _N_STATS, _N_POLICY = len(Rows._fields), len(RowStats._fields), len(PolicyInputs._fields)
-
-
-def _define(schema: str, run: Callable, fake: Callable) -> Any:
-    """Registers `run` for every device; `fake` gives the shapes. The returned overload skips the name lookup."""
-    LIBRARY.define(schema)
-    name = schema.partition("(")[0]
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"grpo_kernels::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.grpo_kernels, name).default
 
 
 def _split(args: tuple) -> tuple[Rows, tuple]:
@@ -200,22 +190,22 @@ _HEAD = _ROWS.format("")
 _HEAD_INPLACE = _ROWS.format("(a!)")
 _HIDDEN = _HEAD.replace("logits,", "hidden,", 1)
 
-row_forward = _define(
+row_forward = define(
     f"row_forward({_HEAD}, bool sum_p2, bool validate, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _row_forward,
     lambda logits, targets, *rest: _fake_stats(logits, targets, rest[-3]),
 )
-row_backward = _define(
+row_backward = define(
     f"row_backward({_HEAD}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) -> Tensor",
     _row_backward,
     lambda logits, *_: _in_phase(logits, Tensor.new_empty),
 )
-row_backward_ = _define(
+row_backward_ = define(
     f"row_backward_({_HEAD_INPLACE}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) -> ()",
     _row_backward_,
     lambda *_: None,
 )
-row_policy = _define(
+row_policy = define(
     f"row_policy({_HEAD}, {_POLICY}, bool validate, str backend) -> (Tensor, Tensor, Tensor)",
     _row_policy,
     lambda logits, targets, *_: (
@@ -224,30 +214,30 @@ row_policy = _define(
         _real(logits, targets.shape),
     ),
 )
-row_policy_ = _define(
+row_policy_ = define(
     f"row_policy_({_HEAD_INPLACE}, {_POLICY}, bool validate, str backend) -> (Tensor, Tensor)",
     _row_policy_,
     lambda logits, targets, *_: (_real(logits, targets.shape), _real(logits, targets.shape)),
 )
-token_policy = _define(
+token_policy = define(
     f"token_policy(Tensor logps, Tensor? entropy, Tensor active, Tensor? cu_seqlens, {_POLICY}, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _token_policy,
     _fake_token_policy,
 )
-linear_forward = _define(
+linear_forward = define(
     f"linear_forward({_HIDDEN}, Tensor weight, Tensor? bias, int chunk_rows, bool sum_p2, bool validate, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_forward,
     lambda hidden, targets, *rest: _fake_stats(hidden, targets, rest[-3]),
 )
-linear_backward = _define(
+linear_backward = define(
     f"linear_backward({_HIDDEN}, {_LINEAR}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     _linear_backward,
     lambda *args: _fake_gradients(args),
 )
-linear_policy = _define(
+linear_policy = define(
     f"linear_policy({_HIDDEN}, {_LINEAR}, {_POLICY}, bool validate, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_policy,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...backends import available_backends
 from ..environment import instruction_set
@@ -69,23 +68,6 @@ def measure_interleaved(
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-class _Produced(torch.autograd.Function):
-    """Logits as a model hands them over: part of a graph, and in memory that may be overwritten."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
-        return logits.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def produced(logits: Tensor) -> Tensor:
-    """`logits` as a non-leaf that shares their memory: what `inplace` needs, without a copy."""
-    return _Produced.apply(torch.zeros((), requires_grad=True), logits)
 
 
 def machine_info() -> dict[str, Any]:

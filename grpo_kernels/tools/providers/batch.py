@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,3 +151,20 @@ def values_batch(grid: tuple[int, int], *, seed: int = 0, device: str = "cpu") -
     rewards, values = (torch.randn(grid, generator=generator, device=device) for _ in range(2))
     batch = replace(tokens_batch(grid, seed=seed, device=device), rewards=rewards, values=values)
     return replace(batch, tokens=batch.tokens.filled(0.5))
+
+
+class _Produced(torch.autograd.Function):
+    """Logits as a model hands them over: part of a graph, and in memory that may be overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def produced(logits: Tensor) -> Tensor:
+    """`logits` as a non-leaf that shares their memory: what `inplace` needs, without a copy."""
+    return _Produced.apply(torch.zeros((), requires_grad=True), logits)

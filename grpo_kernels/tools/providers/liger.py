@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..bench.timing import produced
 from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, MAX_LENGTH, Provider, Result, Run, Task, leaf
-from .batch import Batch
+from .batch import Batch, produced
 
 
 class Liger(Provider):

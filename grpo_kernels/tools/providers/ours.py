@@ -7,9 +7,8 @@ from typing import Any
 
 import grpo_kernels as gk
 
-from ..bench.timing import produced
 from .base import ADVANTAGE_EPS, GAMMA, LAM, PATHS, Provider, Result, Run, Task, leaf
-from .batch import Batch
+from .batch import Batch, produced
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device; an interpreter is no benchmark
 WAYS: dict[str, tuple[str, frozenset[str]]] = {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ..bench.timing import produced
 from .base import Provider, Result, Run, Task, leaf
-from .batch import Batch
+from .batch import Batch, produced
 from .plain import WRITTEN, token_loss
 
 IGNORED = -100
