@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -73,3 +76,22 @@ def test_a_wrong_gradient_fails_the_self_test(monkeypatch):
 def test_the_plan_names_the_chunks(rows, chunks):
     linear = next(p for p in doctor.plans(rows, 151936, 896, torch.bfloat16) if p.call == "linear_grpo_loss")
     assert linear.backend == "cpu" and linear.kernels.startswith(chunks)
+
+
+def without(*modules, arguments=("doctor",)):
+    """The command where `modules` are not installed."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({modules!r}))"
+    script = f"{blocked}; sys.argv[1:] = {list(arguments)!r}; from grpo_kernels.tools.cli import app; app()"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_the_extra_cli_is_enough_for_the_doctor():
+    done = without("matplotlib", "psutil", "transformers", "gguf", "accelerate", "pytest")
+    assert done.returncode == 0 and "self-test" in done.stdout, done.stderr
+
+
+def test_without_typer_the_command_names_its_extra():
+    done = without("typer")
+    assert done.returncode == 1 and done.stderr.strip() == (
+        "grpo-kernels needs typer: run `pip install 'grpo-kernels[cli]'`."
+    )

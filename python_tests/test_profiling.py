@@ -214,11 +214,9 @@ def test_json_and_picture(tmp_path: Path):
 
 
 def test_the_layers_of_the_picture_add_up_to_the_timeline():
-    from grpo_kernels.tools.memory.plot import panel_of
-
     with profile_memory(sizes=SIZES) as profile:
         eager_step()
-    panel = panel_of(profile)
+    panel = profile.panel()
     assert panel.totals == [nbytes for _, nbytes in profile.timeline]
     assert len(panel.layers) > 3
 

@@ -33,7 +33,7 @@ struct Boundaries {
     __device__ int64_t size() const { return end - begin; }
   };
 
-  // The last sequence for which reached(sequence, its begin), which is monotonous; `sequences`: the tokens behind them.
+  // The last sequence for which reached(sequence, its begin), which is monotonic; `sequences`: the tokens behind them.
   template <typename Reached> __device__ Span last(const Reached& reached) const {
     Span span{0, 0, tokens};
     for (int64_t after = sequences + 1; after - span.sequence > 1;) {
@@ -58,7 +58,7 @@ struct Pieces {
   __device__ Piece operator[](int64_t slot) const { return cu_seqlens ? packed(slot) : padded(slot); }
 
  private:
-  // The pieces of a sequence begin here: monotonous, and never too few for its tokens.
+  // The pieces of a sequence begin here: monotonic, and never too few for its tokens.
   __device__ static int64_t first_of(int64_t sequence, int64_t begin) { return sequence + begin / kTokensAPiece; }
 
   __device__ Piece padded(int64_t slot) const {

@@ -26,7 +26,7 @@ __device__ __forceinline__ void add_statistics(Softmax<float>& s, const float (&
   float top = logits[0];
 #pragma unroll
   for (int i = 1; i < kCount; ++i) top = fmaxf(top, logits[i]);
-  top = z_of<kSoftcap>(top, f);  // monotonous: the cap of the maximum
+  top = z_of<kSoftcap>(top, f);  // monotonic: the cap of the maximum
   if (top > s.max) s = s.relative_to(top, f.unit);
   const float origin = origin_of(s.max);
 #pragma unroll

@@ -45,7 +45,7 @@ struct Form {
   }
 };
 
-// Numbers that may change from step to step, in the order of SCALARS in grpo_kernels/config.py. Infinity: no bound.
+// Numbers that may change from step to step, in the order of Scalars in grpo_kernels/config.py. Infinity: no bound.
 template <typename T> struct Scalars {
   T eps_low, eps_high, ratio_low, ratio_high, delta, dual_clip, cispo_low, cispo_high, sapo_tau_pos, sapo_tau_neg;
   T vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, ratio_cap, tv_low, tv_high, ratio_sq_coef, dro_beta;

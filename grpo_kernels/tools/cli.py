@@ -11,7 +11,7 @@ try:
     from rich.console import Console
 except ImportError as missing:
     # Only the console script and `python -m` import this module: one sentence serves them better than a traceback.
-    raise SystemExit(f"grpo-kernels needs {missing.name}: run `pip install 'grpo-kernels[demo]'`.") from None
+    raise SystemExit(f"grpo-kernels needs {missing.name}: run `pip install 'grpo-kernels[cli]'`.") from None
 
 from .bench.command import bench
 from .demo import run, tasks, train

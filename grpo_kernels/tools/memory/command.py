@@ -16,7 +16,7 @@ from ..providers import LOSSES, Provider, Task, provider_named, providers
 from ..providers.batch import DTYPES
 from ..shapes import ModelShape, shape_named
 from .measure import PATHS, Outcome, available_bytes, map_large_blocks, outcomes
-from .plot import save_profiles
+from .plot import save_panels
 from .profile import MemoryProfile
 from .report import (
     heading,
@@ -109,7 +109,8 @@ def save(request: Request, found: dict[str, list[Outcome]], json_path: Path | No
         measured = {o.provider: o.profile for o in found["linear"] if o.profile is not None}
         if not measured:
             raise ValueError("there is no timeline to draw: nothing was measured")
-        save_profiles(measured, plot, heading(request.model.model, request.shape))
+        panels = {name: profile.panel(relative=len(measured) > 1) for name, profile in measured.items()}
+        save_panels(panels, plot, heading(request.model.model, request.shape))
 
 
 def show_snapshot(path: Path, plot: Path | None, console: Console) -> MemoryProfile:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from .labels import label
-
-if TYPE_CHECKING:
-    from .profile import MemoryProfile
+from typing import Any
 
 OTHERS = "others"
 _SHARE = 0.04  # of the peak: what is smaller is drawn as one
@@ -36,22 +30,6 @@ class Panel:
         return [sum(values) for values in zip(*self.layers.values(), strict=True)]
 
 
-def panel_of(profile: MemoryProfile, *, relative: bool = False) -> Panel:
-    """Of a measured profile, in milliseconds, or in per cent of its time: beside others whose speeds are no topic."""
-    changes: dict[str, list[int]] = {}
-    for block in profile.blocks:
-        change = changes.setdefault(label(block, profile.sizes), [0] * len(profile.times))
-        change[block.born] += block.nbytes
-        if block.died is not None:
-            change[block.died] -= block.nbytes
-    layers = {name: list(itertools.accumulate(change)) for name, change in changes.items()}
-    last = max((profile.times or [0.0])[-1], 1e-9)
-    unit, scale = ("% of the step's time", 100 / last) if relative else ("ms", 1e3)
-    times = [scale * seconds for seconds in profile.times]
-    phases = [(p.name, scale * p.begin, scale * min(p.end, last)) for p in profile.phases]
-    return Panel(times, worth_drawing(layers, profile.peak), phases, unit)
-
-
 def worth_drawing(layers: Mapping[str, Sequence[int]], peak: int) -> dict[str, list[int]]:
     """The layers that grow to a visible height, in the order of appearance; the sum of the others on top."""
     large = sorted((name for name in layers if max(layers[name]) >= _SHARE * peak), key=lambda name: -max(layers[name]))
@@ -60,13 +38,8 @@ def worth_drawing(layers: Mapping[str, Sequence[int]], peak: int) -> dict[str, l
     return {**kept, OTHERS: [sum(values) for values in zip(*small, strict=True)]} if small else kept
 
 
-def save_profiles(profiles: Mapping[str, MemoryProfile], path: str | Path, title: str | None = None) -> None:
-    """One panel a profile, by title, on one scale of bytes; several on a relative scale of time."""
-    relative = len(profiles) > 1
-    save_panels({name: panel_of(profile, relative=relative) for name, profile in profiles.items()}, path, title)
-
-
 def save_panels(panels: Mapping[str, Panel], path: str | Path, title: str | None = None) -> None:
+    """One picture of all panels, by title, on one scale of bytes."""
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (0.8 + 3.6 * columns, 0.4 + 4.4 * rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from .events import Block, Recorder, Recording, Span, blocks_of, curve_of, device_name
 from .labels import grouped, is_scratch, label
+from .plot import Panel, save_panels, worth_drawing
 
 MIB = 1 << 20
 
@@ -147,9 +149,22 @@ class MemoryProfile:
 
     def plot(self, path: str | Path, title: str | None = None) -> None:
         """The timeline as a picture, stacked by what holds it, the peak labelled. Needs matplotlib."""
-        from .plot import save_profiles
+        save_panels({title or f"memory of {self.device}": self.panel()}, path)
 
-        save_profiles({title or f"memory of {self.device}": self}, path)
+    def panel(self, *, relative: bool = False) -> Panel:
+        """What `plot` draws, in milliseconds, or in per cent of the whole time for profiles of different speeds."""
+        changes: dict[str, list[int]] = {}
+        for block in self.blocks:
+            change = changes.setdefault(label(block, self.sizes), [0] * len(self.times))
+            change[block.born] += block.nbytes
+            if block.died is not None:
+                change[block.died] -= block.nbytes
+        layers = {name: list(itertools.accumulate(change)) for name, change in changes.items()}
+        last = max((self.times or [0.0])[-1], 1e-9)
+        unit, scale = ("% of the step's time", 100 / last) if relative else ("ms", 1e3)
+        times = [scale * seconds for seconds in self.times]
+        phases = [(p.name, scale * p.begin, scale * min(p.end, last)) for p in self.phases]
+        return Panel(times, worth_drawing(layers, self.peak), phases, unit)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: bytes and seconds."""

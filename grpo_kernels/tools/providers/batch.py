@@ -61,12 +61,6 @@ class Batch:
         known = (x for x in (self.logits, self.hidden, self.rewards, self.tokens.logps) if x is not None)
         return next(known)
 
-    @property
-    def logits_numel(self) -> int:
-        if self.logits is not None:
-            return self.logits.numel()
-        return 0 if self.weight is None else self.tokens.targets.numel() * self.weight.shape[0]
-
 
 def random_logits(
     shape: tuple[int, int, int], dtype: torch.dtype, *, peaked: bool, seed: int, device: str = "cpu"
