@@ -13,10 +13,6 @@ from .coefficients import ComparesTensorsById, check_coefficient
 from .presets import PRESETS
 
 # Every name that selects code; the positions are the enumerators of csrc/math/policy.h.
-OBJECTIVES = (
-    "clip", "cispo", "sapo", "gmpo", "vespo", "reinforce", "dppo_tv", "dppo_kl", "tv_mask", "ipo", "dro", "clip_cov",
-    "kl_cov",
-)  # fmt: skip
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_product")
 KL_ESTIMATORS = ("none", "k1", "abs", "k2", "k3")
 KL_GRADIENTS = ("pathwise", "straight_through", "importance_weighted", "score_function", "behaviour_weighted")
@@ -33,28 +29,38 @@ METRICS = (
 
 _BOUNDS = frozenset({"eps_low", "eps_high"})
 _CAPS = frozenset({"delta", "dual_clip"})
-# What each objective reads of the options that belong to objectives, beside log_ratio_clamp.
-OBJECTIVE_OPTIONS = {
-    "clip": _BOUNDS | _CAPS,
-    "cispo": frozenset({"cispo_low", "cispo_high"}),
-    "sapo": frozenset({"sapo_tau_pos", "sapo_tau_neg"}),
-    "gmpo": _BOUNDS,
-    "vespo": frozenset({"vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"}),
-    "reinforce": frozenset(),
-    "dppo_tv": _BOUNDS | {"ratio_cap"},
-    "dppo_kl": _BOUNDS | {"ratio_cap"},
-    "tv_mask": frozenset({"tv_low", "tv_high", "ratio_sq_coef"}),
-    "ipo": frozenset({"tv_high", "ratio_sq_coef"}),
-    "dro": frozenset({"dro_beta"}),
-    "clip_cov": _BOUNDS | _CAPS | {"cov_ratio", "cov_low", "cov_high"},
-    "kl_cov": frozenset({"cov_ratio", "cov_kl"}),
-}
-_OWN_OPTIONS: tuple[str, ...] = tuple(sorted(set().union(*OBJECTIVE_OPTIONS.values())))
-ANY_RATIO_LEVEL = ("clip", "cispo", "sapo")  # the others define their own ratio
-ROLLOUT_RATIO = ("tv_mask", "ipo")  # their ratio is taken against the sampler
-BY_COVARIANCE = ("clip_cov", "kl_cov")
 VESPO_MIN_LAMBDA = 1e-4
-BY_SEQUENCE = ("gmpo", "vespo")  # one weight a sequence, from all of its tokens
+
+
+class Objective(NamedTuple):
+    """What the library must know of an objective in addition to its formula."""
+
+    options: frozenset[str] = frozenset()  # those of LossConfig that it uses, in addition to log_ratio_clamp
+    ratio_levels: tuple[str, ...] = ("token",)  # one alone: the objective defines its own ratio
+    pooling: str = "none"  # of a sequence's log-ratios, "mean" or "sum": one weight per sequence, from all its tokens
+    ratio_against: str = "old"  # or "rollout": the sampler's log-probs
+    selects_tokens: bool = False  # by their covariance over the batch, before the loss
+
+
+# In the order of the enumerators of csrc/math/policy.h.
+OBJECTIVES: dict[str, Objective] = {
+    "clip": Objective(_BOUNDS | _CAPS, RATIO_LEVELS),
+    "cispo": Objective(frozenset({"cispo_low", "cispo_high"}), RATIO_LEVELS),
+    "sapo": Objective(frozenset({"sapo_tau_pos", "sapo_tau_neg"}), RATIO_LEVELS),
+    "gmpo": Objective(_BOUNDS, pooling="mean"),
+    "vespo": Objective(
+        frozenset({"vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"}), pooling="sum"
+    ),
+    "reinforce": Objective(),
+    "dppo_tv": Objective(_BOUNDS | {"ratio_cap"}),
+    "dppo_kl": Objective(_BOUNDS | {"ratio_cap"}),
+    "tv_mask": Objective(frozenset({"tv_low", "tv_high", "ratio_sq_coef"}), ratio_against="rollout"),
+    "ipo": Objective(frozenset({"tv_high", "ratio_sq_coef"}), ratio_against="rollout"),
+    "dro": Objective(frozenset({"dro_beta"})),
+    "clip_cov": Objective(_BOUNDS | _CAPS | {"cov_ratio", "cov_low", "cov_high"}, selects_tokens=True),
+    "kl_cov": Objective(frozenset({"cov_ratio", "cov_kl"}), selects_tokens=True),
+}
+_OWN_OPTIONS: tuple[str, ...] = tuple(sorted(set().union(*(o.options for o in OBJECTIVES.values()))))
 
 
 class Form(NamedTuple):
@@ -69,20 +75,18 @@ class Form(NamedTuple):
     @property
     def token_local(self) -> bool:
         """Whether a token's derivative needs that token alone, so that one launch can write the logits' gradient."""
-        return self.pooling == "none" and self.objective not in BY_COVARIANCE
+        return self.pooling == "none" and not OBJECTIVES[self.objective].selects_tokens
 
     @property
     def pooling(self) -> str:
         """Of the log-ratios of a sequence, "none", "mean" or "sum": Form::pooling in csrc/math/policy.h."""
-        if self.objective == "gmpo":
-            return "mean"
-        if self.objective == "vespo" or self.ratio_level == "sequence_product":
-            return "sum"
-        return "none" if self.ratio_level == "token" else "mean"
+        if (own := OBJECTIVES[self.objective].pooling) != "none" or self.ratio_level == "token":
+            return own
+        return "sum" if self.ratio_level == "sequence_product" else "mean"
 
     @property
     def codes(self) -> list[int]:
-        names = (OBJECTIVES, RATIO_LEVELS, KL_ESTIMATORS, KL_GRADIENTS, ADVANTAGES)
+        names = (tuple(OBJECTIVES), RATIO_LEVELS, KL_ESTIMATORS, KL_GRADIENTS, ADVANTAGES)
         return [names.index(chosen) for names, chosen in zip(names, self, strict=True)]
 
 
@@ -186,7 +190,7 @@ class LossConfig(ComparesTensorsById):
         count_empty_sequences: whether a sequence with no active token counts in the mean over sequences.
 
     Raises:
-        ValueError: for unknown names, numbers out of range, options that the chosen form never reads, and tensors that
+        ValueError: for unknown names, numbers out of range, options that the chosen form ignores, and tensors that
             are not one floating number without grad.
     """
 
@@ -235,7 +239,7 @@ class LossConfig(ComparesTensorsById):
     def __post_init__(self) -> None:
         _check_names(self)
         _check_numbers(self)
-        _check_unread(self)
+        _check_unused(self)
         # A tensor, so that torch.compile sees an input and not constants: an annealed coefficient keeps its graph.
         object.__setattr__(self, "form", self._form())
         object.__setattr__(self, "scalars", torch.tensor(self.scalar_values(), dtype=torch.float64, device="cpu"))
@@ -285,7 +289,7 @@ def _is_part(coefficient: float | torch.Tensor) -> bool:
 
 def _check_names(c: LossConfig) -> None:
     allowed = {
-        "objective": OBJECTIVES,
+        "objective": tuple(OBJECTIVES),
         "ratio_level": RATIO_LEVELS,
         "kl_estimator": KL_ESTIMATORS[1:],
         "kl_gradient": KL_GRADIENTS,
@@ -327,29 +331,31 @@ def _check_numbers(c: LossConfig) -> None:
     require("max_length", c.max_length is None or c.max_length >= 1, "at least 1, or None")
 
 
-def _check_unread(c: LossConfig) -> None:
-    """An option that the chosen form never reads is a mistake of the caller's, not a detail to drop."""
-    reads = OBJECTIVE_OPTIONS[c.objective]
+def _check_unused(c: LossConfig) -> None:
+    """An option that the chosen form ignores is a mistake of the caller's, not a detail to drop."""
+    objective = OBJECTIVES[c.objective]
     for name in _OWN_OPTIONS:
-        if name not in reads and getattr(c, name) != getattr(LossConfig, name):  # a class attribute is its default
-            allowed = f"reads {', '.join(sorted(reads))}" if reads else "has no options of its own"
-            raise ValueError(f"{name}={getattr(c, name)!r} is not read by objective={c.objective!r}, which {allowed}")
+        if name not in objective.options and getattr(c, name) != getattr(LossConfig, name):  # the default
+            used = ", ".join(sorted(objective.options))
+            allowed = f"uses {used}" if used else "has no options of its own"
+            raise ValueError(f"{name}={getattr(c, name)!r} is not used by objective={c.objective!r}, which {allowed}")
     if c.objective == "dro" and c.dro_beta is None:
         raise ValueError("objective='dro' needs dro_beta, above 0; got None")
-    if c.ratio_level != "token" and c.objective not in ANY_RATIO_LEVEL:
+    if c.ratio_level not in objective.ratio_levels:
+        others = ", ".join(name for name, other in OBJECTIVES.items() if c.ratio_level in other.ratio_levels)
         raise ValueError(
             f"objective={c.objective!r} has a ratio of its own and allows ratio_level='token' only "
-            f"(others: {', '.join(ANY_RATIO_LEVEL)}); got {c.ratio_level!r}"
+            f"(others: {others}); got {c.ratio_level!r}"
         )
     weighted_kl = _is_part(c.kl_coef) and c.kl_gradient == "importance_weighted"
     if c.log_ratio_clamp is not None and c.objective == "reinforce" and not weighted_kl:
-        raise ValueError("log_ratio_clamp is not read by objective='reinforce', which has no ratio; pass None")
+        raise ValueError("log_ratio_clamp is not used by objective='reinforce', which has no ratio; pass None")
     if c.sequence_log_ratio_max is not None and c.ratio_level == "token":
         raise ValueError(
             "sequence_log_ratio_max needs a ratio_level of 'sequence', 'sequence_token' or 'sequence_product'"
         )
     if c.max_length is not None and "fixed_length" not in (c.aggregation, c.entropy_aggregation):
-        raise ValueError(f"max_length is read by aggregation='fixed_length' only; got aggregation={c.aggregation!r}")
+        raise ValueError(f"max_length is used by aggregation='fixed_length' only; got aggregation={c.aggregation!r}")
 
 
 DEFAULT = LossConfig()  # one for all calls that give none: to make one takes longer than to launch a kernel

@@ -12,7 +12,7 @@ from grpo_kernels.backends import triton as backend
 from grpo_kernels.backends.triton import launch, tuning
 from grpo_kernels.backends.triton.row import gradient_kernel, policy_kernel, stats_kernel
 from grpo_kernels.inputs.layout import layout_of, real_dtype, rows_of
-from grpo_kernels.loss.policy import Advantages, policy_inputs
+from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
 from grpo_kernels.testing.dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
 KERNELS = (stats_kernel, gradient_kernel, policy_kernel)
@@ -30,10 +30,8 @@ def arguments(dtype, batch, tokens, vocab, *, config=None, softcap=None, tempera
     )  # fmt: skip
     real, per_token = real_dtype(dtype), torch.empty(1, 1, dtype=real_dtype(dtype)).expand(batch, tokens)
     inputs = policy_inputs(
-        layout_of(targets.shape, None), rows.active, real, config or gk.LossConfig(kl_coef=0.1), 
-        advantages=advantages or Advantages(per_token),
-        sequence_weights=None, denominator=None, scale=1.0, old_logps=per_token, ref_logps=per_token,
-        rollout_logps=per_token, token_weights=None, entropy_mask=None,
+        layout_of(targets.shape, None), rows.active, real, config or gk.LossConfig(kl_coef=0.1),
+        advantages or Advantages(per_token), LossArguments(per_token, per_token, per_token),
     )  # fmt: skip
     return rows, inputs, per_token
 

@@ -16,7 +16,7 @@ from grpo_kernels.backends.triton.scale import scale_kernel
 from grpo_kernels.backends.triton.token import token_kernel
 from grpo_kernels.inputs.grouping import BASELINES, SCALES, AdvantageForm, Samples
 from grpo_kernels.inputs.layout import layout_of
-from grpo_kernels.loss.policy import Advantages, policy_inputs
+from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
 from grpo_kernels.testing.dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
 ARCH = int(sys.argv[2]) if sys.argv[1] == "cuda" else sys.argv[2]
@@ -30,8 +30,8 @@ def token_loss(config, batch, tokens, real=torch.float32, cu_seqlens=None, advan
     layout = layout_of(torch.Size([tokens]) if cu_seqlens is not None else x.shape, cu_seqlens)
     flat = x.reshape(layout.shape) if cu_seqlens is not None else x
     inputs = policy_inputs(
-        layout, active, real, config, advantages=advantages or Advantages(flat), old_logps=flat, ref_logps=flat, rollout_logps=flat,
-        token_weights=flat, entropy_mask=None, sequence_weights=None, denominator=None, scale=1.0,
+        layout, active, real, config, advantages or Advantages(flat),
+        LossArguments(flat, flat, flat, token_weights=flat),
     )  # fmt: skip
     backend.token_policy(x, x if config.has_entropy else None, active, layout.cu_seqlens, inputs)
 

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import grpo_kernels as gk
 from grpo_kernels.config import Scalars
 from grpo_kernels.inputs.layout import layout_of, real_dtype
-from grpo_kernels.loss.policy import Advantages, policy_inputs
+from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
 from grpo_kernels.testing.inputs import make_batch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -97,8 +97,8 @@ def inputs_on(device, config):
     x = torch.zeros(2, 3, device=device)
     return policy_inputs(
         layout_of(x.shape, None), torch.ones_like(x, dtype=torch.bool), torch.float32, config,
-        advantages=Advantages(x[:, 0]), old_logps=x, ref_logps=x, rollout_logps=None, token_weights=None,
-        entropy_mask=None, sequence_weights=None, denominator=1.0, scale=torch.ones((), device=device),
+        Advantages(x[:, 0]),
+        LossArguments(old_logps=x, ref_logps=x, denominator=1.0, scale=torch.ones((), device=device)),
     )  # fmt: skip
 
 

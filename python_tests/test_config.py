@@ -19,18 +19,18 @@ from grpo_kernels.presets import PRESETS
         ({"objective": "ppo"}, "objective must be one of 'clip', 'cispo', .*'kl_cov'; got 'ppo'"),
         (
             {"objective": "cispo", "eps_low": 0.1},
-            "eps_low=0.1 is not read by objective='cispo', which reads cispo_high, cispo_low",
+            "eps_low=0.1 is not used by objective='cispo', which uses cispo_high, cispo_low",
         ),
         (
             {"objective": "sapo", "delta": 2.0},
-            "delta=2.0 is not read by objective='sapo', which reads sapo_tau_neg, sapo_tau_pos",
+            "delta=2.0 is not used by objective='sapo', which uses sapo_tau_neg, sapo_tau_pos",
         ),
         (
             {"objective": "reinforce", "dual_clip": 3.0},
-            "dual_clip=3.0 is not read by objective='reinforce', which has no options",
+            "dual_clip=3.0 is not used by objective='reinforce', which has no options",
         ),
-        ({"objective": "reinforce", "log_ratio_clamp": 20.0}, "log_ratio_clamp is not read by objective='reinforce'"),
-        ({"cov_ratio": 0.1}, "cov_ratio=0.1 is not read by objective='clip'"),
+        ({"objective": "reinforce", "log_ratio_clamp": 20.0}, "log_ratio_clamp is not used by objective='reinforce'"),
+        ({"cov_ratio": 0.1}, "cov_ratio=0.1 is not used by objective='clip'"),
         (
             {"objective": "vespo", "ratio_level": "sequence"},
             "objective='vespo'.*ratio_level='token' only.*clip, cispo, sapo.*got 'sequence'",
@@ -54,7 +54,7 @@ from grpo_kernels.presets import PRESETS
         ({"delta": 0.0}, "delta must be above 0, or None; got 0.0"),
         ({"log_ratio_clamp": -20.0}, "log_ratio_clamp"),
         ({"max_length": 0, "aggregation": "fixed_length"}, "max_length must be at least 1"),
-        ({"max_length": 512}, "max_length is read by aggregation='fixed_length' only"),
+        ({"max_length": 512}, "max_length is used by aggregation='fixed_length' only"),
         ({"sequence_log_ratio_max": 10.0}, "sequence_log_ratio_max needs a ratio_level"),
     ],
     ids=str,
@@ -82,7 +82,13 @@ def test_scalars_are_what_the_kernels_read():
 
 
 def test_codes_are_positions():
-    for codes, names in ((0, OBJECTIVES), (1, RATIO_LEVELS), (2, KL_ESTIMATORS), (3, KL_GRADIENTS), (4, ADVANTAGES)):
+    for codes, names in (
+        (0, tuple(OBJECTIVES)),
+        (1, RATIO_LEVELS),
+        (2, KL_ESTIMATORS),
+        (3, KL_GRADIENTS),
+        (4, ADVANTAGES),
+    ):
         for position, name in enumerate(names):
             form = Form("clip", "token", "k3", "pathwise")._replace(**{Form._fields[codes]: name})
             assert form.codes[codes] == position

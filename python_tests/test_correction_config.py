@@ -32,7 +32,7 @@ from grpo_kernels.correction.config import CORRECTION_PRESETS
         ({"weight": "truncate", "high": 0.0}, "high must be a finite number above 0; got 0.0"),
         ({"weight": "truncate", "high": math.inf}, "high must be .*; got inf"),
         ({"weight": "truncate", "high": "2_3"}, "high must be a finite number above 0; got '2_3'"),
-        ({"level": "sequence_sum"}, "level is read by a weight only, not by weight='none'; got 'sequence_sum'"),
+        ({"level": "sequence_sum"}, "level is used by a weight only, not by weight='none'; got 'sequence_sum'"),
         ({"batch_normalise": True}, "batch_normalise needs a weight other than 'none'"),
         ({"renormalise": True}, "renormalise needs filters, a veto or opsm_delta"),
         ({"opsm_behaviour": "old"}, "opsm_behaviour is read with opsm_delta only"),

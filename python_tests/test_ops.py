@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 import grpo_kernels as gk
 from grpo_kernels.inputs.layout import layout_of, real_dtype, rows_of
-from grpo_kernels.loss.policy import Advantages, policy_inputs
+from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
 from grpo_kernels.ops import loss as ops
 from grpo_kernels.testing.inputs import make_batch
 
@@ -20,8 +20,8 @@ def arguments(dtype=torch.float32, level="token"):
     rows = rows_of(b.logits, b.targets, b.mask, temperature=0.7, logit_scale=1.0, softcap=20.0, ignore_index=-100)
     layout = layout_of(b.targets.shape, None)
     inputs = policy_inputs(
-        layout, rows.active, real_dtype(dtype), gk.LossConfig(ratio_level=level, **FULL), advantages=Advantages(b.advantages),
-        sequence_weights=None, denominator=None, scale=1.0, **b.keywords(),
+        layout, rows.active, real_dtype(dtype), gk.LossConfig(ratio_level=level, **FULL),
+        Advantages(b.advantages), LossArguments(**b.keywords()),
     )  # fmt: skip
     *stats, _ = ops.row_forward(*rows, False, False, "cpu")
     return rows, list(inputs), stats

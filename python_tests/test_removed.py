@@ -11,9 +11,12 @@ from forms import OBJECTIVES
 from oracles import one_thread as one_thread  # small tensors wait for a second thread longer than they compute
 
 import grpo_kernels as gk
-from grpo_kernels.config import BY_COVARIANCE, BY_SEQUENCE, KL_GRADIENTS
+from grpo_kernels import config
+from grpo_kernels.config import KL_GRADIENTS
 
 INF, NAN = math.inf, math.nan
+BY_COVARIANCE = [name for name, objective in config.OBJECTIVES.items() if objective.selects_tokens]
+BY_SEQUENCE = [name for name, objective in config.OBJECTIVES.items() if objective.pooling != "none"]
 LOSSES = {"clip": {}, "dual": {"dual_clip": 3.0}, "delta": {"delta": 1.5}, **OBJECTIVES}
 # (logp, old and rollout): a ratio that overflows in every dtype, or is 0 / 0, and what has no number at all.
 FAR = [(-1.0, -2000.0), (-1.0, -INF), (-2000.0, -1.0), (-INF, -1.0)]

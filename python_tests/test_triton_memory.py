@@ -8,7 +8,7 @@ from bounds import Accesses, check_accesses
 import grpo_kernels as gk
 from grpo_kernels.backends import triton as backend
 from grpo_kernels.inputs.layout import layout_of, rows_of
-from grpo_kernels.loss.policy import Advantages, policy_inputs
+from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
 
 pytest.importorskip("triton")
 import triton
@@ -54,8 +54,7 @@ def token_policy(cu_seqlens: list[int], level: str) -> tuple[torch.Tensor, ...]:
     layout = layout_of(flat.shape, torch.tensor([0, TOKENS]))
     inputs = policy_inputs(
         layout, active, torch.float32, gk.LossConfig(kl_coef=0.1, entropy_coef=0.1, ratio_level=level),
-        advantages=Advantages(flat), old_logps=flat - 0.1, ref_logps=flat, rollout_logps=flat, token_weights=flat,
-        entropy_mask=None, sequence_weights=None, denominator=None, scale=1.0,
+        Advantages(flat), LossArguments(flat - 0.1, flat, flat, token_weights=flat),
     )  # fmt: skip
     return backend.token_policy(logps, logps, active, cu, inputs)
 
@@ -129,9 +128,8 @@ def row_policy(rows, config):
     batch, tokens = rows.targets.shape
     x = torch.zeros(batch, tokens)
     inputs = policy_inputs(
-        layout_of(rows.targets.shape, None), rows.active, torch.float32, config, advantages=Advantages(x + 1),
-        old_logps=None, ref_logps=x, rollout_logps=None, token_weights=None, entropy_mask=None, sequence_weights=None,
-        denominator=None, scale=1.0,
+        layout_of(rows.targets.shape, None), rows.active, torch.float32, config, Advantages(x + 1),
+        LossArguments(ref_logps=x),
     )  # fmt: skip
     backend.row_policy(rows, inputs, rows.logits)
 

@@ -93,7 +93,7 @@ def group_advantages(
 
     Raises:
         ValueError: unless exactly one of group_size and group_ids is given and fits; for shapes that do not fit,
-            unknown names, and options that the chosen form never reads.
+            unknown names, and options that the chosen form ignores.
     """
     samples = _samples(rewards, reward_weights, valid, group_ids, lengths, critic_values)
     form = _form(group_size, baseline, scale, ddof, eps, single, clip, critic_weight)

@@ -107,7 +107,7 @@ class CorrectionConfig:
             they leave the mask too (verl, slime's MIS).
 
     Raises:
-        ValueError: for unknown names, numbers out of range, bounds that the weight needs or never reads, and options
+        ValueError: for unknown names, numbers out of range, bounds that the weight needs or ignores, and options
             that nothing reads.
     """
 
@@ -225,7 +225,7 @@ def _check_weight(c: CorrectionConfig) -> None:
 def _check_unread(c: CorrectionConfig) -> None:
     """An option that nothing reads is a mistake of the caller's, not a detail to drop."""
     if c.weight == "none":
-        _require(c.level == "token", "level is read by a weight only, not by weight='none'", c.level)
+        _require(c.level == "token", "level is used by a weight only, not by weight='none'", c.level)
         _require(not c.batch_normalise, "batch_normalise needs a weight other than 'none'", c.batch_normalise)
     if c.opsm_delta is None:
         _require(c.opsm_behaviour == "rollout", "opsm_behaviour is read with opsm_delta only", c.opsm_behaviour)

@@ -43,7 +43,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check_unread(name: str, value: Any, default: Any, why: str) -> None:
-    """An option that the chosen form never reads must be left alone."""
+    """An option that the chosen form ignores must be left alone."""
     if value is not default and value != default:
         raise ValueError(f"{name} must be {default!r} {why}; got {value!r}")
 

@@ -231,9 +231,11 @@ def rows_of(
     logit_scale: float,
     softcap: float | None,
     ignore_index: int,
+    layout: Layout | None = None,
     name: str = "logits",
 ) -> Rows:
-    """Checks what a row kernel needs and brings it to [B, T]. `logits` may be hidden states (the linear path)."""
+    """Checks what a row kernel needs and brings it to [B, T]. `logits` may be hidden states (the linear path); with a
+    `layout`, tokens past its last boundary are masked."""
     _check_logits(logits, targets, name)
     if name == "logits" and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits must be dense in the vocabulary; got strides {logits.stride()}")
@@ -251,10 +253,11 @@ def rows_of(
         if mask.shape != targets.shape:
             raise ValueError(f"mask must have the shape of targets, {tuple(targets.shape)}; got {tuple(mask.shape)}")
         active = torch.logical_and(active, mask)  # one operation for a mask of any dtype
+    active = active.reshape(grid)
+    if layout is not None:
+        active = within_sequences(active, layout)
     number, tensor = _temperature(temperature, targets, real_dtype(logits.dtype), grid)
-    return Rows(
-        logits, targets.reshape(grid), active.reshape(grid), number, tensor, float(logit_scale), float(softcap or 0)
-    )
+    return Rows(logits, targets.reshape(grid), active, number, tensor, float(logit_scale), float(softcap or 0))
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from ..advantages.group import EPS, group_advantages
 from ..backends import GROUPS_IN_LAUNCH, LARGEST_GROUP_IN_LAUNCH, implementation, resolve
-from ..config import BY_COVARIANCE, DEFAULT, LossConfig
+from ..config import DEFAULT, OBJECTIVES, LossConfig
 from ..inputs.grouping import check_ddof_eps, real_rewards
-from ..inputs.layout import Layout, layout_of, real_dtype, rows_of, within_sequences
+from ..inputs.layout import Layout, PolicyInputs, Rows, layout_of, real_dtype, rows_of
 from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
 from .logps import CONSUMED, N_ROWS, check_inplace, row_logps, unsupported_group
-from .policy import N_INPUTS, Advantages, LossOutput, output, policy_inputs, token_loss
+from .policy import N_INPUTS, Advantages, LossArguments, LossOutput, loss_from_logps, output, policy_inputs
 
 
 class SinglePass(torch.autograd.Function):
@@ -130,79 +130,128 @@ def grpo_loss(
     """
     unsupported_group("tp_group", tp_group)
     unsupported_group("cp_group", cp_group)
-    config = config or DEFAULT
     backend = resolve(backend, logits.device, logits.dtype)
     layout = layout_of(targets.shape, cu_seqlens, targets.device)
     rows = rows_of(
-        logits,
-        targets,
-        mask,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-    )
-    rows = rows._replace(active=within_sequences(rows.active, layout))
-    group = (group_size, advantage_eps, advantage_scale)
-    fitting = None if advantages is not None else _rewards_in_launch(rewards, *group, layout, logits, config, backend)
-    source = fitting or advantages_of(advantages, rewards, *group, backend)
-    inputs = policy_inputs(
-        layout, rows.active, real_dtype(logits.dtype), config, advantages=source,
-        old_logps=old_logps, ref_logps=ref_logps, rollout_logps=rollout_logps, token_weights=token_weights,
-        entropy_mask=entropy_mask, sequence_weights=sequence_weights, denominator=denominator, scale=scale,
+        logits, targets, mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        ignore_index=ignore_index, layout=layout,
     )  # fmt: skip
-    fused = single_pass and config.form.token_local and backend != "reference"
-    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    given = LossArguments(
+        old_logps, ref_logps, rollout_logps, token_weights, entropy_mask, sequence_weights, denominator, scale
+    )
+    return loss_from_rows(
+        FromLogits(rows, layout, validate, inplace, backend), advantages,
+        Rewards(rewards, group_size, advantage_eps, advantage_scale), given, config or DEFAULT,
+        single_pass=single_pass, return_entropy=return_entropy,
+    )  # fmt: skip
+
+
+class Rewards(NamedTuple):
+    """Instead of advantages, as the caller gave them: `group_advantages` of consecutive groups."""
+
+    values: Tensor | None
+    group_size: int | None
+    eps: float
+    scale: str
+
+
+class RowSource(Protocol):
+    """Where a loss gets the log-probs of its rows: from logits, or from hidden states and the lm_head."""
+
+    rows: Rows
+    layout: Layout
+    backend: str
+    fuses_group_advantages: bool  # whether `fused` takes rewards
+
+    @property
+    def wants_grad(self) -> bool: ...
+    def fused(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Loss, log-probs, entropy, per-token terms and metrics; the gradient is computed at the same time."""
+
+    def logps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs and entropy, differentiable, and an empty tensor."""
+
+
+class FromLogits:
+    """Rows of logits; `inplace`: which their gradient overwrites."""
+
+    def __init__(self, rows: Rows, layout: Layout, validate: bool, inplace: bool, backend: str) -> None:
+        self.rows, self.layout, self.backend = rows, layout, backend
+        self.fuses_group_advantages = backend in GROUPS_IN_LAUNCH
+        self._validate, self._inplace = validate, inplace
+
+    @property
+    def wants_grad(self) -> bool:
+        return torch.is_grad_enabled() and self.rows.logits.requires_grad
+
+    def fused(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if self._inplace:
+            check_inplace(self.rows.logits)
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = SinglePass.apply(
+            self.rows.logits, self.layout.cu_seqlens, self._validate, self._inplace, self.backend, *self.rows[1:],
+            *inputs,
+        )  # fmt: skip
+        return outputs
+
+    def logps(self) -> tuple[Tensor, Tensor, Tensor]:
+        inplace = self._inplace and self.wants_grad
+        return row_logps(
+            self.rows, sum_p2=False, validate=self._validate, inplace_backward=inplace, backend=self.backend
+        )
+
+
+def loss_from_rows(
+    source: RowSource, advantages: Tensor | None, rewards: Rewards, given: LossArguments, config: LossConfig, *,
+    single_pass: bool, return_entropy: bool,
+) -> LossOutput:  # fmt: skip
+    """What `grpo_loss` and `linear_grpo_loss` share: everything but where the logits come from."""
+    rows, layout, backend = source.rows, source.layout, source.backend
+    dtype = real_dtype(rows.logits.dtype)
+    fused_advantages = None
+    if advantages is None and source.fuses_group_advantages:
+        fused_advantages = _rewards_in_launch(rewards, layout, dtype, config)
+    made = fused_advantages or advantages_of(advantages, rewards, backend)
+    inputs = policy_inputs(layout, rows.active, dtype, config, made, given)
     entropy: Tensor | None
-    if fused and wants_grad:
-        if inplace:
-            check_inplace(rows.logits)
-        loss, logps, entropy, per_token, metrics = SinglePass.apply(
-            rows.logits, layout.cu_seqlens, validate, inplace, backend, *rows[1:], *inputs
-        )
+    if single_pass and config.form.token_local and backend != "reference" and source.wants_grad:
+        loss, logps, entropy, per_token, metrics = source.fused(inputs)
     else:
-        logps, entropy, _ = row_logps(
-            rows, sum_p2=False, validate=validate, inplace_backward=inplace and wants_grad, backend=backend
-        )
-        loss, per_token, metrics = token_loss(logps, entropy, rows.active, layout, inputs, config, backend)
+        logps, entropy, _ = source.logps()
+        loss, per_token, metrics = loss_from_logps(logps, entropy, rows.active, layout, inputs, config, backend)
     return output(layout, loss, logps, entropy if config.has_entropy or return_entropy else None, per_token, metrics)
 
 
-def advantages_of(
-    advantages: Tensor | None, rewards: Tensor | None, group_size: int | None, eps: float, scale: str, backend: str
-) -> Advantages:
+def advantages_of(advantages: Tensor | None, rewards: Rewards, backend: str) -> Advantages:
     """As given, or of the rewards in a launch of their own."""
-    if (advantages is None) == (rewards is None):
+    if (advantages is None) == (rewards.values is None):
         raise ValueError("give either advantages or rewards (with group_size)")
     if advantages is not None:
-        if group_size is not None:
-            raise ValueError(f"group_size={group_size} goes with rewards; got advantages")
+        if rewards.group_size is not None:
+            raise ValueError(f"group_size={rewards.group_size} goes with rewards; got advantages")
         return Advantages(advantages)
-    assert rewards is not None
-    return Advantages(
-        group_advantages(rewards, group_size=group_size, eps=eps, scale=scale, backend=backend).advantages
+    assert rewards.values is not None
+    made = group_advantages(
+        rewards.values, group_size=rewards.group_size, eps=rewards.eps, scale=rewards.scale, backend=backend
     )
+    return Advantages(made.advantages)
 
 
-def _rewards_in_launch(
-    rewards: Tensor | None, group_size: int | None, eps: float, scale: str, layout: Layout, logits: Tensor,
-    config: LossConfig, backend: str,
-) -> Advantages | None:  # fmt: skip
+def _rewards_in_launch(rewards: Rewards, layout: Layout, dtype: torch.dtype, config: LossConfig) -> Advantages | None:
     """Rewards for the loss's own launches; None where they take one of their own, which also names what is wrong."""
-    if rewards is None or group_size is None or backend not in GROUPS_IN_LAUNCH:
+    values, group_size, eps, scale = rewards
+    if values is None or group_size is None:
         return None
-    per_row = layout.padded and rewards.shape == layout.shape[:1]
-    if not per_row or real_rewards(rewards).dtype != real_dtype(logits.dtype):
+    if not (layout.padded and values.shape == layout.shape[:1]) or real_rewards(values).dtype != dtype:
         return None
     if not 1 <= group_size <= LARGEST_GROUP_IN_LAUNCH or layout.shape[0] % group_size:
         return None
-    if config.objective in BY_COVARIANCE:  # whose tokens are picked by their advantages, before
+    if OBJECTIVES[config.objective].selects_tokens:  # by their advantages, before the launch
         return None
     if scale == "none" and eps == EPS:
-        return Advantages(rewards, "centred", group_size)
+        return Advantages(values, "centred", group_size)
     if scale == "group":
         check_ddof_eps(1, eps)
-        return Advantages(rewards, "normalised", group_size, float(eps))
+        return Advantages(values, "normalised", group_size, float(eps))
     return None
 
 

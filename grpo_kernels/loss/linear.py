@@ -10,14 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import resolve
 from ..config import DEFAULT, LossConfig
-from ..inputs.layout import Rows, layout_of, real_dtype, rows_of, within_sequences
+from ..inputs.layout import Layout, PolicyInputs, Rows, layout_of, rows_of
 from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
 from ..ops.linear_chunks import chunk_rows_for
 from ..reference import loss as reference
-from .grpo import ConfiguredLoss, advantages_of, scaled
+from .grpo import ConfiguredLoss, Rewards, loss_from_rows, scaled
 from .logps import N_ROWS, TokenLogps, shaped, unsupported_group
-from .policy import N_INPUTS, LossOutput, output, policy_inputs, token_loss
+from .policy import N_INPUTS, LossArguments, LossOutput
 
 
 def _given(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
@@ -109,6 +109,35 @@ def _prepared(
         if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
             raise TypeError(f"{name} must be {hidden.dtype} on {hidden.device}, as hidden; got {x.dtype} on {x.device}")
     return rows_of(hidden, targets, mask, name="hidden", **transform), weight, bias
+
+
+class FromHidden:
+    """Rows of hidden states (`rows.logits`) that become logits chunk by chunk."""
+
+    fuses_group_advantages = False  # a chunk's rows have no neighbours
+
+    def __init__(
+        self, rows: Rows, weight: Tensor, bias: Tensor | None, layout: Layout, chunk_rows: int | None, validate: bool,
+        backend: str,
+    ) -> None:  # fmt: skip
+        self.rows, self.layout, self.backend = rows, layout, backend
+        self._weight, self._bias, self._chunk_rows, self._validate = weight, bias, chunk_rows, validate
+
+    @property
+    def wants_grad(self) -> bool:
+        inputs = (self.rows.logits, self._weight, self._bias)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+    def fused(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        chunk = chunk_rows_for(self._weight, self._chunk_rows, self.rows.targets.numel(), gradient=True)
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = LinearSinglePass.apply(
+            self.rows.logits, self._weight, self._bias, self.layout.cu_seqlens, chunk, self._validate, self.backend,
+            *self.rows[1:], *inputs,
+        )  # fmt: skip
+        return outputs
+
+    def logps(self) -> tuple[Tensor, Tensor, Tensor]:
+        return _logps(self.rows, self._weight, self._bias, self._chunk_rows, False, self._validate, self.backend)
 
 
 def _logps(
@@ -227,31 +256,20 @@ def linear_grpo_loss(
     """
     unsupported_group("tp_group", tp_group)
     unsupported_group("cp_group", cp_group)
-    config = config or DEFAULT
     backend = resolve(backend, hidden.device, hidden.dtype)
     layout = layout_of(targets.shape, cu_seqlens, targets.device)
     rows, weight, bias = _prepared(
         hidden, weight, bias, targets, mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        ignore_index=ignore_index,
+        ignore_index=ignore_index, layout=layout,
     )  # fmt: skip
-    rows = rows._replace(active=within_sequences(rows.active, layout))
-    inputs = policy_inputs(
-        layout, rows.active, real_dtype(hidden.dtype), config,
-        advantages=advantages_of(advantages, rewards, group_size, advantage_eps, advantage_scale, backend),
-        old_logps=old_logps, ref_logps=ref_logps, rollout_logps=rollout_logps, token_weights=token_weights,
-        entropy_mask=entropy_mask, sequence_weights=sequence_weights, denominator=denominator, scale=scale,
+    given = LossArguments(
+        old_logps, ref_logps, rollout_logps, token_weights, entropy_mask, sequence_weights, denominator, scale
+    )
+    return loss_from_rows(
+        FromHidden(rows, weight, bias, layout, chunk_rows, validate, backend), advantages,
+        Rewards(rewards, group_size, advantage_eps, advantage_scale), given, config or DEFAULT,
+        single_pass=single_pass, return_entropy=return_entropy,
     )  # fmt: skip
-    entropy: Tensor | None
-    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    if single_pass and config.form.token_local and backend != "reference" and wants_grad:
-        chunk = chunk_rows_for(weight, chunk_rows, targets.numel(), gradient=True)
-        loss, logps, entropy, per_token, metrics = LinearSinglePass.apply(
-            rows.logits, weight, bias, layout.cu_seqlens, chunk, validate, backend, *rows[1:], *inputs
-        )
-    else:
-        logps, entropy, _ = _logps(rows, weight, bias, chunk_rows, False, validate, backend)
-        loss, per_token, metrics = token_loss(logps, entropy, rows.active, layout, inputs, config, backend)
-    return output(layout, loss, logps, entropy if config.has_entropy or return_entropy else None, per_token, metrics)
 
 
 class LinearGRPOLoss(ConfiguredLoss):

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..aggregation import aggregation_weights
 from ..backends import resolve
 from ..coefficients import readable
-from ..config import BY_COVARIANCE, BY_SEQUENCE, DEFAULT, METRICS, ROLLOUT_RATIO, LossConfig, Scalars
+from ..config import DEFAULT, METRICS, OBJECTIVES, LossConfig, Scalars
 from ..inputs.layout import Layout, PolicyInputs, active_tokens, layout_of, real_dtype
 from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
@@ -30,6 +30,19 @@ class Advantages(NamedTuple):
     form: str = "given"  # of config.ADVANTAGES
     group_size: int = 1
     eps: float = 0.0
+
+
+class LossArguments(NamedTuple):
+    """What a loss takes in addition to log-probs and advantages, as the caller gave it."""
+
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    rollout_logps: Tensor | None = None
+    token_weights: Tensor | None = None
+    entropy_mask: Tensor | None = None
+    sequence_weights: Tensor | None = None
+    denominator: Tensor | float | None = None
+    scale: float | Tensor = 1.0
 
 
 class LossOutput(NamedTuple):
@@ -108,31 +121,18 @@ class TokenPolicy(torch.autograd.Function):
 
 
 def policy_inputs(
-    layout: Layout,
-    active: Tensor,
-    dtype: torch.dtype,
-    config: LossConfig,
-    *,
-    advantages: Advantages,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    rollout_logps: Tensor | None,
-    token_weights: Tensor | None,
-    entropy_mask: Tensor | None,
-    sequence_weights: Tensor | None,
-    denominator: Tensor | float | None,
-    scale: float | Tensor,
+    layout: Layout, active: Tensor, dtype: torch.dtype, config: LossConfig, advantages: Advantages, given: LossArguments
 ) -> PolicyInputs:
     """Everything the loss reads per token, checked and brought to [B, T]."""
-    _check_given(config, ref_logps, rollout_logps, layout)
-    if config.objective in ROLLOUT_RATIO:
-        old_logps = rollout_logps
+    _check_given(config, given, layout)
     share = functools.partial(
-        aggregation_weights, layout, config=config, dtype=dtype, sequence_weights=sequence_weights, scale=scale
-    )
-    mask = layout.tokens_or_sequences(entropy_mask, "entropy_mask", dtype)
-    importance = layout.tokens_or_sequences(token_weights, "token_weights", dtype)
-    pooled = config.objective in BY_SEQUENCE
+        aggregation_weights, layout, config=config, dtype=dtype, sequence_weights=given.sequence_weights,
+        scale=given.scale,
+    )  # fmt: skip
+    mask = layout.tokens_or_sequences(given.entropy_mask, "entropy_mask", dtype)
+    importance = layout.tokens_or_sequences(given.token_weights, "token_weights", dtype)
+    objective = OBJECTIVES[config.objective]
+    pooled = objective.pooling != "none"
     policy_weights = None if pooled else importance
     if mask is not None:
         policy_weights = mask if policy_weights is None else policy_weights * mask
@@ -141,27 +141,28 @@ def policy_inputs(
     if config.has_entropy and (config.entropy_aggregation is not None or bonus_mask is not None):
         kept = active if bonus_mask is None else active & (bonus_mask != 0)
         own = config.entropy_aggregation or config.aggregation
-        entropy_weights = share(kept, own, denominator=None if config.entropy_aggregation else denominator)
+        entropy_weights = share(kept, own, denominator=None if config.entropy_aggregation else given.denominator)
+    old = given.rollout_logps if objective.ratio_against == "rollout" else given.old_logps
     kl_coef, entropy_coef, scalars = _coefficients(config, active.device, dtype)
-    adv = layout.tokens_or_sequences(advantages.values, "advantages", dtype)
-    assert adv is not None
+    values = layout.tokens_or_sequences(advantages.values, "advantages", dtype)
+    assert values is not None
     return PolicyInputs(
-        adv,
-        share(active, config.aggregation, denominator=denominator),
-        layout.tokens(old_logps, "old_logps", dtype),
-        layout.tokens(ref_logps, "ref_logps", dtype) if config.has_kl else None,
-        layout.tokens(rollout_logps, "rollout_logps", dtype),
-        policy_weights,
-        entropy_weights,
-        bonus_mask,
-        None,
-        importance if pooled else None,
-        advantages.group_size,
-        advantages.eps,
-        kl_coef,
-        entropy_coef,
-        scalars,
-        list(config.form._replace(advantages=advantages.form)),
+        advantages=values,
+        weights=share(active, config.aggregation, denominator=given.denominator),
+        old_logps=layout.tokens(old, "old_logps", dtype),
+        ref_logps=layout.tokens(given.ref_logps, "ref_logps", dtype) if config.has_kl else None,
+        rollout_logps=layout.tokens(given.rollout_logps, "rollout_logps", dtype),
+        token_weights=policy_weights,
+        entropy_weights=entropy_weights,
+        entropy_mask=bonus_mask,
+        selected=None,  # until the log-probs are there, in loss_from_logps
+        pooled_weights=importance if pooled else None,
+        group_size=advantages.group_size,
+        advantage_eps=advantages.eps,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        scalars=scalars,
+        form=list(config.form._replace(advantages=advantages.form)),
     )
 
 
@@ -181,24 +182,24 @@ def _coefficients(
     return found["kl_coef"], found["entropy_coef"], scalars
 
 
-def _check_given(config: LossConfig, ref_logps: Tensor | None, rollout_logps: Tensor | None, layout: Layout) -> None:
-    if config.has_kl and ref_logps is None:
+def _check_given(config: LossConfig, given: LossArguments, layout: Layout) -> None:
+    if config.has_kl and given.ref_logps is None:
         raise ValueError("kl_coef is not 0, so ref_logps must be given; got None")
-    if config.has_kl and config.form.kl_gradient == "behaviour_weighted" and rollout_logps is None:
+    if config.has_kl and config.form.kl_gradient == "behaviour_weighted" and given.rollout_logps is None:
         raise ValueError("kl_gradient='behaviour_weighted' needs rollout_logps; got None")
-    if config.objective in ROLLOUT_RATIO and rollout_logps is None:
+    if OBJECTIVES[config.objective].ratio_against == "rollout" and given.rollout_logps is None:
         raise ValueError(f"objective={config.objective!r} takes its ratio against rollout_logps; got None")
     if config.form.pooling != "none" and not layout.knows_sequences:
         what = f"objective={config.objective!r}, ratio_level={config.ratio_level!r}"
         raise ValueError(f"{what} over flat tokens needs cu_seqlens")
 
 
-def token_loss(
+def loss_from_logps(
     logps: Tensor, entropy: Tensor | None, active: Tensor, layout: Layout, inputs: PolicyInputs, config: LossConfig,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, per-token terms and metrics from [B, T] log-probs; differentiable in them and in the entropy."""
-    if config.objective in BY_COVARIANCE:
+    if OBJECTIVES[config.objective].selects_tokens:
         inputs = inputs._replace(selected=covariance_selection(logps, active, inputs, config))
     if backend == "reference":
         return reference.policy_loss(logps, entropy, active, layout, inputs)
@@ -295,10 +296,9 @@ def policy_loss(
         if entropy.shape != logps.shape:
             raise ValueError(f"entropy must have the shape of logps, {tuple(logps.shape)}; got {tuple(entropy.shape)}")
         grid_entropy = entropy.to(dtype).reshape(layout.grid)
-    inputs = policy_inputs(
-        layout, active, dtype, config, advantages=Advantages(advantages), old_logps=old_logps, ref_logps=ref_logps,
-        rollout_logps=rollout_logps, token_weights=token_weights, entropy_mask=entropy_mask,
-        sequence_weights=sequence_weights, denominator=denominator, scale=scale,
-    )  # fmt: skip
-    loss, per_token, metrics = token_loss(grid_logps, grid_entropy, active, layout, inputs, config, backend)
+    given = LossArguments(
+        old_logps, ref_logps, rollout_logps, token_weights, entropy_mask, sequence_weights, denominator, scale
+    )
+    inputs = policy_inputs(layout, active, dtype, config, Advantages(advantages), given)
+    loss, per_token, metrics = loss_from_logps(grid_logps, grid_entropy, active, layout, inputs, config, backend)
     return output(layout, loss, grid_logps, grid_entropy, per_token, metrics)

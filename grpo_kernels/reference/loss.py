@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import BY_SEQUENCE, Form, Scalars
+from ..config import OBJECTIVES, Form, Scalars
 from ..inputs.layout import Layout, PolicyInputs, Rows, real_dtype
 from .objectives import (
     Flags,
@@ -151,7 +151,7 @@ def policy_loss(
         read(inputs.selected, zero), zero, zero, one,
     )  # fmt: skip
     importance = read(inputs.pooled_weights, one)
-    if form.objective in BY_SEQUENCE:
+    if OBJECTIVES[form.objective].pooling != "none":
         values = with_pooled(values, importance, active, layout, form, s)
         if inputs.pooled_weights is None:  # exactly, where the logarithm of 1 and the floor is not 0
             values = values._replace(pooled_weight=one)

@@ -50,7 +50,7 @@ def loss_forms(x: Inputs) -> dict[str, dict[str, Any]]:
         "fixed_length": {**old, **_config(aggregation="fixed_length", max_length=TOKENS)},
         "sequences with tokens": {**old, **_config(aggregation="sequence_sum", count_empty_sequences=False)},
         **{level: {**old, **_config(ratio_level=level)} for level in RATIO_LEVELS[1:]},
-        **{name: {**everything, **_config(objective=name, **OPTIONS.get(name, {}))} for name in OBJECTIVES[1:]},
+        **{name: {**everything, **_config(objective=name, **OPTIONS.get(name, {}))} for name in list(OBJECTIVES)[1:]},
     }  # fmt: skip
     if not x.packed:
         return forms
