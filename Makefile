@@ -24,7 +24,7 @@ bench: $(VENV)/.test
 
 # What docs/benchmarks.md shows, measured anew.
 figures: $(VENV)/.test
-	$(VENV)/bin/python -m benchmarks.figures
+	$(VENV)/bin/python -m benchmarks.measure_docs
 	$(VENV)/bin/python -m benchmarks.report benchmarks/results/cpu.json --into docs/benchmarks.md
 
 memory: $(VENV)/.test

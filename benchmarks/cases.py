@@ -1,4 +1,4 @@
-"""What `pytest benchmarks --full` measures, by file: larger on a GPU, shrunk to nothing in the tests."""
+"""What `pytest benchmarks --full` measures, by family: larger on a GPU, shrunk to nothing in the tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grpo_kernels.tools.bench.case import Case, of_model
 from grpo_kernels.tools.providers import LOSSES, Task
@@ -19,6 +20,7 @@ TOKEN_GRID = (512, 4096) if ON_GPU else (64, 1024)
 REWARDS = 16384
 GROUP_SIZES = (16, 128, 1024, 4096)
 KL, ENTROPY = 0.04, 0.01
+VOCAB = 150_000  # of the completions that diversity compares
 
 
 def shrunk(case: Case) -> Case:
@@ -70,3 +72,19 @@ def advantages() -> list[Case]:
     groups = Case(Task("advantages"), sequences=REWARDS, dtype="fp32", mode="no_grad")
     gae = Case(Task("gae"), sequences=512, tokens=4096, dtype="fp32", mode="no_grad")
     return [*(replace(groups, group_size=size) for size in GROUP_SIZES), gae]
+
+
+def completions(data: str, count: int, tokens: int) -> Tensor:
+    """random: tokens drawn evenly. zipf: as words are, so that all pairs share many. near: 1/8 of the completions are
+    new, the others differ from one of them by a few percent of their tokens, on both sides of the threshold."""
+    g = torch.Generator().manual_seed(0)
+    if data == "zipf":
+        cumulative = (1 / torch.arange(1, VOCAB + 1).double()).cumsum(0)
+        draws = torch.rand(count, tokens, dtype=torch.float64, generator=g) * cumulative[-1]
+        return torch.searchsorted(cumulative, draws).clamp(max=VOCAB - 1)
+    ids = torch.randint(0, VOCAB, (count, tokens), generator=g)
+    if data == "near":
+        originals = ids[torch.arange(count) // 8 * 8]
+        rate = torch.tensor([0.02, 0.04, 0.06, 0.08]).repeat(count // 4)[:, None]
+        ids = torch.where(torch.rand(count, tokens, generator=g) < rate, ids, originals)
+    return ids

@@ -21,7 +21,7 @@ __all__ = ["main", "markdown_table"]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, nargs="*", help="of grpo-kernels bench, benchmarks.figures or pytest")
+    parser.add_argument("json", type=Path, nargs="*", help="of grpo-kernels bench, benchmarks.measure_docs or pytest")
     parser.add_argument("--into", type=Path, help="a document with <!-- begin STEM --> and <!-- end STEM --> lines")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="flag regressions")
     parser.add_argument("--force", action="store_true", help="compare different devices all the same")

@@ -351,7 +351,7 @@ def test_devices_must_agree():
 @pytest.mark.slow
 @pytest.mark.parametrize("near_duplicates", [False, True])
 def test_a_group_of_4096_completions_is_quick(near_duplicates):
-    """Seconds on two cores (benchmarks/bench_diversity.py measures); pairwise merging would take minutes."""
+    """Seconds on two cores (benchmarks/bench_losses.py measures); pairwise merging would take minutes."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 150_000, (4096, 4096), generator=generator)
     if near_duplicates:

@@ -1,4 +1,4 @@
-"""Measures what docs/benchmarks.md shows, on a CPU in about five minutes: `python -m benchmarks.figures`.
+"""Measures what docs/benchmarks.md shows, on a CPU in about five minutes: `python -m benchmarks.measure_docs`.
 
 Then `python -m benchmarks.report benchmarks/results/cpu.json --into docs/benchmarks.md` writes tables and pictures.
 A GPU has the time for all of it: `pytest benchmarks --full`.
@@ -29,7 +29,7 @@ ALL = providers(DEVICE)
 BRIEF = [p for p in ALL if not (isinstance(p, Ours) and p.way)]
 QUICK = [p for p in BRIEF if not p.compiles]
 SECONDS = 0.3  # for each provider's rounds of a case
-COMMAND = "python -m benchmarks.figures"
+COMMAND = "python -m benchmarks.measure_docs"
 MOST_ROWS = 512  # of a sweep
 LINEAR_FEW = ("ours-cpu", "eager", "compile", "trl")  # Liger takes seconds a call
 
