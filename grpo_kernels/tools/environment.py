@@ -18,13 +18,16 @@ NOT_INSTALLED = "not installed"
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Of this library, Python and `packages`, or "not installed"."""
-    found = {"grpo-kernels": gk.__version__, "python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = NOT_INSTALLED
-    return found
+    ours = {"grpo-kernels": gk.__version__, "python": platform.python_version()}
+    return ours | {package: installed(package) or NOT_INSTALLED for package in packages}
+
+
+def installed(package: str) -> str | None:
+    """Its version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def default_backend(device: str = "cpu") -> str:
@@ -43,10 +46,11 @@ def instruction_set(backend: str) -> str:
 def devices() -> list[str]:
     names = [f"cpu ({platform.machine()}, threads: {torch.get_num_threads()})"]
     if torch.cuda.is_available():
-        names += [f"cuda:{i} ({_gpu(i)})" for i in range(torch.cuda.device_count())]
+        names += [f"cuda:{i} ({gpu_name(i)})" for i in range(torch.cuda.device_count())]
     return names
 
 
-def _gpu(index: int) -> str:
+def gpu_name(index: int) -> str:
+    """Its model, memory and compute capability."""
     found = torch.cuda.get_device_properties(index)
     return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}"

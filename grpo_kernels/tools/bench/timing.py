@@ -11,14 +11,13 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...backends import available_backends
-from ..environment import instruction_set
+from ..environment import gpu_name, installed, instruction_set
 from .clock import Clock, WallClock
 
 PACKAGES = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels", "transformers")
@@ -82,7 +81,7 @@ def machine_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": _commit(),
-        "packages": {name: found for name in PACKAGES if (found := _installed(name))},
+        "packages": {name: found for name in PACKAGES if (found := installed(name))},
     }
 
 
@@ -91,19 +90,10 @@ def device_of(machine: Mapping[str, Any]) -> str:
     return machine.get("gpu") or f"{machine['cpu']}, {machine['torch_threads']} threads, {machine['instruction_set']}"
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _gpu() -> str | None:
     if not torch.cuda.is_available():
         return None
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    memory = f"{found.total_memory / 2**30:.0f} GiB"
-    return f"{found.name}, {memory}, sm_{found.major}{found.minor}, CUDA {torch.version.cuda}"
+    return f"{gpu_name(torch.cuda.current_device())}, CUDA {torch.version.cuda}"
 
 
 def _cpu_model() -> str:

@@ -1,21 +1,23 @@
-"""The fused loss beside the one a trainer author would write by hand: numbers, time and memory on the same batch."""
+"""The fused loss compared with the one a trainer author would write by hand: values, time and memory on one batch."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels.tools.memory.peak import peak_memory
 
+from ..bench.timing import measure_interleaved, medians
+from ..memory.peak import peak_memory
+from ..providers import Task, plain
+from ..providers.batch import Tokens
 from .policy import Policy
 from .train import LossInputs
 
+ROUNDS = 7
 LARGER = 8  # the demo's batch is small enough for a laptop; this many of it are a small batch elsewhere
 LossAndGradients = tuple[Tensor, ...]  # loss, d loss / d hidden, d loss / d weight
 
@@ -45,23 +47,6 @@ class Comparison:
         return abs(self.fused_loss - self.eager_loss)
 
 
-def eager_grpo_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, mask: Tensor,
-    old_logps: Tensor, ref_logps: Tensor, config: gk.LossConfig,
-) -> Tensor:  # fmt: skip
-    """Plain PyTorch: all logits, their log-softmax, the clipped objective plus k3, the mean over the tokens."""
-    logits = (hidden @ weight.T).float()
-    logps = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    ratio = (logps - old_logps).exp()
-    high = config.eps_low if config.eps_high is None else config.eps_high
-    advantages = advantages.unsqueeze(-1)
-    policy = -torch.min(ratio * advantages, ratio.clamp(1 - config.eps_low, 1 + high) * advantages)
-    log_ratio = ref_logps - logps
-    kl = log_ratio.exp() - log_ratio - 1
-    mask = mask.to(logps.dtype)
-    return ((policy + config.kl_coef * kl) * mask).sum() / mask.sum()
-
-
 class _Case:
     """The two losses on the same tensors."""
 
@@ -84,10 +69,10 @@ class _Case:
         return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight))
 
     def eager(self) -> LossAndGradients:
-        loss = eager_grpo_loss(
-            self.hidden, self.weight, self.targets, self.advantages, self.mask,
-            self.old_logps, self.ref_logps, self.config,
-        )  # fmt: skip
+        tokens = Tokens(self.targets, self.advantages, self.mask, self.old_logps, self.old_logps, self.ref_logps)
+        logps = plain.token_logps(self.hidden @ self.weight.t(), self.targets)
+        task = Task("linear", kl_coef=float(self.config.kl_coef))
+        loss = plain.token_loss(logps, None, tokens, task, eps_high=self.config.eps_low)
         return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight))
 
 
@@ -102,13 +87,14 @@ def compare(policy: Policy, inputs: LossInputs, config: gk.LossConfig) -> Compar
     if inputs.advantages.any():  # else the gradient is rounding noise on both sides, which nothing can be relative to
         hidden_error, weight_error = map(_relative_error, fused_gradients, eager_gradients)
     del fused_gradients, eager_gradients
-    (fused_seconds, eager_seconds), rounds = interleaved_seconds((case.fused, case.eager))
+    seconds = measure_interleaved({"fused": case.fused, "eager": case.eager}, ROUNDS)
+    fused_seconds, eager_seconds = medians(seconds).values()
     larger = _Case(hidden, weight, inputs, config, copies=LARGER)
     return Comparison(
         rows=case.targets.numel(),
         active_rows=int(case.mask.sum()),
         vocabulary=weight.shape[0],
-        rounds=rounds,
+        rounds=ROUNDS,
         fused_loss=fused_loss.item(),
         eager_loss=eager_loss.item(),
         hidden_gradient_error=hidden_error,
@@ -116,23 +102,6 @@ def compare(policy: Policy, inputs: LossInputs, config: gk.LossConfig) -> Compar
         fused=Cost(fused_seconds, peak_bytes(case.fused), peak_bytes(larger.fused)),
         eager=Cost(eager_seconds, peak_bytes(case.eager), peak_bytes(larger.eager)),
     )
-
-
-def interleaved_seconds(
-    runs: Sequence[Callable[[], object]], least: int = 5, most: int = 50, budget: float = 1.0
-) -> tuple[list[float], int]:
-    """Median seconds of each, and of how many rounds: more of them where they are short.
-
-    They take turns, so that a disturbance of the machine hits all of them alike.
-    """
-    taken: list[list[float]] = [[] for _ in runs]
-    begin = time.perf_counter()
-    while len(taken[0]) < least or (len(taken[0]) < most and time.perf_counter() - begin < budget):
-        for run, seconds in zip(runs, taken, strict=True):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-    return [median(seconds) for seconds in taken], len(taken[0])
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

@@ -27,14 +27,14 @@ def token_logps_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return logps.gather(-1, targets[..., None])[..., 0], -(logps.exp() * logps).sum(-1)
 
 
-def token_loss(logps: Tensor, entropy: Tensor | None, tokens: Tokens, task: Task) -> Tensor:
+def token_loss(logps: Tensor, entropy: Tensor | None, tokens: Tokens, task: Task, eps_high: float = EPS_HIGH) -> Tensor:
     mask = tokens.mask.to(torch.float32)
     lengths = mask.sum(-1, keepdim=True)
     log_ratio = logps - tokens.old_logps
     if task.loss == "gspo":
         log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / lengths
     ratio, advantages = log_ratio.exp(), tokens.advantages[:, None]
-    terms = -torch.min(ratio * advantages, ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH) * advantages)
+    terms = -torch.min(ratio * advantages, ratio.clamp(1 - EPS_LOW, 1 + eps_high) * advantages)
     if task.kl_coef:
         u = tokens.ref_logps - logps
         terms = terms + task.kl_coef * (u.exp() - u - 1)
