@@ -10,7 +10,7 @@ from torch import Tensor
 from grpo_kernels.tools.bench.case import Case
 from grpo_kernels.tools.bench.clock import clock_for
 from grpo_kernels.tools.bench.lengths import measure_lengths
-from grpo_kernels.tools.bench.measure import Options, distance, measure, take_turns
+from grpo_kernels.tools.bench.measure import Options, distance, measure, time_interleaved
 from grpo_kernels.tools.providers import Ours, both, providers
 
 from .cases import DEVICE, shrunk
@@ -54,7 +54,7 @@ class Harness:
         if self.measuring:
             few = Options(least_rounds=1, seconds=2.0)
             calls = {"ours-cpu": ours, "eager": eager}
-            take_turns(record, calls, ("copy", unit), few, clock=clock_for("cpu"))
+            time_interleaved(record, calls, ("copy", unit), few, clock=clock_for("cpu"))
         self.keep(benchmark, record)
         benchmark.pedantic(ours, rounds=1)
 

@@ -32,7 +32,7 @@ def aggregation_weights(
         denominator = _own_denominator(layout, active, aggregation, config)
     weight = (_on_device(scale, active, dtype) / denominator).to(dtype)
     if aggregation != "sequence_mean" and sequence_weights is None:
-        return weight.expand(layout.grid)
+        return weight.expand(layout.bt_shape)
     if aggregation == "sequence_mean":
         weight = weight / layout.sequence_sums(active).clamp(min=1)
     if sequence_weights is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ComparesTensorsById:
-    """Equality, hash and repr of a frozen dataclass that holds tensors, whose values would have to be waited for."""
+    """Equality, hash and repr of a frozen dataclass that holds tensors, without reading their values, which would synchronise."""
 
     def _compared(self) -> tuple[Any, ...]:
         return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.compare)  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ class ComparesTensorsById:
 
 
 def check_coefficient(name: str, value: Tensor) -> None:
-    """Everything but the value, which would have to be waited for."""
+    """Checks everything but the value, which would synchronise."""
     if value.numel() != 1 or value.dim() > 1:
         raise ValueError(f"{name} as a tensor must be 0-d or [1]; got shape {tuple(value.shape)}")
     if not value.is_floating_point():

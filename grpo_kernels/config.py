@@ -79,7 +79,7 @@ class Form(NamedTuple):
 
     @property
     def pooling(self) -> str:
-        """Of the log-ratios of a sequence, "none", "mean" or "sum": Form::pooling in csrc/math/policy.h."""
+        """How the log-ratios of a sequence are pooled, "none", "mean" or "sum": Form::pooling in csrc/math/policy.h."""
         if (own := OBJECTIVES[self.objective].pooling) != "none" or self.ratio_level == "token":
             return own
         return "sum" if self.ratio_level == "sequence_product" else "mean"
@@ -179,7 +179,7 @@ class LossConfig(ComparesTensorsById):
         entropy_coef: ``loss -= entropy_coef * aggregate(entropy)``.
             Either coefficient may be a 0-d tensor on the logits' device, which is read whenever the kernels run: a
             captured CUDA graph and a compiled loss follow what is written into it. Its term is then part of the loss
-            even at 0, and that it is finite and not negative is the caller's promise. One on the CPU beside logits on
+            even at 0, and that it is finite and not negative is the caller's promise. One on the CPU with logits on
             a GPU is read at each call; a replayed graph keeps what it read. Configs hold it, and are equal if
             it is the same tensor.
         entropy_aggregation: as ``aggregation``, for the entropy alone; ``None`` takes the policy's.

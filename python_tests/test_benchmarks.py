@@ -230,7 +230,7 @@ def test_lengths_are_called_twice_each() -> None:
 # ---- clocks and turns ----
 
 
-def test_providers_take_turns_in_their_numbers() -> None:
+def test_providers_time_interleaved_in_their_numbers() -> None:
     calls: list[str] = []
     providers = {name: lambda name=name: calls.append(name) for name in ("often", "rarely")}
     seconds = timing.measure_interleaved(

@@ -103,11 +103,11 @@ def value_loss(
     )
     old = layout.tokens(old_values, "old_values", dtype) if clip is not None else None
     inputs = (old, layout.tokens(returns, "returns", dtype), weights, active, math.inf if clip is None else float(clip))
-    grid_values = values.to(dtype).reshape(layout.grid)
+    values_bt = values.to(dtype).reshape(layout.bt_shape)
     if backend == "reference":
-        loss, per_token, metrics = reference.value_loss(grid_values, *inputs)  # type: ignore[arg-type]
+        loss, per_token, metrics = reference.value_loss(values_bt, *inputs)  # type: ignore[arg-type]
     else:
-        loss, per_token, metrics = _ValueLoss.apply(grid_values, backend, *inputs)
+        loss, per_token, metrics = _ValueLoss.apply(values_bt, backend, *inputs)
     return ValueLoss(loss, per_token.view(layout.shape), dict(zip(VALUE_METRICS, metrics.unbind(), strict=True)))
 
 

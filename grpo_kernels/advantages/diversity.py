@@ -83,7 +83,7 @@ def group_diversity(
     if token_ids.dtype not in (torch.int32, torch.int64):
         token_ids = token_ids.to(torch.int64)
     outputs = ops.group_diversity(
-        token_ids.reshape(layout.grid), mask, layout.cu_seqlens, ids, group_size or 1, ngram, float(threshold),
+        token_ids.reshape(layout.bt_shape), mask, layout.cu_seqlens, ids, group_size or 1, ngram, float(threshold),
         resolve(backend, token_ids.device),
     )  # fmt: skip
     return GroupDiversity(*outputs)

@@ -81,7 +81,7 @@ def group_advantages(
         lengths: ``[S]``, tokens of each sample, for ``baseline="length_weighted"``; all 0 means the plain mean.
         clip: advantages are clipped to +- this, or to a pair (low, high) around 0, None for no bound (NeMo-RL).
         reward_weights: ``[K]`` with rewards ``[S, K]``, numbers or a tensor; 1 each when None. A tensor on
-            another device is copied to that of the rewards, and waited for.
+            another device is copied to that of the rewards, which synchronises.
         critic_values: ``[S]``, with ``critic_weight`` w in (0, 1]: the baseline is ``(1 - w) group + w V``. NaN: no
             value for this sample, whose baseline is the group's. A constant group is left with ``w (R - V)``.
         dp_group: ranks hold different samples of one batch, as many as they like; groups may straddle them, the samples

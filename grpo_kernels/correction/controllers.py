@@ -86,7 +86,7 @@ class AdaptiveKLController(_Controller):
     def update(self, current: float | Tensor, n_steps: int = 1) -> float:
         """Takes in the KL that was measured over `n_steps` samples; returns the new coefficient.
 
-        Reading a tensor waits for its device.
+        Reading a tensor on a GPU synchronises.
 
         Raises:
             ValueError: for a NaN, which would stay for ever, and negative steps.

@@ -68,7 +68,7 @@ def kl_divergence(
         x = layout.tokens(x, name, dtype)
         return x if x is None or active is None else torch.where(active, x, 0.0)
 
-    logp = logps.to(dtype).reshape(layout.grid)
+    logp = logps.to(dtype).reshape(layout.bt_shape)
     logp = logp if active is None else torch.where(active, logp, 0.0)
     ref = read(ref_logps, "ref_logps")
     assert ref is not None

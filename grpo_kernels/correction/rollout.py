@@ -20,7 +20,7 @@ class RolloutCorrection(NamedTuple):
     """What the losses take as `token_weights` and `mask`, and what to log; everything detached.
 
     `token_weights` has the shape of the tokens and is 0 at masked and rejected ones. `mask` is bool: the tokens that
-    count in the loss's denominators. `metrics` are 0-d tensors on the device, so nothing waits for them until you read
+    count in the loss's denominators. `metrics` are 0-d tensors on the device: no host sync until you read
     them, and finite when nothing is active. Over active tokens, or over rows that have any, with d as clamped by
     `log_clamp`, weights as bounded but not yet normalised, NaN left out of d:
 

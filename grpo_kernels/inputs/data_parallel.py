@@ -12,7 +12,7 @@ from torch import Tensor
 class Ranks:
     """Gathers what belongs to each sample, [S, ...], in the order of the ranks; S may differ from rank to rank.
 
-    Without a group there is one rank. The sizes are waited for, once.
+    Without a group there is one rank. Reading the sizes synchronises, once.
     """
 
     def __init__(self, group: Any, samples: int, device: torch.device) -> None:

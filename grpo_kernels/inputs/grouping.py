@@ -83,8 +83,8 @@ def real_rewards(rewards: Tensor) -> Tensor:
 
 
 def reward_weights_of(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Tensor:
-    """float64 [K] beside the rewards [S, K], 1 each for None. Numbers are filled in where the rewards are: a tensor
-    made of them on the CPU would be copied there, and waited for."""
+    """float64 [K] for rewards [S, K], 1 each for None. Numbers are filled in where the rewards are: a tensor made of
+    them on the CPU would be copied there, which synchronises."""
     if isinstance(weights, Tensor):
         return weights.detach().to(rewards.device, torch.float64)
     if weights is None or not len(weights):
@@ -94,7 +94,7 @@ def reward_weights_of(weights: Tensor | Sequence[float] | None, rewards: Tensor)
 
 def sorted_by_group(group_ids: Tensor, *, ends: bool) -> tuple[Tensor, Tensor]:
     """The samples group after group, in their order within it, and where the group of each position there ends, or
-    begins. Nothing waits for the device."""
+    begins. No host sync."""
     ids, order = group_ids.sort(stable=True)
     return order, torch.searchsorted(ids, ids, right=ends)
 
@@ -125,7 +125,7 @@ class Groups(NamedTuple):
 
 
 def groups_of(samples: int, group_size: int | None, group_ids: Tensor | None) -> Groups:
-    """Ids are ranked by a sort: unlike `unique` it has a known shape, so that nothing waits for the device."""
+    """Ids are ranked by a sort: unlike `unique` it has a known shape, so there is no host sync."""
     check_groups(samples, group_size, group_ids)
     if group_ids is None:
         return Groups(group_size or 1, None)

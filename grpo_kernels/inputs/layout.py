@@ -15,7 +15,7 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of everything per token: float64 beside float64, else float32."""
+    """The accumulation dtype, in which everything per token is: float64 for float64 logits, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
         return len(self.shape) == 2
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def bt_shape(self) -> tuple[int, int]:
         return (self.shape[0], self.shape[1]) if self.padded else (1, self.shape[0])
 
     @property
@@ -49,9 +49,9 @@ class Layout(NamedTuple):
     def of_sequences(self, values: Tensor) -> Tensor:
         """[R] values as a [B, T] view or gather, each token with its sequence's."""
         if self.padded:
-            return values[:, None].expand(self.grid)
+            return values[:, None].expand(self.bt_shape)
         index = self.sequence_index(values.device).clamp(max=max(self.sequences - 1, 0))
-        return values[index][None] if self.sequences else values.new_zeros(self.grid)
+        return values[index][None] if self.sequences else values.new_zeros(self.bt_shape)
 
     def sequence_sums(self, tokens: Tensor) -> Tensor:
         """int64 sums over each sequence, [R], of [B, T] integers or bools."""
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
             raise ValueError(
                 f"{name} must have the shape of the tokens, {tuple(self.shape)}; got {tuple(values.shape)}"
             )
-        return values.detach().to(dtype).reshape(self.grid)
+        return values.detach().to(dtype).reshape(self.bt_shape)
 
     def tokens_or_sequences(self, values: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
         """The same for a tensor that may also hold one value a sequence: [R], or [B, 1] when padded."""
@@ -77,7 +77,7 @@ class Layout(NamedTuple):
             return self.tokens(values, name, dtype)
         values = values.detach().to(dtype)
         if self.padded and values.shape == (self.shape[0], 1):
-            return values.expand(self.grid)
+            return values.expand(self.bt_shape)
         if values.dim() == 1 and self.knows_sequences and values.numel() == self.sequences:
             return self.of_sequences(values)
         hint = "" if self.knows_sequences else "; flat tokens with one value a sequence need cu_seqlens"
@@ -86,7 +86,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device | None = None) -> Layout:
-    """`device`: the tokens', where the boundaries must be too, or each call would copy them there and wait."""
+    """`device`: the tokens', where the boundaries must be too, or each call would copy them there and synchronise."""
     if len(shape) not in (1, 2):
         raise ValueError(f"per-token tensors must be [B, T] or flat [N]; got shape {tuple(shape)}")
     if cu_seqlens is None:
@@ -103,7 +103,7 @@ def layout_of(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device
 
 
 def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
-    """On the CPU; elsewhere the answer would have to be waited for."""
+    """On the CPU; elsewhere reading the answer would synchronise."""
     if cu_seqlens.device.type != "cpu":
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
@@ -122,9 +122,9 @@ def active_tokens(mask: Tensor | None, layout: Layout, device: torch.device) -> 
     if mask is not None and mask.shape != layout.shape:
         raise ValueError(f"mask must have the shape of the tokens, {tuple(layout.shape)}; got {tuple(mask.shape)}")
     if mask is None:
-        active = torch.ones(layout.grid, dtype=torch.bool, device=device)
+        active = torch.ones(layout.bt_shape, dtype=torch.bool, device=device)
     else:
-        active = mask.to(torch.bool).reshape(layout.grid)
+        active = mask.to(torch.bool).reshape(layout.bt_shape)
     return within_sequences(active, layout)
 
 
@@ -141,7 +141,7 @@ class Rows(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Of each row, real [B, T]: log p(target), entropy, and the softmax's maximum and log-sum relative to it."""
+    """What is kept of each row, [B, T]: log p(target), entropy, the softmax's maximum and log-sum relative to it."""
 
     logps: Tensor
     entropy: Tensor
@@ -150,7 +150,7 @@ class RowStats(NamedTuple):
 
 
 def check_rows_apart(logits: Tensor) -> None:
-    """Of [B, T', V]: rows that share memory cannot be overwritten by their gradients. Exact."""
+    """Rows of [B, T', V] that share memory cannot be overwritten by their gradients. Exact."""
     (batch, tokens, vocab), (batch_stride, token_stride, _) = logits.shape, logits.stride()
     if not logits.numel():
         return
@@ -184,7 +184,7 @@ def _interlaced(dims: list[tuple[int, int]], vocab: int) -> bool:
 
 
 class PolicyInputs(NamedTuple):
-    """Everything per token that the loss reads beside the log-probs: real [B, T] views, None where absent."""
+    """Everything per token that the loss reads in addition to log-probs: [B, T] views in acc_dtype, None where absent."""
 
     advantages: Tensor  # the rewards, where form.advantages is not "given"
     weights: Tensor  # of the aggregation

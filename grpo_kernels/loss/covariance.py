@@ -31,5 +31,5 @@ def covariance_selection(logps: Tensor, active: Tensor, inputs: PolicyInputs, co
     order = torch.where(candidates, order.to(cov.dtype), -torch.inf).flatten()
     rank = torch.empty_like(order, dtype=torch.int64)
     rank[order.argsort(descending=True, stable=True)] = torch.arange(order.numel(), device=order.device)
-    wanted = (n * config.cov_ratio).floor().clamp(min=1)  # a tensor: nothing waits for N
+    wanted = (n * config.cov_ratio).floor().clamp(min=1)  # a tensor: no host sync for N
     return ((rank.view_as(cov) < wanted) & candidates).to(cov.dtype)

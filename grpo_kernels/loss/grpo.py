@@ -16,7 +16,7 @@ from ..inputs.grouping import check_ddof_eps, real_rewards
 from ..inputs.layout import Layout, PolicyInputs, Rows, layout_of, real_dtype, rows_of
 from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
-from .logps import CONSUMED, N_ROWS, check_inplace, row_logps, unsupported_group
+from .logps import CONSUMED_ERROR, N_ROWS, check_inplace, row_logps, unsupported_group
 from .policy import N_INPUTS, Advantages, LossArguments, LossOutput, loss_from_logps, output, policy_inputs
 
 
@@ -35,7 +35,7 @@ class SinglePass(torch.autograd.Function):
             gradient, logps, entropy = ops.row_policy(logits, *rows, *inputs, validate, backend)
         loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], cu_seqlens, *inputs, backend)
         ctx.save_for_backward(gradient)
-        ctx.inplace, ctx.consumed, ctx.lent, ctx.backend = inplace, False, False, backend
+        ctx.inplace, ctx.consumed, ctx.grad_aliased, ctx.backend = inplace, False, False, backend
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
         none_for_unused_outputs(ctx)
         return loss, logps, entropy, per_token, metrics
@@ -44,23 +44,23 @@ class SinglePass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
         if ctx.consumed:
-            raise RuntimeError(CONSUMED)
+            raise RuntimeError(CONSUMED_ERROR)
         if g is None:
             return (None,) * (5 + N_ROWS + N_INPUTS)
         (gradient,) = ctx.saved_tensors
         ctx.consumed = ctx.inplace
-        return scaled(ctx, gradient, g), *[None] * (4 + N_ROWS + N_INPUTS)
+        return scale_gradient(ctx, gradient, g), *[None] * (4 + N_ROWS + N_INPUTS)
 
 
-def scaled(ctx: Any, gradient: Tensor, g: Tensor) -> Tensor:
+def scale_gradient(ctx: Any, gradient: Tensor, g: Tensor) -> Tensor:
     """g * gradient, in its own memory where nothing else reads it, then or later; a g of 1 costs nothing."""
     if torch.compiler.is_compiling():
         return gradient.mul_(g) if ctx.inplace else gradient * g  # a 0-d g keeps its precision and the gradient's dtype
     another_may_come = torch._C._autograd._get_current_graph_task_keep_graph() and not ctx.inplace
     if g.device.type == "cpu" and g == 1:
-        ctx.lent = ctx.lent or another_may_come
+        ctx.grad_aliased = ctx.grad_aliased or another_may_come
         return gradient
-    if another_may_come or ctx.lent:
+    if another_may_come or ctx.grad_aliased:
         return gradient * g
     implementation(ctx.backend).scale(gradient if gradient.dim() == 3 else gradient.view(1, 1, -1), g)
     return gradient

@@ -15,7 +15,7 @@ from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
 from ..ops.linear_chunks import chunk_rows_for
 from ..reference import loss as reference
-from .grpo import ConfiguredLoss, Rewards, loss_from_rows, scaled
+from .grpo import ConfiguredLoss, Rewards, loss_from_rows, scale_gradient
 from .logps import N_ROWS, TokenLogps, shaped, unsupported_group
 from .policy import N_INPUTS, LossArguments, LossOutput
 
@@ -76,7 +76,7 @@ class LinearSinglePass(torch.autograd.Function):
         )
         loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], cu_seqlens, *inputs, backend)
         ctx.save_for_backward(*gradients)
-        ctx.inplace, ctx.lent, ctx.backend = False, False, backend
+        ctx.inplace, ctx.grad_aliased, ctx.backend = False, False, backend
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
         none_for_unused_outputs(ctx)
         return loss, logps, entropy, per_token, metrics
@@ -87,7 +87,9 @@ class LinearSinglePass(torch.autograd.Function):
         if g is None:
             return (None,) * (7 + N_ROWS + N_INPUTS)
         needs = ctx.needs_input_grad[:3]
-        gradients = [scaled(ctx, x, g) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)]
+        gradients = [
+            scale_gradient(ctx, x, g) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
+        ]
         return *gradients, *[None] * (4 + N_ROWS + N_INPUTS)
 
 
@@ -174,7 +176,7 @@ def linear_token_logps(
     """``token_logps`` of ``hidden @ weight.T + bias``, chunk by chunk; masked rows are never computed.
 
     Differentiable in ``hidden``, ``weight`` and ``bias``; a frozen one costs no matmul. The backward computes the
-    logits again (8 N H V operations in all). On a GPU, forward and backward each wait for the number of active rows.
+    logits again (8 N H V operations in all). On a GPU, forward and backward each synchronise for the number of active rows.
     What TRL's ``ChunkedLogProbFunction`` and verl's ``FusedLinearForPPO`` do.
 
     Args:
@@ -241,8 +243,8 @@ def linear_grpo_loss(
 
     With a token-level ratio the forward already computes the gradients of hidden, weight and bias, chunk by chunk:
     three matmuls (6 N H V operations, 4 N H V with a frozen head) where recomputing the logits takes four. Masked rows
-    are never computed, so that on a GPU the forward waits for their number. Losses that need more than the token (see
-    ``grpo_loss``) and ``single_pass=False`` recompute, and wait again in the backward.
+    are never computed, so on a GPU the forward synchronises for their number. Losses that need more than the token (see
+    ``grpo_loss``) and ``single_pass=False`` recompute, and synchronise again in the backward.
 
     Args:
         hidden, weight, bias, chunk_rows: as in ``linear_token_logps``.

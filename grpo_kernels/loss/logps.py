@@ -14,7 +14,7 @@ from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
 from ..reference import loss as reference
 
-CONSUMED = (
+CONSUMED_ERROR = (
     "the logits of this loss were overwritten by their gradient (inplace): it can be propagated once. "
     "Drop retain_graph, or pass inplace=False"
 )
@@ -32,7 +32,7 @@ class TokenLogps(NamedTuple):
 
 
 def check_inplace(logits: Tensor) -> None:
-    """Of [B, T', V] logits that are to be overwritten by their gradient."""
+    """Checks [B, T', V] logits that are to be overwritten by their gradient."""
     base = logits if logits._base is None else logits._base
     if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
         raise ValueError("inplace overwrites the logits, and these are a leaf that requires grad; pass inplace=False")
@@ -58,7 +58,7 @@ class RowLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_logps: Tensor | None, g_entropy: Tensor | None, _: Any) -> tuple:
         if ctx.consumed:
-            raise RuntimeError(CONSUMED)
+            raise RuntimeError(CONSUMED_ERROR)
         if g_logps is None and g_entropy is None:
             return (None,) * (5 + N_ROWS)
         logits, targets, active, temperatures, *stats = ctx.saved_tensors
@@ -130,11 +130,11 @@ def token_logps(
         targets: ``[...]`` integer token ids.
         mask: ``[...]`` of any dtype, 0 masks a token: nothing of it is read and its results are 0.
         temperature: above 0; a number, or a tensor per row ``[B]`` or per token, which is copied to the logits' device
-            if it is on another, and waited for.
+            if it is on another, which synchronises.
         logit_scale: multiplies the logits (Cohere; 1 / logits_scaling for Granite).
         softcap: the cap ``c``, or None.
         ignore_index: a target of this value counts as masked.
-        validate: raise for an illegal target on an accelerator too, at the price of waiting for it.
+        validate: raise for an illegal target on an accelerator too, at the price of a synchronisation.
         return_entropy, return_sum_p2: fill the fields of that name; entropy is differentiable, ``sum_j p_j^2`` is not.
         inplace_backward: the backward overwrites the logits with their gradient instead of allocating one.
         backend: ``"auto"`` or a name from ``available_backends()``.

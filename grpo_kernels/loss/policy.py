@@ -49,8 +49,8 @@ class LossOutput(NamedTuple):
     """What every loss returns. `loss` carries the gradient; everything else is detached.
 
     `per_token_loss` is the term before aggregation (policy + KL - entropy), 0 at masked tokens. `entropy` is None
-    unless the loss has an entropy term or `return_entropy` asked for it. `metrics` are 0-d tensors on the device, so
-    nothing waits for them until you read them; over N active tokens, with x = logp - old, d = logp - rollout, r the
+    unless the loss has an entropy term or `return_entropy` asked for it. `metrics` are 0-d tensors on the device: no
+    host sync until you read them; over N active tokens, with x = logp - old, d = logp - rollout, r the
     ratio at its level and w the weight of the policy term (token_weights times entropy_mask):
 
     ==================  =============================================================================
@@ -262,13 +262,13 @@ def policy_loss(
             ``gmpo`` takes their geometric mean over a sequence, ``vespo`` adds their logarithms to that of its ratio.
         entropy_mask: per token, multiplies the policy term (TRL's top-entropy quantile), and the entropy term with
             ``config.entropy_mask_bonus``; ``gmpo`` leaves the tokens out of its mean.
-        sequence_weights: ``[R]``, multiplies every term of a sequence, beside the aggregation's own weight.
+        sequence_weights: ``[R]``, multiplies every term of a sequence, in addition to the aggregation's own weight.
         cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences, on the tokens' device; needed where a sequence
-            matters. They rise from 0 to at most N. On a GPU that is not checked, as it would have to be waited for:
+            matters. They rise from 0 to at most N. On a GPU that is not checked, as it would synchronise:
             they are taken as clamped, so that nothing is read or written elsewhere; how the tokens are shared out then
             is not promised.
         denominator: replaces the aggregation's own (tokens, sequences, or sequences * max_length), for gradient
-            accumulation and data parallelism; a 0-d tensor is not waited for.
+            accumulation and data parallelism; a 0-d tensor on a GPU is used without a host sync.
         scale: multiplies the loss; ``1 / steps`` for gradient accumulation.
         config: the loss; ``LossConfig()`` when None.
         backend: ``"auto"`` or a name from ``available_backends()``.
@@ -285,20 +285,20 @@ def policy_loss(
     backend = resolve(backend, logps.device, real_dtype(logps.dtype))
     layout = layout_of(logps.shape, cu_seqlens, logps.device)
     dtype = real_dtype(logps.dtype)
-    grid_logps = logps.to(dtype).reshape(layout.grid)
+    logps_bt = logps.to(dtype).reshape(layout.bt_shape)
     active = active_tokens(mask, layout, logps.device)
     if config.has_entropy and entropy is None:
         raise ValueError(
             "entropy_coef is not 0, so entropy must be given (token_logps(..., return_entropy=True)); got None"
         )
-    grid_entropy = None
+    entropy_bt = None
     if entropy is not None and (config.has_entropy or return_entropy):
         if entropy.shape != logps.shape:
             raise ValueError(f"entropy must have the shape of logps, {tuple(logps.shape)}; got {tuple(entropy.shape)}")
-        grid_entropy = entropy.to(dtype).reshape(layout.grid)
+        entropy_bt = entropy.to(dtype).reshape(layout.bt_shape)
     given = LossArguments(
         old_logps, ref_logps, rollout_logps, token_weights, entropy_mask, sequence_weights, denominator, scale
     )
     inputs = policy_inputs(layout, active, dtype, config, Advantages(advantages), given)
-    loss, per_token, metrics = loss_from_logps(grid_logps, grid_entropy, active, layout, inputs, config, backend)
-    return output(layout, loss, grid_logps, grid_entropy, per_token, metrics)
+    loss, per_token, metrics = loss_from_logps(logps_bt, entropy_bt, active, layout, inputs, config, backend)
+    return output(layout, loss, logps_bt, entropy_bt, per_token, metrics)

@@ -37,7 +37,7 @@ def default_chunk_rows(
     vocab: int, hidden: int, dtype: torch.dtype, on_gpu: bool, rows: int, weight_gradient: bool
 ) -> int:
     """As many rows of logits as fit the budget; or all of them, where that takes less than a second chunk would: the
-    weight's gradient in float32 beside itself, 4 V H bytes of half precision, which is 2 H rows of logits."""
+    weight's gradient in float32 in addition to its own dtype, 4 V H bytes of half precision, which is 2 H rows of logits."""
     limit = max(1, (GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (vocab * dtype.itemsize))
     all_at_once = limit + 2 * hidden
     return all_at_once if weight_gradient and dtype.itemsize == 2 and rows <= all_at_once else limit
@@ -101,7 +101,7 @@ class _Head:
 
 
 class _Gradients:
-    """Of hidden, weight and bias. One chunk writes the latter two at once; several are summed in float32 or wider, and
+    """Gradients of hidden, weight and bias. One chunk writes the latter two; several are summed in float32 or wider and
     rounded at the end: rounding each product to bf16 or fp16 would err more than torch does in one matmul."""
 
     def __init__(

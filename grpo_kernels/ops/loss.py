@@ -38,7 +38,7 @@ def _split(args: tuple) -> tuple[Rows, tuple]:
 
 
 def check_targets(rows: Rows, vocab: int, validate: bool) -> None:
-    """On the CPU always; elsewhere on request, since reading the answer waits for the device."""
+    """On the CPU always; elsewhere on request, as reading the answer synchronises."""
     if not validate and rows.targets.device.type != "cpu":
         return
     bad = rows.active & ((rows.targets < 0) | (rows.targets >= vocab))

@@ -50,7 +50,7 @@ def centred(r: Tensor, lengths: Tensor | None, form: AdvantageForm) -> Tensor:
 
 
 def deviations(r: Tensor, batch_std: Tensor, form: AdvantageForm) -> Tensor:
-    """Of the scale, for each valid reward of a group."""
+    """What the scale divides by, for each valid reward of a group."""
     if form.scale == "batch":
         return batch_std.expand_as(r)
     if form.scale == "leave_one_out" and len(r):

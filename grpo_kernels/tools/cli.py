@@ -48,7 +48,7 @@ def demo(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for picture and figures.")] = Path("demo_output"),
     synthetic: Annotated[bool, typer.Option("--synthetic", help="A tiny policy, no language model.")] = False,
 ) -> None:
-    """Train a small language model by GRPO on the CPU, and set the fused loss beside eager PyTorch.
+    """Train a small language model by GRPO on the CPU, and compare the fused loss with eager PyTorch.
 
     It learns to answer additions as a bare equation. Ctrl-C stops at any time and shows what was done so far.
     """

@@ -44,7 +44,7 @@ class SelfTest:
 
 
 def self_tests() -> list[SelfTest]:
-    """Of every backend that is here, on the device that it is for."""
+    """Tests every backend that is here, on the device that it is for."""
     here = [name for name, state in gk.available_backends().items() if state == "ok" and name != "reference"]
     gpu = torch.cuda.is_available()
     return [self_test(name, "cuda" if gpu and name != "cpu" else "cpu") for name in here]
@@ -108,7 +108,7 @@ def _plans(device: str, rows: int, vocab: int, hidden: int, dtype: torch.dtype) 
     except BackendUnavailable as error:
         yield Plan("every loss", device, "none", error.reason)
         return
-    except ValueError as error:  # a GPU that is too old beside one that is not
+    except ValueError as error:  # a GPU that is too old next to one that is not
         yield Plan("every loss", device, "none", str(error))
         return
     chunks, largest = chunks_of(LossShape(1, rows, vocab, hidden, dtype, device=device))

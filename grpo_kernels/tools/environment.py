@@ -17,7 +17,7 @@ NOT_INSTALLED = "not installed"
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Of this library, Python and `packages`, or "not installed"."""
+    """Versions of this library, Python and `packages`, or "not installed"."""
     ours = {"grpo-kernels": gk.__version__, "python": platform.python_version()}
     return ours | {package: installed(package) or NOT_INSTALLED for package in packages}
 
@@ -35,7 +35,7 @@ def default_backend(device: str = "cpu") -> str:
 
 
 def instruction_set(backend: str) -> str:
-    """Of the kernels that run: ours on `cpu`, PyTorch's own on any other backend."""
+    """What the kernels that run use: ours on `cpu`, PyTorch's own on any other backend."""
     if backend == "cpu":
         from ..backends.cpu import instruction_set as native
 

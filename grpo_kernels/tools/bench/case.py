@@ -54,7 +54,7 @@ class Case:
 
     @property
     def logits_bytes(self) -> int:
-        """Of the logits in the model's dtype, whether they are ever held or not."""
+        """Bytes of the logits in the model's dtype, whether they are ever held or not."""
         return self.rows * self.vocab * DTYPES[self.dtype].itemsize
 
     @property

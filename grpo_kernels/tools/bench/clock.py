@@ -48,7 +48,7 @@ class WallClock:
 class CudaClock:
     """Events before and after the call on the current stream. The GPU sleeps while the host launches, so that what lies
     between the events is the GPU's time and not the host's: a flush of the caches alone is over before a small call's
-    first launch. A call that waits for the device, or takes the host longer than the sleep, still shows the host."""
+    first launch. A call that synchronises, or takes the host longer than the sleep, still shows the host."""
 
     def __init__(self, cuda: Any = torch.cuda, flush_bytes: int | None = None) -> None:
         self._cuda = cuda

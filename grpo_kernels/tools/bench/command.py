@@ -50,7 +50,7 @@ def bench(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for JSON and pictures.")] = Path("bench_output"),
     list_choices: Annotated[bool, typer.Option("--list", help="Models and providers, and stop.")] = False,
 ) -> None:
-    """What a GRPO loss and its gradient cost here, in time and in bytes: this library beside the others.
+    """What a GRPO loss and its gradient cost here, in time and in bytes: this library compared with the others.
 
     Everybody who is installed takes part; a peer's failure and a peer's win are shown as such.
     """

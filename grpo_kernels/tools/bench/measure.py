@@ -1,4 +1,4 @@
-"""Measures a case: everybody is checked against ours first, then timed taking turns."""
+"""Measures a case: everybody is checked against ours first, then timed, interleaved."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def measure(case: Case, chosen: Sequence[Provider], options: Options) -> dict[st
             prepare[name] = before
     clock = clock_for(device, flush=batch.source.nbytes > UNTIMED_BYTES or case.task.path == "linear")
     memory = options.memory and case.mode != "backward"
-    return take_turns(record, calls, (unit, copy), options, clock=clock, prepare=prepare, memory=memory)
+    return time_interleaved(record, calls, (unit, copy), options, clock=clock, prepare=prepare, memory=memory)
 
 
-def take_turns(
+def time_interleaved(
     record: dict[str, Any], calls: dict[str, Callable[[], object]], unit: tuple[str, Callable[[], object]],
     options: Options, *, clock: Clock, prepare: dict[str, Callable[[], object]] | None = None, memory: bool = True,
 ) -> dict[str, Any]:  # fmt: skip

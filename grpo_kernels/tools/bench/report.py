@@ -75,7 +75,10 @@ def section(results: Results, stem: str, pictures: Path, document: Path) -> str:
         drawn = plots.bars(shown, results, pictures / f"{stem}-overview.png")
         parts.append(picture(drawn, "time and memory of a GRPO loss and its gradient by provider"))
         parts += [f"**{r['case']}**\n\n{case_table(r)}" for r in shown]
-    parts += ["### All cases\n\nBelow 1x in a column, that one wins.", overview_table(single_cases(results))]
+    parts += [
+        "### All cases\n\nValues below 1x mean that the other implementation is faster.",
+        overview_table(single_cases(results)),
+    ]
     for name, records in sweeps(results).items():
         axis = records[0].get("axis", records[0]["sweep"])
         drawn = plots.sweep(records, axis, results, pictures / f"{stem}-{name}.png")

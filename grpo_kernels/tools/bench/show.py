@@ -16,7 +16,7 @@ from .table import HEADINGS, case_rows, fastest, lengths_rows, sweep_rows, untim
 
 WIDE = 100  # columns of a terminal
 READING = (
-    "ms: median of rounds in which everybody takes turns; +-: half the distance of the quartiles. x copy, x 3 matmuls: "
+    "ms: median of interleaved rounds; +-: half the distance of the quartiles. x copy, x 3 matmuls: "
     "multiples of the first line. Peak: tensors alive at once above the inputs, gradients included. Everybody's loss "
     "and gradients were compared with ours before anything was timed."
 )

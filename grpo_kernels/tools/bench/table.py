@@ -109,7 +109,7 @@ def verdict(record: dict[str, Any]) -> str:
 
 
 def overview_row(record: dict[str, Any]) -> list[str] | None:
-    """Ours beside the best of the others; below 1x it wins."""
+    """Ours compared with the best of the others; below 1x the other is faster."""
     ours, other, entries = best_of_ours(record), best_of_others(record), timed(record)
     if ours is None:
         return None

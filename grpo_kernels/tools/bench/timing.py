@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: providers take turns, and every figure is a ratio within one run.
+"""Timing that survives a noisy machine: providers are interleaved, and every figure is a ratio within one run.
 
 The unit of what reads logits is ``copy``: ``out.copy_(logits)`` into memory that is mapped already. It moves as many
 bytes as a loss and its gradient must, so its time is the floor.
@@ -32,7 +32,7 @@ def measure_interleaved(
     clock: Clock | None = None,
     warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each provider. They take turns, so that a disturbance of the machine hits all alike.
+    """Seconds of each call of each provider. Interleaved, so that a disturbance of the machine hits all alike.
 
     Args:
         providers: by name.
@@ -105,7 +105,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in, "+" when files differ from it; None outside one."""
+    """The commit of the checkout that this package lies in, "+" when files differ from it; None outside one."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None

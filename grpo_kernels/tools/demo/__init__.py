@@ -1,4 +1,4 @@
-"""The demo: a policy learns a rule by GRPO on the CPU in minutes, and the fused loss stands beside eager PyTorch."""
+"""The demo: a policy learns a rule by GRPO on the CPU in minutes, and the fused loss is compared with eager PyTorch."""
 
 from __future__ import annotations
 

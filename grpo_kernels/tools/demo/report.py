@@ -127,7 +127,7 @@ def _loss_note(report: Report) -> str:
     return (
         f"{report.setup}. Batch: {c.rows} token positions, {c.active_rows} of them in the mask, "
         f"vocabulary {c.vocabulary:,}, fp32. Relative: largest difference / largest value. "
-        f"{no_signal}Time: median of {c.rounds} rounds taken in turns. "
+        f"{no_signal}Time: median of {c.rounds} interleaved rounds. "
         "Peak memory: what torch allocated above what was there before, gradients included, by its profiler."
     )
 

@@ -97,7 +97,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Pass:
-    """Of one forward and backward over a batch."""
+    """What one forward and backward over a batch gave."""
 
     loss: float
     kl: float  # to the reference, mean over the tokens

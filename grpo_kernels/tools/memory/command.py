@@ -142,7 +142,7 @@ def memory(
     json_path: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="All figures.")] = None,
     snapshot: Annotated[Path | None, typer.Option(exists=True, help="Read a CUDA memory snapshot instead.")] = None,
 ) -> None:
-    """What a GRPO loss takes in bytes: the peak, what holds it, the largest batch that fits, PPO beside GRPO.
+    """What a GRPO loss takes in bytes: the peak, what holds it, the largest batch that fits, PPO compared with GRPO.
 
     Measured where it fits, by formula where it does not; a peer's failure and a peer's win are shown as such.
     """

@@ -51,7 +51,7 @@ def operator_of(block: Block) -> str:
 
 
 def is_scratch(block: Block) -> bool:
-    """Of the BLAS, for repacked operands: how much depends on the processor."""
+    """Scratch of the BLAS, for repacked operands: how much depends on the processor."""
     return block.temporary and operator_of(block) in _MATMULS
 
 

@@ -28,7 +28,7 @@ _COPIES = 3  # of the inputs: made in float32, and copied by who writes in place
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one provider; `reason` says why there is no profile, where one was wanted."""
+    """What is known of one provider; `reason` says why there is no profile, where one was wanted."""
 
     provider: str
     path: str
@@ -104,7 +104,7 @@ def available_bytes(device: str) -> int:
 def outcomes(
     providers: Iterable[Provider], task: Task, shape: LossShape, available: int, on_start: Callable[[str], None]
 ) -> list[Outcome]:
-    """Of those that compute the task, measured where the step is predicted to fit into `available` bytes (0: nowhere).
+    """Outcomes of those that compute the task, measured where the step is predicted to fit into `available` bytes (0: nowhere).
 
     `on_start` is told each name before its turn.
     """

@@ -294,7 +294,7 @@ def _window(recording: Recording, window: Span) -> Recording:
 
 @contextmanager
 def _cuda_counted(profile: MemoryProfile) -> Iterator[None]:
-    """torch.cuda's own counters beside ours. Resets its peak, which a nested block must leave to the outer one."""
+    """torch.cuda's own counters next to ours. Resets its peak, which a nested block must leave to the outer one."""
     if not profile.device.startswith("cuda") or _session is not None:
         yield
         return

@@ -23,7 +23,8 @@ def step_table(found: Sequence[Outcome], shape: LossShape, path: str, fit: float
     """One row a provider with a figure, the least memory first."""
     there = "the logits" if path == "logits" else "hidden states and lm_head"
     table = Table(
-        title=f"{PATHS[path]}: peak beside {there} ({readable(bytes_of_inputs(shape, path))})", title_justify="left"
+        title=f"{PATHS[path]}: peak in addition to {there} ({readable(bytes_of_inputs(shape, path))})",
+        title_justify="left",
     )
     table.add_column("provider", no_wrap=True)
     for heading in ("measured", "predicted", "off by", "x logits", f"fit in {fit:g} GiB"):
@@ -127,7 +128,7 @@ def _gib(nbytes: int) -> str:
 
 
 def profile_tables(profile: MemoryProfile) -> Table:
-    """Of a profile from elsewhere: what held the peak."""
+    """What held the peak of a profile from elsewhere."""
     table = Table(title=f"{profile.device}: peak {readable(profile.peak)} above the start", title_justify="left")
     table.add_column("allocated by")
     table.add_column("bytes", justify="right")

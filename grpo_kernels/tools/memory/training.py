@@ -1,11 +1,11 @@
-"""A whole training state in bytes: PPO with its critic beside GRPO without, from the parameters of the model.
+"""A whole training state in bytes: PPO with its critic and GRPO without, from the parameters of the model.
 
 What is counted, and why:
 
 - per trained model, its weights, gradients and optimizer state; per frozen one (the reference), its weights;
 - the activations kept for the backward with full checkpointing, the least there is: one hidden state a layer and token;
 - the peak of the loss step: everything from the last hidden states on (see ``predict``), at its own moment, when the
-  activations are still there. The gradient of lm_head in it is the micro-batch's own, beside the accumulated one.
+  activations are still there. The gradient of lm_head in it is the micro-batch's own, in addition to the accumulated one.
 
 Not counted: attention's scratch memory, the CUDA context, fragmentation, the sampler's KV cache, a reward model.
 """
@@ -72,7 +72,7 @@ def training_memory(
     Args:
         model: whose parameters, depth and width.
         loss: the micro-batch; vocabulary and hidden size are the model's.
-        method: "grpo", or "ppo": a critic of the same size with a value head instead of lm_head, trained beside it.
+        method: "grpo", or "ppo": a critic of the same size with a value head instead of lm_head, trained along with it.
         provider: whose loss from hidden states.
         reference: a frozen copy for the KL penalty.
         precision: of ``PRECISIONS``.

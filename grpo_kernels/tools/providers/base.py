@@ -31,7 +31,7 @@ class Loss(NamedTuple):
     """One of the trainers' losses under the name that TRL and Liger give it."""
 
     preset: str
-    options: dict[str, Any]  # of ours, beside the preset
+    options: dict[str, Any]  # of ours, in addition to the preset
     type: str  # loss_type of TRL and Liger
     level: str = "token"
     verl: tuple[str, str] | None = None  # its loss_mode and loss_agg_mode, where it computes the same

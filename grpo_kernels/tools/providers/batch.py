@@ -16,7 +16,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Tokens:
-    """Everything per token beside the logits."""
+    """Everything per token but the logits."""
 
     targets: Tensor  # [B, T] int64
     advantages: Tensor  # [B]
