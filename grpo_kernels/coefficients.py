@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ComparesTensorsById:
-    """Equality, hash and repr of a frozen dataclass that holds tensors, without reading their values, which would synchronise."""
+    """Equality, hash and repr of a frozen dataclass that holds tensors, without a host sync for their values."""
 
     def _compared(self) -> tuple[Any, ...]:
         return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.compare)  # type: ignore[arg-type]

@@ -184,7 +184,7 @@ def _interlaced(dims: list[tuple[int, int]], vocab: int) -> bool:
 
 
 class PolicyInputs(NamedTuple):
-    """Everything per token that the loss reads in addition to log-probs: [B, T] views in acc_dtype, None where absent."""
+    """What the loss reads per token in addition to log-probs: [B, T] views in acc_dtype, None where absent."""
 
     advantages: Tensor  # the rewards, where form.advantages is not "given"
     weights: Tensor  # of the aggregation

@@ -37,7 +37,7 @@ def default_chunk_rows(
     vocab: int, hidden: int, dtype: torch.dtype, on_gpu: bool, rows: int, weight_gradient: bool
 ) -> int:
     """As many rows of logits as fit the budget; or all of them, where that takes less than a second chunk would: the
-    weight's gradient in float32 in addition to its own dtype, 4 V H bytes of half precision, which is 2 H rows of logits."""
+    weight's gradient in float32 as well, 4 V H bytes next to half precision, which is 2 H rows of logits."""
     limit = max(1, (GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (vocab * dtype.itemsize))
     all_at_once = limit + 2 * hidden
     return all_at_once if weight_gradient and dtype.itemsize == 2 and rows <= all_at_once else limit

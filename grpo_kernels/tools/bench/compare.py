@@ -14,8 +14,8 @@ HEADINGS = ("case", "provider", "before ms", "now ms", "change", "noise", "verdi
 
 @dataclass(frozen=True)
 class Change:
-    """How one provider changed in one case. Times are compared as multiples of the run's own unit, so that a machine that was
-    slower as a whole does not count; `noise` is the larger relative half-width of the quartiles of the four times."""
+    """How one provider changed in one case. Times are compared as multiples of the run's own unit, so that a slower
+    machine does not count; `noise` is the larger relative half-width of the quartiles of the four times."""
 
     case: str
     provider: str
@@ -41,7 +41,7 @@ class Change:
 
 
 def compare(before: Results, now: Results, *, force: bool = False) -> list[Change]:
-    """Changes of the cases in both. Raises ValueError for different devices, unless forced, and where no case is in both."""
+    """Changes of the cases in both. Raises ValueError for different devices, unless forced, or if no case is in both."""
     if before.device != now.device and not force:
         raise ValueError(f"different devices, which says nothing of the code: {before.device} | {now.device}")
     changes = list(_changes(before, now))

@@ -104,7 +104,7 @@ def available_bytes(device: str) -> int:
 def outcomes(
     providers: Iterable[Provider], task: Task, shape: LossShape, available: int, on_start: Callable[[str], None]
 ) -> list[Outcome]:
-    """Outcomes of those that compute the task, measured where the step is predicted to fit into `available` bytes (0: nowhere).
+    """Outcomes of those that compute the task, measured where the step should fit into `available` bytes (0: nowhere).
 
     `on_start` is told each name before its turn.
     """

@@ -68,7 +68,7 @@ def largest_batch(provider: str, shape: LossShape, budget: int, path: str = "lin
 
     Args:
         budget: bytes in all.
-        beside: bytes per sequence that are there in addition to the step's own: hidden states, or the logits themselves.
+        beside: bytes per sequence in addition to the step's own: hidden states, or the logits themselves.
 
     Raises:
         ValueError: as ``predict``.

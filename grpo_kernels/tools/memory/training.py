@@ -5,7 +5,7 @@ What is counted, and why:
 - per trained model, its weights, gradients and optimizer state; per frozen one (the reference), its weights;
 - the activations kept for the backward with full checkpointing, the least there is: one hidden state a layer and token;
 - the peak of the loss step: everything from the last hidden states on (see ``predict``), at its own moment, when the
-  activations are still there. The gradient of lm_head in it is the micro-batch's own, in addition to the accumulated one.
+  activations are still there. The gradient of lm_head in it is the micro-batch's, next to the accumulated one.
 
 Not counted: attention's scratch memory, the CUDA context, fragmentation, the sampler's KV cache, a reward model.
 """
