@@ -177,7 +177,7 @@ def linear_token_logps(
 
     Differentiable in ``hidden``, ``weight`` and ``bias``; a frozen one costs no matmul. The backward computes the
     logits again (8 N H V operations in all). On a GPU, forward and backward each synchronise to learn the number of
-    active rows.     What TRL's ``ChunkedLogProbFunction`` and verl's ``FusedLinearForPPO`` do.
+    active rows. What TRL's ``ChunkedLogProbFunction`` and verl's ``FusedLinearForPPO`` do.
 
     Args:
         hidden: ``[..., H]``, last hidden states; one position more than the targets is allowed, the last is ignored.

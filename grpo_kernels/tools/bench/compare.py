@@ -41,7 +41,7 @@ class Change:
 
 
 def compare(before: Results, now: Results, *, force: bool = False) -> list[Change]:
-    """Changes of the cases in both. Raises ValueError for different devices, unless forced, or if no case is in both."""
+    """Changes of the cases in both. Raises ValueError for different devices, unless forced, or no common case."""
     if before.device != now.device and not force:
         raise ValueError(f"different devices, which says nothing of the code: {before.device} | {now.device}")
     changes = list(_changes(before, now))
