@@ -67,8 +67,7 @@ def pytest_configure() -> None:
     if "triton" in BACKENDS_HERE and not torch.cuda.is_available():
         import interpreter
 
-        interpreter.patch_the_language_once_a_launch()
-        interpreter.round_to_bfloat16()
+        interpreter.prepare()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
