@@ -1,7 +1,7 @@
 """Triton's interpreter as the tests need it: fast enough, and rounding as a GPU does.
 
-Three quarters of its time it prepares what is the same each time. What `prepare` replaces changes no bit of a result but
-for scans, which combine in a tree as a GPU does; `test_triton.py` compares with the interpreter as it comes.
+Most of its time it prepares what is the same each time. What `prepare` replaces changes no bit of a result but for scans,
+which combine in a tree as a GPU does; `test_interpreter.py` compares with the interpreter as it comes.
 """
 
 from __future__ import annotations
@@ -144,9 +144,7 @@ def scan_in_a_tree() -> None:
             before = [self.to_tensor(np.roll(x.handle.data, step, self.axis), x.dtype) for x in given]
             merged = self.combine_fn.fn(*before, *given)
             pairs = zip(given, merged if isinstance(merged, tuple) else (merged,), strict=True)
-            given = [
-                self.to_tensor(np.where(place < step, x.handle.data, y.handle.data), x.dtype) for x, y in pairs
-            ]
+            given = [self.to_tensor(np.where(place < step, x.handle.data, y.handle.data), x.dtype) for x, y in pairs]
             step *= 2
         return list(given)
 
