@@ -7,13 +7,17 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: demo test soak bench figures memory lint sanitize triton-versions clean
+.PHONY: demo test test-quick soak bench figures memory lint sanitize triton-versions clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/grpo-kernels demo $(ARGS)
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest python_tests -n $(JOBS) $(ARGS)
+
+# Every public function on every backend that needs no GPU, values and gradients, in two or three minutes.
+test-quick: $(VENV)/.test
+	$(VENV)/bin/python -m pytest python_tests/test_quick.py -n $(JOBS) $(ARGS)
 
 # What takes too long for every change: the kernels' PTX in all forms and shapes, under several schedules.
 soak: $(VENV)/.test

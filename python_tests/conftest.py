@@ -67,11 +67,18 @@ def pytest_configure() -> None:
     if "triton" in BACKENDS_HERE and not torch.cuda.is_available():
         import interpreter
 
-        interpreter.patch_the_language_once_a_launch()
-        interpreter.round_to_bfloat16()
+        interpreter.prepare()
 
 
+@pytest.hookimpl(tryfirst=True)  # before those of a marker are picked
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked `soak` is for `-m soak`, whatever other marker is asked for."""
+    for item in items:
+        for mark in item.iter_markers("soak_where"):
+            if mark.args[0](**item.callspec.params):
+                item.add_marker(pytest.mark.soak)
+        if item.get_closest_marker("soak") and "soak" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes long: make soak"))
     if TRAVELLING:
         kept, left = device_proxy.of_backends(items, TRAVELLING)
         config.hook.pytest_deselected(items=left)

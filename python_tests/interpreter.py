@@ -1,20 +1,41 @@
-"""Triton's interpreter as the tests need it: fast enough, and rounding as a GPU does."""
+"""Triton's interpreter as the tests need it: fast enough, and rounding as a GPU does.
+
+Most of its time it prepares what is the same each time. What `prepare` replaces changes no bit of a result but for scans,
+which combine in a tree as a GPU does; `test_interpreter.py` compares with the interpreter as it comes.
+"""
 
 from __future__ import annotations
 
+import math
 import types
 from typing import Any
 
 import numpy as np
 from triton import language
+from triton.language import core
 from triton.runtime import interpreter
+
+PLAIN = {core.tensor, core.dtype, int, float, bool, type(None)}  # of which core unwraps nothing
+FULL = {"fp32", "fp64", "int1", "int32", "int64"}  # whose operations with themselves and with numbers stay in the type
+
+
+def prepare() -> None:
+    patch_the_language_once_a_launch()
+    call_builtins_directly()
+    make_types_once()
+    skip_what_is_not_read()
+    take_operands_of_one_type_as_they_are()
+    scan_in_a_tree()
+    decode_each_number_once()
+    round_to_bfloat16()
 
 
 def patch_the_language_once_a_launch() -> None:
     """It replaces every function of its language again for each call of a helper, which is three quarters of its time.
-    Here the kernel's launch does it, for all of its helpers."""
-    patch, here = interpreter._patch_lang, types.SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    Here the kernel's launch does it, for all of its helpers, and with what the first launch found."""
+    patch, here = interpreter._patch_lang, types.SimpleNamespace(__globals__={"tl": language, "core": core})
     patched: list[Any] = []
+    found: list[tuple[Any, str, Any]] = []
 
     class Scope:
         def restore(self) -> None:
@@ -23,10 +44,128 @@ def patch_the_language_once_a_launch() -> None:
     def patch_once(_: Any) -> Any:
         if patched:
             return None  # by a helper, which restores nothing
-        patched.append(patch(here))
+        if not found:
+            first = patch(here)
+            found.extend((owner, name, getattr(owner, name)) for owner, name, _ in first._changes)
+            first.restore()
+        scope = interpreter._LangPatchScope()
+        for change in found:
+            scope.set_attr(*change)
+        patched.append(scope)
         return Scope()
 
     interpreter._patch_lang = patch_once
+
+
+def call_builtins_directly() -> None:
+    """Past the wrapper that asks whether they are called from a kernel."""
+
+    def patch(owner: Any, name: str, member: Any, _: Any, scope: Any) -> None:
+        builtin, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            options["_semantic"] = semantic
+            return builtin(*arguments, **options)
+
+        scope.set_attr(owner, name, call)
+
+    interpreter._patch_attr = patch
+
+
+def make_types_once() -> None:
+    """A block's type is built, checked and named, and its shape wrapped, for the result of every operation; what they
+    come to depends on the element and the shape alone."""
+    built: dict[tuple[Any, ...], dict[str, Any]] = {}
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    numpy_types: dict[str, np.dtype] = {}
+    build, unwrap = core.block_type.__init__, core._unwrap_if_constexpr
+    equal, to_numpy = core.dtype.__eq__, interpreter._get_np_dtype
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        if element_ty.is_ptr():
+            return build(self, element_ty, shape)  # its name does not say all of it
+        key = element_ty.name, *(n if type(n) is int else unwrap(n) for n in unwrap(shape))
+        if key not in built:
+            build(self, element_ty, shape)
+            built[key] = vars(self).copy()
+        vars(self).update(built[key])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        shape = type.shape if type.is_block() else ()
+        if shape not in shapes:
+            shapes[shape] = core.tuple([core.constexpr(n) for n in shape]), core.constexpr(math.prod(shape))
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[shape]
+
+    def numpy_type(type: Any) -> np.dtype:
+        name = type.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = to_numpy(type)
+        return numpy_types[name]
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
+    core.block_type.to_ir = lambda self, builder: self  # the interpreter has no other types
+    core._unwrap_if_constexpr = lambda x: x if type(x) in PLAIN else unwrap(x)
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    interpreter._get_np_dtype = numpy_type
+
+
+def skip_what_is_not_read() -> None:
+    """It computes whether each sum of integers overflows, for an assertion that only its debug mode makes."""
+    options = interpreter.interpreter_builder.options
+    assert not options.debug
+    object.__setattr__(options, "sanitize_overflow", False)
+
+
+def take_operands_of_one_type_as_they_are() -> None:
+    semantic = type(interpreter.interpreter_semantic)
+    check = semantic.binary_op_type_checking_impl
+
+    def operands(self: Any, a: Any, b: Any, *arguments: Any, **options: Any) -> Any:
+        if type(a) is core.tensor and a.dtype.name in FULL:
+            if type(b) is core.tensor and b.dtype is a.dtype:
+                return (a, b) if a.shape is b.shape else self.broadcast_impl_value(a, b)
+            if type(b) in (int, float) and a.dtype.name in ("fp32", "fp64"):
+                return self.broadcast_impl_value(a, self.scalar_constant(b, a.dtype))
+        return check(self, a, b, *arguments, **options)
+
+    semantic.binary_op_type_checking_impl = operands
+
+
+def scan_in_a_tree() -> None:
+    """Blocks with themselves shifted by 1, 2, 4, ...: a GPU's order, and a call of the function for each instead of one
+    for each element."""
+
+    def scan(self: Any, given: Any) -> Any:
+        size = given[0].handle.data.shape[self.axis]
+        place = np.arange(size).reshape([-1 if i == self.axis else 1 for i in range(given[0].handle.data.ndim)])
+        step = 1
+        while step < size:
+            before = [self.to_tensor(np.roll(x.handle.data, step, self.axis), x.dtype) for x in given]
+            merged = self.combine_fn.fn(*before, *given)
+            pairs = zip(given, merged if isinstance(merged, tuple) else (merged,), strict=True)
+            given = [self.to_tensor(np.where(place < step, x.handle.data, y.handle.data), x.dtype) for x, y in pairs]
+            step *= 2
+        return list(given)
+
+    interpreter.ScanOps.generic_scan = scan
+
+
+def decode_each_number_once() -> None:
+    """A float64 of the loss's numbers comes in three parts, and every program puts all of them together."""
+    from grpo_kernels.backends.triton import policy_inputs
+
+    decode, decoded = policy_inputs.scalar, {}
+
+    def scalar(scalars: Any, i: int, REAL: Any) -> Any:
+        if REAL != language.float64:
+            return decode(scalars, i, REAL)
+        parts = tuple(scalars[3 * i : 3 * i + 3])
+        if parts not in decoded:
+            decoded[parts] = decode(scalars, i, REAL)
+        return decoded[parts]
+
+    policy_inputs.scalar = scalar
 
 
 def round_to_bfloat16() -> None:

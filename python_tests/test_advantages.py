@@ -93,10 +93,12 @@ def run(call, **changes):
 
 @pytest.mark.parametrize("form", FORMS[::3])
 def test_the_order_of_samples_changes_no_bit(backend, form):
-    count = 500 if backend == "cpu" else 80
+    count, shuffles = {"cpu": (500, 3), "triton": (40, 1)}.get(
+        backend, (80, 3)
+    )  # a program a sample in its interpreter
     call = ragged(form, count)
     out = run(call, backend=backend)
-    for seed in range(3):
+    for seed in range(shuffles):
         p = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         shuffled = {k: v[p] if isinstance(v, torch.Tensor) else v for k, v in call.items()}
         again = run(shuffled, backend=backend)
@@ -131,9 +133,10 @@ def test_ragged_groups_agree_with_the_reference(form):
 
 @pytest.mark.parametrize("form", [f for f in FORMS if f["baseline"] != "none" and "critic" not in f])
 def test_constant_groups_are_exactly_zero_in_every_form(backend, form):
-    call = ragged(form)
+    count = 40 if backend == "triton" else 200
+    call = ragged(form, count)
     eps = {} if form["scale"] in ("mean", "none") else {"eps": 0.0}
-    call |= {"rewards": torch.full((200,), 0.1), "single": "zero", **eps}
+    call |= {"rewards": torch.full((count,), 0.1), "single": "zero", **eps}
     out = run(call, backend=backend)
     assert not out.advantages.any() and not out.informative.any()
 

@@ -70,12 +70,16 @@ def compare(batch, config, dtype, backend, what="", **options):
     assert relative_l2(mine[3], exact[3]) <= 2 * relative_l2(eager[3], exact[3]) + 1e-6
 
 
-@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
-def test_every_form(backend, options):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_form(backend, name):
     slow = backend in ("triton", "emulated")  # its interpreter, one coroutine a thread
     batch = make_batch(sequences=4, tokens=4) if slow else make_batch()
-    for dtype in (torch.float32,) if backend in NO_FLOAT64 else (torch.float64, torch.float32):
-        compare(batch, config_of(options), dtype, backend, temperature=0.8)
+    if backend == "triton":  # float64 is the same code in another type
+        dtypes = (torch.float32, torch.float64) if name in OBJECTIVES or name.endswith("-full") else (torch.float32,)
+    else:
+        dtypes = (torch.float32,) if backend in NO_FLOAT64 else (torch.float64, torch.float32)
+    for dtype in dtypes:
+        compare(batch, config_of(CONFIGS[name]), dtype, backend, temperature=0.8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -146,8 +150,12 @@ def test_scale_over_several_blocks(backend, dtype):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.soak_where(
+    lambda backend, form, aggregation: backend == "triton" and aggregation != "token_mean" and form != FORMS["sequence"]
+)
 def test_packed_is_padded(backend, form, aggregation):
-    b = make_batch(sequences=6)
+    """Aggregations are weights that Python makes: in Triton's interpreter one level of the ratio has them all."""
+    b = make_batch(sequences=6, vocab=17)
     config = config_of({**with_everything(form), "aggregation": aggregation})
     inside = torch.arange(7) < torch.tensor([7, 6, 4, 5, 0, 2])[:, None]
     b = b._replace(mask=b.mask & inside)
