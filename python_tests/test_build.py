@@ -20,6 +20,7 @@ def tree(tmp_path):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     (tmp_path / "grpo_kernels").mkdir()
+    shutil.copy(ROOT / "grpo_kernels/__init__.py", tmp_path / "grpo_kernels")  # for the version
     return tmp_path
 
 
