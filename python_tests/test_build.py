@@ -19,7 +19,7 @@ def tree(tmp_path):
     for name in ("csrc", "setup.py", "pyproject.toml", "README.md"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    (tmp_path / "grpo_kernels").mkdir()
+    (tmp_path / "grpo_kernels/backends").mkdir(parents=True)
     shutil.copy(ROOT / "grpo_kernels/__init__.py", tmp_path / "grpo_kernels")  # for the version
     return tmp_path
 
