@@ -155,9 +155,9 @@ CUDA = {
     "rows, policy in place of 288 threads": Case(
         policy(2, 2048, inplace=True), "row_kernel", Options(taken=True), ONE_CHUNK, soak=True
     ),
-    "rows, forward": Case(forward(2, 2048), "row_kernel", Options(taken=True), ONE_CHUNK, soak=True),
+    "rows, forward": Case(forward(2, 2048), "row_kernel", Options(taken=True), ONE_CHUNK, (96, 512), soak=True),
     "rows, forward with head and tail": Case(
-        forward(2, 2048 - 61), "row_kernel", Options(taken=True), ONE_CHUNK, soak=True
+        forward(2, 4 * 497), "row_kernel", Options(taken=True), ONE_CHUNK, (96, 497), soak=True
     ),
     "rows, backward in place": Case(
         backward(2, 2048, inplace=True), "row_kernel", Options(nonzero=True, taken=True), ONE_CHUNK, soak=True
@@ -170,7 +170,7 @@ CUDA = {
     },
     "rows, ring of 544 threads": Case(policy(1, 5 * 8192), "row_kernel", Options(taken=True), RING, soak=True),
     "rows by cp.async": Case(
-        policy(2, 2048), "row_kernel", Options(taken=True), {**ONE_CHUNK, "bulk_copies": False}, soak=True
+        policy(2, 2048), "row_kernel", Options(taken=True), {**ONE_CHUNK, "bulk_copies": False}, (96, 512), soak=True
     ),
     **{
         f"rows, cluster of 2, branches {name}": Case(

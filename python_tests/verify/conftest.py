@@ -1,0 +1,1 @@
+from ptx.conftest import pytest_collection_modifyitems  # noqa: F401
