@@ -98,7 +98,11 @@ def with_threads(launch: Launch, threads: int, columns: int | None = None) -> La
     before = described["launch"]["block_dim"][0]
     described["launch"]["block_dim"][0] = threads
     if columns is not None:
-        words = [x for x in described["arguments"] if x["value"] >> 32 and x["value"] % 2**32 == columns * (before - 32) // (threads - 32)]
+        words = [
+            x
+            for x in described["arguments"]
+            if x["value"] >> 32 and x["value"] % 2**32 == columns * (before - 32) // (threads - 32)
+        ]
         (vocab,) = words  # beside the number of slots
         vocab["value"] = vocab["value"] >> 32 << 32 | columns
     return launch._replace(input=described)
@@ -166,4 +170,6 @@ class TritonCapture(Captured, TritonOnPtx):
 def one_entry(text: str, entry: str) -> str:
     """What stands before the kernels, functions, and one kernel."""
     parts = re.split(r"(?m)^(?=(?:\.visible |\.weak )?\.(?:entry|func)\b)", text)
-    return "".join(part for part in parts if ".entry" not in part[:40] or re.search(rf"\.entry {re.escape(entry)}\(", part))
+    return "".join(
+        part for part in parts if ".entry" not in part[:40] or re.search(rf"\.entry {re.escape(entry)}\(", part)
+    )

@@ -103,9 +103,7 @@ def tokens(count: int, level: str, cu_seqlens: list[int] | None = None) -> Calla
         cu = None if cu_seqlens is None else torch.tensor(cu_seqlens)
         capture.known = [active] if cu is None else [active, cu]
         shape = x.shape if cu is None else x[0].shape
-        backend.token_policy(
-            x, x, active, cu, inputs(shape, active, gk.LossConfig(kl_coef=0.1, ratio_level=level), cu)
-        )
+        backend.token_policy(x, x, active, cu, inputs(shape, active, gk.LossConfig(kl_coef=0.1, ratio_level=level), cu))
 
     return launch
 
@@ -179,9 +177,7 @@ CUDA = {
         for name, taken in WAYS.items()
     },
     "tokens": Case(tokens(100, "token"), "token_kernel", Options(atomics=True, taken=True), soak=True),
-    "tokens of a sequence": Case(
-        tokens(100, "sequence"), "token_kernel", Options(atomics=True, taken=True), soak=True
-    ),
+    "tokens of a sequence": Case(tokens(100, "sequence"), "token_kernel", Options(atomics=True, taken=True), soak=True),
 }
 SEGMENTS = 3 * 8192 - 64  # columns of two or three programs
 WHOLE = {"split_below": 0}  # a program a row

@@ -18,7 +18,9 @@ WATCH = (
     "AGAIN: mbarrier.try_wait.parity.shared.b64 over, [%r3], %r4; @over bra DONE; mov.u64 now, %globaltimer; "
     "setp.lt.u64 early, now, end; @early bra AGAIN; mov.u32 %r9, 1; DONE: }"
 )
-WAIT = "{ .reg .pred over; AGAIN: mbarrier.try_wait.parity.shared.b64 over, [%r3], %r4; @over bra DONE; bra AGAIN; DONE: }"
+WAIT = (
+    "{ .reg .pred over; AGAIN: mbarrier.try_wait.parity.shared.b64 over, [%r3], %r4; @over bra DONE; bra AGAIN; DONE: }"
+)
 
 
 def test_the_watch_goes_and_the_wait_stays():
@@ -44,7 +46,11 @@ def test_a_number_that_is_tested_when_it_is_loaded_is_not_zero():
 
     assert numbers_not_zero(tested("neu")).endswith("setp.eq.u32 %p2, 0, 0;")
     assert numbers_not_zero(tested("eq", " add.s32 %r1, %r1, 1;")).endswith("setp.eq.u32 %p2, 0, 1;")
-    for other in (tested("lt"), tested("neu").replace("0f00000000", "0f3F800000"), tested("neu").replace("%f4,", "%f5,", 1)):
+    for other in (
+        tested("lt"),
+        tested("neu").replace("0f00000000", "0f3F800000"),
+        tested("neu").replace("%f4,", "%f5,", 1),
+    ):
         assert numbers_not_zero(other) == other
 
 
@@ -88,7 +94,11 @@ def test_branches_on_floats_in_shared_memory():
     lines = FLOATS.split("\n")
     assert [branch.predicate for branch in float_branches(lines)] == ["%p2", "%p4", "%p8"]
     text, count = decided(FLOATS, True)
-    assert count == 3 and [x for x in text.split("\n") if "bra.uni" in x] == ["\tbra.uni A;", "\tbra.uni B;", "\tbra.uni B;"]
+    assert count == 3 and [x for x in text.split("\n") if "bra.uni" in x] == [
+        "\tbra.uni A;",
+        "\tbra.uni B;",
+        "\tbra.uni B;",
+    ]
     text, _ = decided(FLOATS, False)
     assert "bra.uni" not in text and text.count("bra") == 3
 
@@ -105,7 +115,11 @@ def test_lane_0_alone_stores():
 
 def test_one_kernel_of_a_file():
     text = ".version 9.0\n.extern .func f\n(\n)\n;\n.visible .entry a(\n)\n{\n ret;\n}\n.entry ab(\n)\n{\n trap;\n}\n"
-    assert one_entry(text, "a").count(".entry") == 1 and "ret;" in one_entry(text, "a") and ".func f" in one_entry(text, "a")
+    assert (
+        one_entry(text, "a").count(".entry") == 1
+        and "ret;" in one_entry(text, "a")
+        and ".func f" in one_entry(text, "a")
+    )
     assert plain("// x\n\tret; // y\n\n\n\t.loc 1 2 3\n\t.section .debug\n").split() == ["ret;"]
 
 
