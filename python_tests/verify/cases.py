@@ -176,7 +176,7 @@ CUDA = {
         )
         for name, taken in WAYS.items()
     },
-    "tokens": Case(tokens(100, "token"), "token_kernel", Options(atomics=True, taken=True), soak=True),
+    "tokens": Case(tokens(100, "token"), "token_kernel", Options(atomics=True, taken=True), threads=(64,), soak=True),
     "tokens of a sequence": Case(tokens(100, "sequence"), "token_kernel", Options(atomics=True, taken=True), soak=True),
 }
 SEGMENTS = 3 * 8192 - 64  # columns of two or three programs

@@ -41,8 +41,10 @@ ONE_FREE_MORE = r"\1\2;\3{ .reg .b32 more; add.u32 more, \5, 1; \4more; }"
 WARP_MEETS = r"bar\.warp\.sync\s+-1;(?=(?:(?!bar\.warp)[\s\S]){0,300}?mbarrier\.arrive\.shared)"
 CHUNK_WAIT = rf"(mbarrier\.try_wait\.parity\.shared\.b64 over, \[%r\d+\]), %r\d+;(?!{COPIES_NEXT})"
 COPIED = r"cp\.async\.mbarrier\.arrive\.noinc\S* [^;]*;"
-REMOTE_STORES = r"((?:st\.shared::cluster\.b32[^;]*;(?:(?!mapa)[\s\S])*?)+)"
-REMOTE_ARRIVAL = r"(\{ \.reg \.b32 there; mapa[^}]*\})"
+LAST_STORE_AND_ARRIVAL = (
+    r"(st\.shared::cluster\.b32 [^;]*;)((?:(?!st\.shared::cluster)[\s\S])*?)(\{ \.reg \.b32 there; mapa[^}]*\})"
+)
+REMOTE_ARRIVAL = r"\{ \.reg \.b32 there; mapa[^}]*\}"
 
 RING, BACKWARD, PAIR = "rows, ring", "rows, backward", "rows, cluster of 2, branches taken"
 CP_ASYNC, ROW, ROW_POLICY = "rows by cp.async", "row_kernel", "policy in place, whole rows"
@@ -65,8 +67,8 @@ CUDA = [
     Mutant("the arrival at the other block", PAIR, ROW, REMOTE_ARRIVAL),
     Mutant("the first meeting of the cluster", PAIR, ROW, MEETING),
     Mutant("the first meeting is the block's own", PAIR, ROW, MEETING, "bar.sync 0;"),
-    Mutant("the arrival comes before what it announces", PAIR, ROW, REMOTE_STORES + REMOTE_ARRIVAL, r"\2 \1"),
-    Mutant("the barrier of a scan", "gae", "gae_kernel", BARRIER, "", ALL),
+    Mutant("the arrival comes before what it announces", PAIR, ROW, LAST_STORE_AND_ARRIVAL, r"\2\3 \1"),
+    Mutant("a barrier of a scan", "gae", "gae_kernel", BARRIER, "", SECOND),
     Mutant("the barrier of a block's sum", "value", "value_kernel", BARRIER),
 ]
 TRITON = [
