@@ -47,7 +47,7 @@ LAST_STORE_AND_ARRIVAL = (
 REMOTE_ARRIVAL = r"\{ \.reg \.b32 there; mapa[^}]*\}"
 
 RING, BACKWARD, PAIR = "rows, ring", "rows, backward", "rows, cluster of 2, branches taken"
-CP_ASYNC, ROW, ROW_POLICY = "rows by cp.async", "row_kernel", "policy in place, whole rows"
+CP_ASYNC, ROW = "rows by cp.async", "row_kernel"
 
 CUDA = [
     Mutant("the wait for a free slot", RING, ROW, f"{WAIT}(?={WATCHED}|{COPIES_NEXT})", OVER, ALL),
@@ -72,8 +72,11 @@ CUDA = [
     Mutant("the barrier of a block's sum", "value", "value_kernel", BARRIER),
 ]
 TRITON = [
-    *(Mutant(f"barrier {i} of a row", ROW_POLICY, "policy_kernel", BARRIER, "", slice(i, i + 1)) for i in range(3)),
     *(Mutant(f"barrier {i} of a group", "group", "group_kernel", BARRIER, "", slice(i, i + 1)) for i in range(3)),
+    *(
+        Mutant(f"barrier {i} of a row", "statistics, whole rows", "stats_kernel", BARRIER, "", slice(i, i + 1))
+        for i in range(2)
+    ),
 ]
 MUTANTS = {"cuda": CUDA, "triton": TRITON}
 

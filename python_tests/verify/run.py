@@ -36,7 +36,10 @@ def main() -> None:
     for name, case in CASES[args.backend].items():
         if name in args.names or (not args.names and args.soak == case.soak):
             found = verdicts(args.backend, backend, capture, case)
-            total = {"launches": len(found), "seconds": round(sum(v.seconds for v in found), 1)}
+            total = {
+                "launches": len(found), "seconds": round(sum(v.seconds for v in found), 1),
+                "guards": sum(v.guards for v in found),
+            }  # fmt: skip
             print(json.dumps({"case": name, **found[-1]._asdict(), **total}), flush=True)
 
 
