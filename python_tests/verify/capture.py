@@ -92,7 +92,7 @@ class Parameters:
 
 
 def with_threads(launch: Launch, threads: int, columns: int | None = None) -> Launch:
-    """As if a block had so many threads, and rows so many columns: launches that the library's host code would not
+    """T. As if a block had so many threads, and rows so many columns: launches that the library's host code would not
     make, of kernels that ask for both when they run. In proportion, they do what the larger ones do."""
     described = json.loads(json.dumps(launch.input))
     before = described["launch"]["block_dim"][0]

@@ -42,6 +42,8 @@ def verdict(launch: Launch, options: Options = Options()) -> Verdict:  # noqa: B
     if options.nonzero:
         text = numbers_not_zero(text)
     if options.aligned:
+        if any(pointer.get("base_byte_offset", 0) % 16 for pointer in launch.input["declarations"]):
+            raise ValueError("L is for pointers to whole 16 bytes")
         text = aligned(text)
     if options.taken is not None:
         text, count = decided(text, options.taken)

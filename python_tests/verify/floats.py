@@ -1,15 +1,19 @@
-"""Which branches of a kernel depend on floating-point data: no verifier of schedules can know them."""
+"""Which branches of a kernel depend on floats that were in shared memory.
+
+SentryWard refuses such a launch where copies land in shared memory. Branches on floats of global memory stay: under
+`representative_branches` it takes one side of those by itself."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-REGISTER = re.compile(r"%[A-Za-z_]\w*|\b(?:over|early|late|state|now|end|there)\b")
+REGISTER = re.compile(r"%[A-Za-z_]\w*")
 INSTRUCTION = re.compile(r"^\s*(?:\{\s*)?(@!?%\w+\s+)?([a-z][\w.:]*)\s+(.*?);")
 FLOAT = re.compile(r"\.(f16|f16x2|bf16|bf16x2|f32|f64)\b")
 BRANCH = re.compile(r"^\s*@(!?)(%\w+)\s+bra(?:\.uni)?\s+([\w$]+)\s*;")
-NOTHING, DATA, FLOAT_DATA = range(3)  # from parameters and indices; from memory; from memory as a floating-point number
+# From parameters, indices and global memory; from shared memory; from there as a floating-point number.
+NOTHING, DATA, FLOAT_DATA = range(3)
 
 
 class Branch(NamedTuple):
@@ -40,9 +44,7 @@ def _definition(line: str) -> Definition | None:
     head, _, tail = operands.partition("}") if operands.startswith("{") else operands.partition(",")
     name = opcode.split(".")[0]
     loads = name == "ld" and ".shared" in opcode
-    if name == "ld" and not loads:
-        tail = ""
-    sources = () if loads else tuple(REGISTER.findall(tail))
+    sources = () if name == "ld" else tuple(REGISTER.findall(tail))
     return Definition(tuple(REGISTER.findall(head)), sources, loads, bool(FLOAT.search(opcode)))
 
 

@@ -64,7 +64,7 @@ def numbers_not_zero(text: str) -> str:
 
 
 def aligned(text: str) -> str:
-    """L. What an address leaves over a multiple of 16 is 0; `Launch.aligned` says of which launches this is true.
+    """L. What an address leaves over a multiple of 16 is 0: for launches whose pointers and strides are whole ones.
 
     No longer shown: heads and tails of rows that begin elsewhere."""
     return REMAINDER.sub(lambda m: f"{m[1]}mov.u32 {m[3]}, 0;", text)
