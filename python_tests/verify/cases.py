@@ -193,7 +193,7 @@ TRITON = {
     "statistics, whole rows": Case(forward(1, SEGMENTS, sum_p2=True), "stats_kernel", machine=WHOLE, soak=True),
     "policy, whole rows": Case(policy(1, SEGMENTS), "policy_kernel", machine=WHOLE, soak=True),
     "policy in place, whole rows": Case(policy(1, SEGMENTS, inplace=True), "policy_kernel", machine=WHOLE, soak=True),
-    "value": Case(value, "value_kernel", soak=True),
+    "value": Case(value, "value_kernel", Options(atomics=True), soak=True),
 }
 CASES = {"cuda": CUDA, "triton": TRITON}
 
