@@ -1,12 +1,15 @@
 """No Triton kernel leaves the memory of its tensors, whatever the boundaries of packed sequences say: on a GPU nobody has
 looked at them. The backend is called as the operators call it, since those refuse such boundaries on the CPU."""
 
+import math
+
 import pytest
 import torch
 from bounds import Accesses, check_accesses
 
 import grpo_kernels as gk
 from grpo_kernels.backends import triton as backend
+from grpo_kernels.inputs.grouping import AdvantageForm, Samples
 from grpo_kernels.inputs.layout import layout_of, rows_of
 from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
 
@@ -17,7 +20,10 @@ import triton.language as tl
 from grpo_kernels.backends.triton import returns, token
 from grpo_kernels.backends.triton.launch import INTERPRETED
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="checks the accesses of the interpreter")
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="checks the accesses of the interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # what it computes of NaNs
+]
 
 TOKENS, BLOCK = 60, 16  # of the kernels per token: several of them a sequence
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
@@ -179,3 +185,97 @@ def test_scaling(accesses, layout, columns, dtype):
     backend.scale(memory[..., begin : begin + columns], torch.tensor(1.5))
     assert torch.equal(memory, expected)
     assert accesses.inside["scale_kernel"] > 0 and not accesses.outside
+
+
+# ---- whatever the numbers are, and where nothing is asked for ----
+
+FILLINGS = {
+    "NaN": [math.nan], "infinite": [math.inf], "-infinite": [-math.inf], "largest": [3.3e38, -3.3e38],
+    "mixed": [math.nan, -math.inf, math.inf, 0.0, 3.3e38, -3.3e38, 1e-45],
+}  # fmt: skip
+TARGETS = {"legal": 5, "past": 2600, "far past": HIGHEST, "negative": -1, "far below": LOWEST}
+
+
+def filled(filling: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """These numbers in turn, in a view with a gap behind each row."""
+    x = apart(*shape)
+    numbers = torch.tensor(FILLINGS[filling])
+    x.copy_(numbers[torch.arange(x.numel()) % len(numbers)].view(shape))
+    wide = torch.zeros(*shape[:-1], shape[-1] + 5, dtype=dtype)[..., 2:-3]
+    return wide.copy_(x)
+
+
+def all_row_kernels(logits, targets, mask, temperature=1.0):
+    shape = logits.shape[:2]
+    rows = rows_of(logits, targets, mask, temperature=temperature, logit_scale=1.0, softcap=None, ignore_index=-100)
+    stats, _ = backend.row_forward(rows, True)
+    gradient = torch.full_like(logits, 7)
+    backend.row_backward(rows, stats, torch.ones(shape), torch.ones(shape), gradient)
+    row_policy(rows, gk.LossConfig(kl_coef=0.1, entropy_coef=0.1))
+    return stats, gradient
+
+
+@pytest.mark.parametrize("filling", FILLINGS)
+@pytest.mark.parametrize("shape", [(1, 2, 2600), (2, 3, 37)], ids=str)
+def test_rows_of_any_numbers(accesses, shape, filling):
+    logits = filled(filling, *shape, dtype=torch.bfloat16)
+    all_row_kernels(logits, torch.full(shape[:2], shape[2] - 1), None, temperature=filled(filling, *shape[:2]))
+    assert {"stats_kernel", "gradient_kernel", "policy_kernel"} == set(accesses.inside) and not accesses.outside
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_targets_of_any_value(accesses, target, masked):
+    """What is masked is 0, what is not has no log-prob unless its target is a column."""
+    stats, gradient = all_row_kernels(
+        apart(1, 2, 2600), torch.full((1, 2), TARGETS[target]), torch.full((1, 2), not masked)
+    )
+    assert not accesses.outside and accesses.inside["policy_kernel"] > 0
+    if masked:
+        assert (stats.logps == 0).all() and (gradient == 0).all()
+    else:
+        assert stats.logps.isfinite().all() == (target == "legal")
+
+
+@pytest.mark.parametrize("filling", FILLINGS)
+@pytest.mark.parametrize("active", [True, False])
+def test_tokens_of_any_numbers(accesses, filling, active):
+    """Of all kernels per token and per sample; where nothing is active, nothing of the numbers is in what they make."""
+    x, on = filled(filling, 2, 40), torch.full((2, 40), active)
+    layout = layout_of(x.shape, None)
+    inputs = policy_inputs(
+        layout, on, torch.float32, gk.LossConfig(kl_coef=0.1, entropy_coef=0.1, ratio_level="sequence"),
+        Advantages(x), LossArguments(x, x, x, token_weights=x),
+    )  # fmt: skip
+    outputs = [*backend.token_policy(x, x, on, None, inputs)[:4], *backend.gae(x, x, on, None, 0.99, 0.9)]
+    outputs += backend.value_loss(x, x, x, x, on, 0.2)[:2]
+    valid = torch.full((12,), active)
+    rewards = filled(filling, 12, 2)
+    form = AdvantageForm(4, "mean", "batch", 1, 1e-4, 0.0, -9.0, 9.0, False)
+    outputs += backend.group_advantages(Samples(rewards, None, valid, None, None, None), form)[:1]
+    backend.scale(filled(filling, 2, 3, 37), torch.tensor(FILLINGS[filling][0]))
+    kernels = {"token_kernel", "gae_kernel", "value_kernel", "group_kernel", "batch_kernel", "scale_kernel"}
+    assert kernels == set(accesses.inside) and not accesses.outside
+    if not active:
+        assert all((out == 0).all() for out in outputs), [out.count_nonzero() for out in outputs]
+
+
+@pytest.mark.parametrize("ids", [[LOWEST, HIGHEST, 0, -1] * 3, [HIGHEST] * 12], ids=["extremes", "one"])
+def test_groups_of_any_name(accesses, ids):
+    gk.group_advantages(torch.randn(12), group_ids=torch.tensor(ids), scale="batch", backend="triton")
+    assert accesses.inside["group_kernel"] > 0 and not accesses.outside
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_tokens_at_all(accesses, shape):
+    x, on = torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
+    all_row_kernels(torch.zeros(*shape, 37), torch.zeros(shape, dtype=torch.int64), None)
+    inputs = policy_inputs(
+        layout_of(x.shape, None), on, torch.float32, gk.LossConfig(), Advantages(x), LossArguments(x),
+    )  # fmt: skip
+    loss, per_token, *_ = backend.token_policy(x, None, on, None, inputs)
+    assert loss == 0 and per_token.shape == shape
+    assert all(out.shape == shape for out in backend.gae(x, x, on, None, 0.99, 0.9))
+    assert backend.value_loss(x, x, x, x, on, 0.2)[0] == 0
+    backend.scale(torch.zeros(*shape, 37), torch.tensor(2.0))
+    assert not accesses.outside

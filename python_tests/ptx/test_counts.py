@@ -6,7 +6,7 @@ import json
 import pytest
 from conftest import ROOT
 
-from .counts import PINNED, compiler
+from .counts import PINNED, compiler, table
 from .test_kernels import HERE, run
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the source tree")
@@ -26,3 +26,9 @@ def test_instructions(backend):
         if abs(now[name][0] - pinned[name][0]) > SAME * pinned[name][0]
     }  # fmt: skip
     assert not changed, f"{changed}; if that is meant, run `python -m ptx.counts {backend} --pin` in python_tests"
+
+
+def test_the_notebook_shows_what_is_pinned():
+    shown = (ROOT / "docs" / "measurements.md").read_text()
+    expected = table(json.loads(PINNED.read_text()))
+    assert expected in shown, f"docs/measurements.md should have\n{expected}"

@@ -1,0 +1,90 @@
+"""What is changed in a kernel's PTX so that SentryWard 0.1.1 follows it. Each change takes something out of the proof,
+which its docstring says.
+
+The letters are those of docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from .floats import BRANCH, float_branches
+
+WATCH = re.compile(r"\{ \.reg \.pred over, early;.*?mov\.u32 (%r\d+), 0;.*?DONE: \}")
+RETURNING = re.compile(r"\batom[.\w]*\.(?:add|inc|exch|max|min|or)\.\w+\s+(%\w+), \[[^\]]*\], [^;]*;")
+REMAINDER = re.compile(r"(cvt\.u32\.u64\s+(%r\d+), %rd\d+;\s*)and\.b32\s+(%r\d+), \2, 1[245];")
+LOADED = r"(?P<load>ld\.(?:volatile\.)?global(?:\.nc)?\.f32\s+(?P<number>%f\d+), [^;]*;(?:[^;]*;){0,2}?\s*)"
+TESTED = r"setp\.(?P<test>neu|eq)\.f32\s+(?P<predicate>%p\d+), (?P=number), 0f00000000;"
+SHARED_STORE = re.compile(r"\s*(?:@%\w+ )?st\.shared")
+
+
+def plain(text: str) -> str:
+    """Without comments and debug information: nothing is lost."""
+    text = re.sub(r"^\s*\.(?:loc|file)\b.*$|//.*$", "", text, flags=re.MULTILINE)
+    text = text.partition("\t.section")[0]
+    return re.sub(r"\n\s*\n+", "\n", text)
+
+
+def unwatched(text: str) -> str:
+    """W. The watch ahead of a wait (`watch` in csrc/cuda/async.cuh) is gone, the wait itself stays.
+
+    No longer shown: that the watch, which reads the clock and the same barrier, ends. Lost for schedules in which it
+    would end the kernel after 10 s, which the proof of the wait behind it excludes."""
+    return WATCH.sub(lambda m: f"mov.u32 {m[1]}, 0;", text)
+
+
+def constant_atomics(text: str, value: int = 0) -> str:
+    """A. An atomic that returns the old number returns `value` and touches nothing.
+
+    No longer shown: anything that several blocks agree on by it. `value` is what this launch's only block, or the
+    first, would get."""
+    return RETURNING.sub(lambda m: f"mov.u32 {m[1]}, {value};", text)
+
+
+def decided(text: str, taken: bool) -> tuple[str, int]:
+    """F. Every branch on floating-point data goes one way; and how many there are.
+
+    No longer shown: the schedules in which one goes the other way, or threads go different ways."""
+    lines = text.split("\n")
+    branches = float_branches(lines)
+    for line, _ in branches:
+        target = BRANCH.match(lines[line])[3]
+        lines[line] = f"\tbra.uni {target};" if taken else ""
+    return "\n".join(lines), len(branches)
+
+
+def numbers_not_zero(text: str) -> str:
+    """Z. A number that is compared with 0 right after it was loaded is not 0: rows have a gradient.
+
+    No longer shown: launches in which some rows have none, and are passed over by all warps."""
+    return re.sub(
+        LOADED + TESTED, lambda m: f"{m['load']}setp.eq.u32 {m['predicate']}, 0, {int(m['test'] == 'eq')};", text
+    )
+
+
+def aligned(text: str) -> str:
+    """L. What an address leaves over a multiple of 16 is 0: for launches whose pointers and strides are whole ones.
+
+    No longer shown: heads and tails of rows that begin elsewhere."""
+    return REMAINDER.sub(lambda m: f"{m[1]}mov.u32 {m[3]}, 0;", text)
+
+
+def guarded(text: str, lines: Collection[int]) -> str:
+    """G. These stores to shared memory are lane 0's alone.
+
+    Triton lets all lanes of a warp store a reduction's result, which is one value, to one address. No longer shown:
+    that it is one value. `check` guards the stores that a witness shows, both of its accesses being this one
+    instruction in one warp, and no other."""
+    found = text.split("\n")
+    for n in lines:
+        if not SHARED_STORE.match(found[n]):
+            raise ValueError(f"not a plain store to shared memory: {found[n]!r}")
+        guard = re.match(r"\s*@(%\w+) ", found[n])
+        store = found[n].strip().removeprefix(guard[0].strip() if guard else "").strip()
+        also = f" and.pred first, first, {guard[1]};" if guard else ""
+        found[n] = (
+            "\t{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0;"
+            f"{also} @first {store} }}"
+        )
+    return "\n".join(found)
