@@ -2,7 +2,7 @@
 // lam = 1 and no values it gives discounted returns.
 #include <cstring>
 
-#include "spans.h"
+#include "flat_tiles.h"
 
 namespace gk {
 namespace {

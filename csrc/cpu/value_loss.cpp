@@ -1,6 +1,6 @@
 // The clipped value loss with its derivative and metrics, in one launch.
 #include "../math/value.h"
-#include "spans.h"
+#include "flat_tiles.h"
 
 namespace gk {
 namespace {

@@ -1,7 +1,7 @@
 // Whitening: the moments of the active values in one sweep, and x -> (x - shift) * factor + offset in another.
 #include <cmath>
 
-#include "spans.h"
+#include "flat_tiles.h"
 
 namespace gk {
 namespace {

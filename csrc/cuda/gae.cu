@@ -4,11 +4,11 @@
 // A block takes a piece of a sequence, the last pieces first. What a piece does to the running sum is one map, which it
 // leaves for the pieces before it; each of them composes the maps behind it itself, in their order, so that the result
 // does not hang on timing.
-#include "finish.cuh"
+#include "grid_sync.cuh"
 #include "launch.h"
-#include "pieces.cuh"
 #include "policy_inputs.cuh"
 #include "scan.cuh"
+#include "sequence_tiles.cuh"
 
 namespace gk {
 namespace {

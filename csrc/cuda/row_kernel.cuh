@@ -5,7 +5,7 @@
 #pragma once
 #include "group.cuh"
 #include "ring.cuh"
-#include "row_parts.cuh"
+#include "row_output.cuh"
 
 namespace gk {
 

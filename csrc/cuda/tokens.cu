@@ -4,11 +4,11 @@
 // in the order of the pieces. A sequence's own sums, which pooled ratios ask for, stay in the block where one piece is
 // the whole sequence. A longer one goes through three phases, each a block a piece: what is pooled, the tokens, and the
 // pooled derivative back to them; a phase waits for the sequence's pieces of the one before, which come first.
-#include "finish.cuh"
+#include "grid_sync.cuh"
 #include "group.cuh"
 #include "launch.h"
-#include "pieces.cuh"
 #include "policy_inputs.cuh"
+#include "sequence_tiles.cuh"
 
 namespace gk {
 namespace {

@@ -1,9 +1,9 @@
 // The clipped value loss with its derivative and metrics, in one launch.
 #include "../math/value.h"
-#include "finish.cuh"
+#include "flat_tiles.cuh"
+#include "grid_sync.cuh"
 #include "launch.h"
 #include "policy_inputs.cuh"
-#include "spans.cuh"
 
 namespace gk {
 namespace {

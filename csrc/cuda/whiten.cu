@@ -1,8 +1,8 @@
 // Whitening: the moments of the active values in one launch, and x -> (x - shift) * factor + offset in another.
-#include "finish.cuh"
+#include "flat_tiles.cuh"
+#include "grid_sync.cuh"
 #include "launch.h"
 #include "policy_inputs.cuh"
-#include "spans.cuh"
 
 namespace gk {
 namespace {

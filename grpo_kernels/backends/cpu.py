@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _cpu  # type: ignore[attr-defined]
 from .native import Kernels
-from .scratch import NoMemory
+from .workspace import NoMemory
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")  # in the order of gk::Isa
 

@@ -10,7 +10,7 @@ import torch
 from . import _cuda  # type: ignore[attr-defined]
 from .gpu import index_of, refused_by_all, too_old
 from .native import Kernels, plain_matrix
-from .scratch import GpuMemory
+from .workspace import GpuMemory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from . import _emulated, cpu  # type: ignore[attr-defined]
 from .native import Kernels, plain_matrix
-from .scratch import GpuMemory
+from .workspace import GpuMemory
 
 
 class RowPlan(NamedTuple):

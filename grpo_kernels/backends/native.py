@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import METRICS, Form
 from ..inputs.grouping import BASELINES, SCALES, VALUE_METRICS, AdvantageForm, Samples
 from ..inputs.layout import PolicyInputs, Rows, RowStats, real_dtype
-from .scratch import NoMemory, Scratch
+from .workspace import NoMemory, Scratch
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -23,7 +23,7 @@ import torch
 
 from grpo_kernels.backends import cpu
 from grpo_kernels.backends.native import Kernels, plain_matrix
-from grpo_kernels.backends.scratch import GpuMemory
+from grpo_kernels.backends.workspace import GpuMemory
 
 from .machine import Grid, Options, program
 from .text import entries

@@ -1,6 +1,6 @@
 // A [batch, tokens] grid as one run of tokens, in pieces of equal size, whatever the rows are.
 #pragma once
-#include "pieces.cuh"
+#include "sequence_tiles.cuh"
 
 namespace gk {
 
