@@ -190,7 +190,7 @@ PYBIND11_MODULE(GK_MODULE, m) {
   m.def("masked_moments", whitening(gk::masked_moments), Release());
   m.def("whiten", whitening(gk::whiten), Release());
 
-  m.attr("TOKENS_A_PIECE") = gk::kTokensAPiece;
+  m.attr("TOKENS_PER_TILE") = gk::kTokensPerTile;
   m.attr("TOKEN_SUMS") = gk::kTokenSums + gk::kPoolSums + gk::kPullSums;
   m.attr("GAE_SUMS") = gk::kGaeSums;
   m.attr("VALUE_SUMS") = gk::kValueSums;

@@ -27,8 +27,8 @@ struct Scratch {
   int32_t* counters;  // zeros
   void* partial;
 };
-constexpr int64_t kTokensAPiece = 2048;                       // of a block
-constexpr int kTokenSums = 23, kPoolSums = 5, kPullSums = 1;  // floats a piece, in TokenParams::scratch
+constexpr int64_t kTokensPerTile = 2048;                      // of a block
+constexpr int kTokenSums = 23, kPoolSums = 5, kPullSums = 1;  // floats per piece, in TokenParams::scratch
 constexpr int kGaeSums = 5, kValueSums = 5, kMomentSums = 6;  // likewise
 constexpr int64_t kTokensInTable = 4096;                      // of a sample that needs no DiversityParams::tables
 
@@ -73,7 +73,7 @@ struct TokenParams {
   PolicyInputs in;
   View logps, entropy, active;  // real, real (null: not given), bool
   int64_t batch, tokens;
-  const int64_t* cu_seqlens;  // [sequences + 1] for batch == 1; null: one sequence a batch row
+  const int64_t* cu_seqlens;  // [sequences + 1] for batch == 1; null: one sequence per batch row
   int64_t sequences;
   bool is_double;
   void *loss, *per_token, *g_logps, *g_entropy, *metrics;  // real [1], [rows], [rows], [rows] or null, [kMetricCount]
@@ -146,7 +146,7 @@ struct DiversityParams {
   float *similarity, *weights;  // [samples]
   int threads;
   const int64_t *order, *first;  // a GPU's, instead of ids: samples by group; where each one's group begins there
-  void *hashes, *tables;         // a GPU's: a 64-bit integer a token; two, zeros, or null where kTokensInTable suffice
+  void *hashes, *tables;  // a GPU's: one 64-bit integer per token; two, zeros, or null where kTokensInTable suffice
   Scratch scratch;
 };
 

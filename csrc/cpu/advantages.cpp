@@ -6,7 +6,7 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kSamplesAPiece = 2048, kSamplesWorthAThread = 32768;  // half a millisecond
+constexpr int64_t kSamplesPerTask = 2048, kMinSamplesPerThread = 32768;  // half a millisecond
 
 class AdvantageKernel {
  public:
@@ -89,8 +89,8 @@ class AdvantageKernel {
 void group_advantages(const AdvantageParams& p, Stream) {
   const Groups groups(p.group_ids, p.samples, p.form.group_size);
   const int64_t count = groups.count();
-  const int64_t pieces = std::min(count, p.samples / kSamplesAPiece + 1);
-  const int threads = int(std::min<int64_t>(p.threads, 1 + p.samples / kSamplesWorthAThread));
+  const int64_t pieces = std::min(count, p.samples / kSamplesPerTask + 1);
+  const int threads = int(std::min<int64_t>(p.threads, 1 + p.samples / kMinSamplesPerThread));
   const auto for_each = [&](const auto& fn) {  // a piece of the groups at a time, with one kernel's memory
     parallel_for(pieces, threads, [&](int64_t piece) {
       AdvantageKernel kernel(p, groups);

@@ -10,10 +10,10 @@
 
 namespace gk {
 
-constexpr int64_t kPiece = 4096, kTokensWorthAThread = 32768;
+constexpr int64_t kPiece = 4096;
 
 inline int threads_for(int64_t tokens, int threads) {
-  return int(std::min<int64_t>(threads, 1 + tokens / kTokensWorthAThread));
+  return int(std::min<int64_t>(threads, 1 + tokens / kMinTokensPerThread));
 }
 
 template <typename T> struct Lane {  // a view from one token on; null: not given
@@ -35,7 +35,7 @@ template <typename Fn> void for_each_span(int64_t piece, int64_t batch, int64_t 
   }
 }
 
-// One Result a piece, in order: run(piece, result).
+// One Result per piece, in order: run(piece, result).
 template <typename Result, typename Run> std::vector<Result> for_each_piece(int64_t rows, int threads, const Run& run) {
   std::vector<Result> results((rows + kPiece - 1) / kPiece);
   parallel_for(int64_t(results.size()), threads_for(rows, threads), [&](int64_t i) { run(i, results[i]); });

@@ -1,5 +1,5 @@
 // The row kernel: sweep a row for its softmax statistics, ask the epilogue for d loss / d logp and d loss / d entropy,
-// sweep it again to write the gradient. One writer a row and one order of summation whatever the number of threads:
+// sweep it again to write the gradient. One writer per row and one order of summation whatever the number of threads:
 // a row's result depends on nothing but the row.
 #include <vector>
 
@@ -14,7 +14,7 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kElementsWorthAThread = 1 << 15;
+constexpr int64_t kMinElementsPerThread = 1 << 15;
 
 // Products too small for a normal float become 0 instead of slowing every instruction that touches them.
 struct FlushDenormals {
@@ -49,7 +49,7 @@ class RowKernel {
   // epilogue(row index) -> Pull, once the row's statistics are stored. known: they are already, from an earlier launch.
   template <typename Epilogue> void run(bool known, const View* gradient, const Epilogue& epilogue) const {
     const int64_t rows = p.batch * p.tokens;
-    const int threads = int(std::min<int64_t>(p.threads, 1 + rows * p.vocab / kElementsWorthAThread));
+    const int threads = int(std::min<int64_t>(p.threads, 1 + rows * p.vocab / kMinElementsPerThread));
     if (rows >= threads) {
       parallel_for(rows, threads, [&](int64_t r) { run_some(r, 1, 1, known, gradient, epilogue); });
     } else {

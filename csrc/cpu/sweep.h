@@ -9,7 +9,7 @@ namespace gk {
 
 constexpr int64_t kBlock = 8192;  // columns; two reads of a block find the second one in L1
 
-// How a logit becomes z, in units that cost the least an element: z = logit, or cap * tanh(logit * inner).
+// How a logit becomes z, in units that cost the least per element: z = logit, or cap * tanh(logit * inner).
 struct Transform {
   double unit;   // y = (z - max) * unit
   double slope;  // d z / d logit, softcap' apart

@@ -8,8 +8,6 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kTokensWorthAThread = 4096;
-
 struct Segment {
   int64_t begin, end;
 };
@@ -98,8 +96,8 @@ std::vector<Segment> segments_of(const TokenParams& p, bool& whole) {
   std::vector<Segment> segments;
   const int64_t rows = p.batch * p.tokens;
   whole = p.in.form.pooling() != Pooling::none || p.cu_seqlens || p.batch != 1;
-  for (int64_t r = 0; !whole && r < rows; r += kTokensWorthAThread)
-    segments.push_back({r, std::min(r + kTokensWorthAThread, rows)});
+  for (int64_t r = 0; !whole && r < rows; r += kMinPolicyTokensPerThread)
+    segments.push_back({r, std::min(r + kMinPolicyTokensPerThread, rows)});
   for (int64_t i = 0; whole && i < p.sequences; ++i)
     segments.push_back(p.cu_seqlens ? Segment{p.cu_seqlens[i], p.cu_seqlens[i + 1]}
                                     : Segment{i * p.tokens, (i + 1) * p.tokens});
@@ -111,7 +109,7 @@ std::vector<Segment> work_of(const std::vector<Segment>& segments) {
   std::vector<Segment> work;
   for (int64_t i = 0, begin = 0, tokens = 0; i < int64_t(segments.size()); ++i) {
     tokens += segments[i].end - segments[i].begin;
-    if (tokens < kTokensWorthAThread && i + 1 < int64_t(segments.size())) continue;
+    if (tokens < kMinPolicyTokensPerThread && i + 1 < int64_t(segments.size())) continue;
     work.push_back({begin, i + 1});
     begin = i + 1, tokens = 0;
   }

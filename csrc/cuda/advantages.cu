@@ -1,5 +1,5 @@
-// Group-normalised advantages in every form: a warp a group, or a block a group where it is large, in one launch; two
-// where the deviation is the batch's. The formulas are in csrc/math/advantage.h.
+// Group-normalised advantages in every form: a warp per group, or a block per group where it is large, in one launch;
+// two where the deviation is the batch's. The formulas are in csrc/math/advantage.h.
 #include "group.cuh"
 #include "launch.h"
 
@@ -117,8 +117,8 @@ template <typename Team> class GroupKernel {
   }
 };
 
-// A team a group of group_size samples. With ids, a team for each of the sorted samples, of which the first of each
-// group works.
+// One team per group of group_size samples. With ids, one team for each of the sorted samples, of which the first of
+// each group works.
 template <typename Team> __global__ void __launch_bounds__(kThreads, 4) advantage_kernel(AdvantageArgs a) {
   const int teams = kThreads / Team{}.size();
   const int64_t team = int64_t(blockIdx.x) * teams + threadIdx.x / Team{}.size();

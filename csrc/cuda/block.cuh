@@ -37,8 +37,8 @@ template <typename Monoid> __device__ __forceinline__ Monoid warp_merge(Monoid v
   return value;
 }
 
-// The same for `warps` whole warps, which `sync` waits for. `scratch`: shared memory for a value a warp, in use until
-// they have met again.
+// The same for `warps` whole warps, which `sync` waits for. `scratch`: shared memory for one value per warp, in use
+// until they have met again.
 template <typename Monoid, typename Sync>
 __device__ __forceinline__ Monoid warps_merge(Monoid value, Monoid* scratch, int warps, const Sync& sync) {
   value = warp_merge(value);

@@ -1,8 +1,8 @@
 // Near-duplicates inside a group: each sample against the kept ones before it.
 //
 // The first launch makes every sample's set of n-gram hashes. In the second, a block takes a sample, in order: it puts
-// its set into a table, looks up the sets of the kept samples before it, a warp a sample, and says whether it is kept.
-// It waits for those decisions one by one as it goes, so that when the last is made one comparison is left to do.
+// its set into a table, looks up the sets of the kept samples before it, one warp per sample, and says whether it is
+// kept. It waits for those decisions one by one as it goes, so that when the last is made one comparison is left to do.
 #include "grid_sync.cuh"
 #include "launch.h"
 #include "ngram_table.cuh"

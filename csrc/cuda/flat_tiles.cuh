@@ -19,7 +19,7 @@ __device__ inline Place place_of(int64_t index, int64_t tokens) {
 
 // fn(index, place) for this thread's tokens of the block's piece.
 template <typename Fn> __device__ void for_each_in_piece(int64_t batch, int64_t tokens, const Fn& fn) {
-  const int64_t begin = blockIdx.x * kTokensAPiece, end = min_(begin + kTokensAPiece, batch * tokens);
+  const int64_t begin = blockIdx.x * kTokensPerTile, end = min_(begin + kTokensPerTile, batch * tokens);
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) fn(i, place_of(i, tokens));
 }
 

@@ -13,7 +13,7 @@
 namespace gk {
 namespace {
 
-constexpr int kThreads = 256, kTokensAThread = int(kTokensAPiece) / kThreads;
+constexpr int kThreads = 256, kTokensPerThread = int(kTokensPerTile) / kThreads;
 
 // What tokens do to the running sum A and the next value V behind them: A -> factor A + slope V + sum, and V is the
 // value of the first that counts. Where none counts both pass through.
@@ -43,9 +43,9 @@ class GaeBlock {
   __device__ GaeBlock(const GaeArgs& a, const Piece& piece, float* staged)
       : a(a), p(a.p), piece(piece), rewards(staged), values(staged + kStaged) {}
 
-  static constexpr int kStaged = int(kTokensAPiece) + int(kTokensAPiece) / kTokensAThread;  // no bank conflicts
+  static constexpr int kStaged = int(kTokensPerTile) + int(kTokensPerTile) / kTokensPerThread;  // no bank conflicts
 
-  // Coalesced; then each thread has kTokensAThread tokens that follow each other. Of masked ones nothing is read.
+  // Coalesced; then each thread has kTokensPerThread tokens that follow each other. Of masked ones nothing is read.
   __device__ void load() {
     for (int i = threadIdx.x; i < int(piece.size()); i += kThreads) {
       const int64_t t = piece.begin + i;
@@ -54,8 +54,8 @@ class GaeBlock {
       values[at(i)] = counts ? read(p.values, piece.row, t, 0) : 0;
     }
     __syncthreads();
-    for (int k = 0; k < kTokensAThread; ++k) {
-      const int i = int(threadIdx.x) * kTokensAThread + k;
+    for (int k = 0; k < kTokensPerThread; ++k) {
+      const int i = int(threadIdx.x) * kTokensPerThread + k;
       const bool counts = i < int(piece.size()) && is_active(p.active, piece.row, piece.begin + i);
       active |= unsigned(counts) << k;
     }
@@ -64,16 +64,16 @@ class GaeBlock {
   // The thread's own tokens as one step.
   __device__ Step step() const {
     Step all;
-    for (int k = kTokensAThread - 1; k >= 0; --k) all = token(k).after(all);
+    for (int k = kTokensPerThread - 1; k >= 0; --k) all = token(k).after(all);
     return all;
   }
 
   // Replaces what is staged by the results, given what lies behind the thread's tokens, and stores it.
   __device__ void store(const Step& behind) {
     Step all = behind;
-    for (int k = kTokensAThread - 1; k >= 0; --k) {
+    for (int k = kTokensPerThread - 1; k >= 0; --k) {
       if (!(active >> k & 1)) continue;
-      const int i = at(int(threadIdx.x) * kTokensAThread + k);
+      const int i = at(int(threadIdx.x) * kTokensPerThread + k);
       const float value = values[i];
       all = token(k).after(all);
       rewards[i] = all.sum, values[i] = all.sum + value;
@@ -101,16 +101,16 @@ class GaeBlock {
   float *rewards, *values;
   unsigned active = 0;  // a bit for each of the thread's tokens
 
-  __device__ static int at(int i) { return i + i / kTokensAThread; }
+  __device__ static int at(int i) { return i + i / kTokensPerThread; }
   __device__ Step token(int k) const {
     if (!(active >> k & 1)) return {};
-    const int i = at(int(threadIdx.x) * kTokensAThread + k);
+    const int i = at(int(threadIdx.x) * kTokensPerThread + k);
     return {a.decay, a.gamma, temporal_difference(rewards[i], values[i], 0.0f, a.gamma), values[i], 1};
   }
 };
 
 // The steps that the sequence's later pieces left, composed by each thread in part and then by the block. A thread
-// waits for the pieces that it reads itself, all threads at once: one after the other would be a round trip a piece.
+// waits for the pieces that it reads itself, all threads at once: one after the other would be a round trip per piece.
 __device__ Step left_behind(const GaeArgs& a, const Piece& piece) {
   const int64_t later = piece.siblings - 1 - piece.index, share = (later + kThreads - 1) / kThreads;
   const int64_t slot = piece.first + piece.index;

@@ -14,11 +14,12 @@ template <typename T> struct Share {
   int first_vector, own_vectors;  // of this block
   int chunks;
 
-  __device__ Share(const T* logits, Cut<T> row, int vectors_a_chunk, int rank, int cluster) : logits(logits), row(row) {
-    const int all = (row.vectors + vectors_a_chunk - 1) / vectors_a_chunk, each = (all + cluster - 1) / cluster;
-    first_vector = min_(rank * each * vectors_a_chunk, row.vectors);
-    own_vectors = min_(each * vectors_a_chunk, row.vectors - first_vector);
-    chunks = (own_vectors + vectors_a_chunk - 1) / vectors_a_chunk;
+  __device__ Share(const T* logits, Cut<T> row, int vectors_per_chunk, int rank, int cluster)
+      : logits(logits), row(row) {
+    const int all = (row.vectors + vectors_per_chunk - 1) / vectors_per_chunk, each = (all + cluster - 1) / cluster;
+    first_vector = min_(rank * each * vectors_per_chunk, row.vectors);
+    own_vectors = min_(each * vectors_per_chunk, row.vectors - first_vector);
+    chunks = (own_vectors + vectors_per_chunk - 1) / vectors_per_chunk;
   }
   __device__ int column(int vector) const { return row.head + (first_vector + vector) * kPerVector<T>; }
 };

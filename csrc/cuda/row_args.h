@@ -6,10 +6,10 @@
 
 namespace gk {
 
-constexpr int kVectorsAThread = 2;  // of a chunk
-constexpr int kMaxThreads = 512;    // that compute; a warp more brings the row
+constexpr int kVectorsPerThread = 2;  // of a chunk
+constexpr int kMaxThreads = 512;      // that compute; a warp more brings the row
 constexpr int kMaxCluster = 8;
-constexpr int kMaxSlots = 32;        // a bit each in Ring::phases
+constexpr int kMaxSlots = 32;        // one bit each in Ring::phases
 constexpr int kControlBytes = 2048;  // of shared memory, behind the slots: their barriers and Control
 
 // Where a row lies on chip. Chunks of it go through `ring` slots; where a row that is needed twice does not fit, its
@@ -19,14 +19,14 @@ constexpr int kControlBytes = 2048;  // of shared memory, behind the slots: thei
 struct RowPlan {
   int threads, cluster, slots;
   int resident;  // of the slots; the others are the ring
-  int chunk_bytes() const { return threads * kVectorsAThread * 16; }
+  int chunk_bytes() const { return threads * kVectorsPerThread * 16; }
   int64_t shared_bytes() const { return int64_t(slots) * chunk_bytes() + kControlBytes; }
 };
 
 inline RowPlan row_plan(const Machine& m, int64_t row_bytes, bool twice) {
   const int64_t whole = m.shared_bytes - kControlBytes, half = m.shared_bytes / 2 - kControlBytes;
   RowPlan plan{};
-  const bool small = row_bytes <= half;  // two blocks a multiprocessor
+  const bool small = row_bytes <= half;  // two blocks per multiprocessor
   plan.threads = small ? m.threads / 2 : m.threads;
   plan.cluster = 1;
   const int64_t space = small ? half : whole;

@@ -15,7 +15,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
       : args(args),
         twice(args.statistics && args.gradient.data),
         computing(int(blockDim.x) - kWarp),
-        ring(shared, args.slots, args.resident, computing * kVectorsAThread * kVectorBytes),
+        ring(shared, args.slots, args.resident, computing * kVectorsPerThread * kVectorBytes),
         control(static_cast<Control*>(ring.control())) {
     if constexpr (kCluster) rank = cluster_rank(), cluster = cluster_size();
     if (threadIdx.x == 0) {
@@ -60,7 +60,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   __device__ Share<T> share_of(int64_t row) const {
     const int64_t offset = args.logits.offset(row, args.tokens);
     const Cut<T> cut(args.vocab, int((args.logits_past + offset) % kPerVector<T>));
-    return Share<T>(static_cast<const T*>(args.logits.data) + offset, cut, computing * kVectorsAThread, rank, cluster);
+    return Share<T>(static_cast<const T*>(args.logits.data) + offset, cut, computing * kVectorsPerThread, rank,
+                    cluster);
   }
   __device__ Order order_of(const Share<T>& share) const {
     return Order(share.chunks, args.slots, args.resident, twice);
@@ -106,8 +107,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   }
 
   __device__ void load_chunk(const Share<T>& share, int chunk, int slot) {
-    const int first = chunk * computing * kVectorsAThread;
-    const int bytes = min_(computing * kVectorsAThread, share.own_vectors - first) * kVectorBytes;
+    const int first = chunk * computing * kVectorsPerThread;
+    const int bytes = min_(computing * kVectorsPerThread, share.own_vectors - first) * kVectorBytes;
     const T* from = share.logits + share.column(first);
     unsigned char* to = ring.at(slot);
     if constexpr (kSm90)
@@ -140,8 +141,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   __device__ __forceinline__ void for_vectors(const Share<T>& share, int chunk, int slot, Fn fn) {
     wait(&ring.full[slot], ring.phase(slot));
 #pragma unroll
-    for (int k = 0; k < kVectorsAThread; ++k) {
-      const int in_chunk = k * computing + int(threadIdx.x), vector = chunk * computing * kVectorsAThread + in_chunk;
+    for (int k = 0; k < kVectorsPerThread; ++k) {
+      const int in_chunk = k * computing + int(threadIdx.x), vector = chunk * computing * kVectorsPerThread + in_chunk;
       if (vector < share.own_vectors)
         fn(share.column(vector), Vector<T>::unpack(load16(ring.at(slot) + in_chunk * kVectorBytes)));
     }

@@ -22,7 +22,7 @@ __device__ __forceinline__ Softmax<float> lanes_merge(Softmax<float> s, float un
   }
   return s;
 }
-// Of `count` others, one a lane in their order.
+// Of `count` others, one per lane in their order.
 __device__ __forceinline__ Softmax<float> merge_of(const Softmax<float>* others, int count, float unit) {
   return lanes_merge(lane_of_thread() < count ? others[lane_of_thread()] : Softmax<float>{}, unit);
 }

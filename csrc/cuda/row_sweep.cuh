@@ -20,7 +20,7 @@ template <bool kSoftcap> __device__ __forceinline__ float z_of(float logit, cons
 
 __device__ __forceinline__ float origin_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// One exponential an element: the vector's own maximum comes first, and the sums are rescaled where it is a new one.
+// One exponential per element: the vector's own maximum comes first, and the sums are rescaled where it is a new one.
 template <bool kSoftcap, bool kSquares, int kCount>
 __device__ __forceinline__ void add_statistics(Softmax<float>& s, const float (&logits)[kCount], const Transform& f) {
   float top = logits[0];

@@ -13,11 +13,11 @@ struct Piece {
   __device__ int64_t size() const { return end - begin; }
 };
 
-GK_HD int64_t pieces_of_row(int64_t tokens) { return max_<int64_t>((tokens + kTokensAPiece - 1) / kTokensAPiece, 1); }
+GK_HD int64_t pieces_of_row(int64_t tokens) { return max_<int64_t>((tokens + kTokensPerTile - 1) / kTokensPerTile, 1); }
 
 // At least 1.
 inline int64_t piece_count(int64_t batch, int64_t tokens, const int64_t* cu_seqlens, int64_t sequences) {
-  return cu_seqlens ? sequences + 1 + tokens / kTokensAPiece : max_<int64_t>(batch * pieces_of_row(tokens), 1);
+  return cu_seqlens ? sequences + 1 + tokens / kTokensPerTile : max_<int64_t>(batch * pieces_of_row(tokens), 1);
 }
 
 // The sequences of flat tokens. Their boundaries lie on the device, where nobody has checked them, and whatever they
@@ -52,14 +52,14 @@ struct Boundaries {
 };
 
 struct Pieces {
-  const int64_t* cu_seqlens;  // null: one sequence a batch row
+  const int64_t* cu_seqlens;  // null: one sequence per batch row
   int64_t sequences, tokens;  // tokens of a batch row
 
   __device__ Piece operator[](int64_t slot) const { return cu_seqlens ? packed(slot) : padded(slot); }
 
  private:
   // The pieces of a sequence begin here: monotonic, and never too few for its tokens.
-  __device__ static int64_t first_of(int64_t sequence, int64_t begin) { return sequence + begin / kTokensAPiece; }
+  __device__ static int64_t first_of(int64_t sequence, int64_t begin) { return sequence + begin / kTokensPerTile; }
 
   __device__ Piece padded(int64_t slot) const {
     const int64_t siblings = pieces_of_row(tokens), row = slot / siblings;
@@ -72,9 +72,9 @@ struct Pieces {
     return cut(span, 0, first_of(span.sequence, span.begin), slot, span.sequence < sequences);
   }
   __device__ static Piece cut(const Boundaries::Span& span, int64_t row, int64_t first, int64_t slot, bool inside) {
-    const int64_t index = slot - first, from = span.begin + index * kTokensAPiece;
-    const int64_t to = min_(from + kTokensAPiece, span.end),
-                  siblings = (span.size() + kTokensAPiece - 1) / kTokensAPiece;
+    const int64_t index = slot - first, from = span.begin + index * kTokensPerTile;
+    const int64_t to = min_(from + kTokensPerTile, span.end),
+                  siblings = (span.size() + kTokensPerTile - 1) / kTokensPerTile;
     return {span.sequence, row, from, max_(from, to), first, index, siblings, inside};
   }
 };

@@ -2,8 +2,9 @@
 //
 // One launch. A block takes a piece of a sequence and leaves its sums behind; the one that arrives last adds them up,
 // in the order of the pieces. A sequence's own sums, which pooled ratios ask for, stay in the block where one piece is
-// the whole sequence. A longer one goes through three phases, each a block a piece: what is pooled, the tokens, and the
-// pooled derivative back to them; a phase waits for the sequence's pieces of the one before, which come first.
+// the whole sequence. A longer one goes through three phases, each with one block per piece: what is pooled, the
+// tokens, and the pooled derivative back to them; a phase waits for the sequence's pieces of the one before, which come
+// first.
 #include "grid_sync.cuh"
 #include "group.cuh"
 #include "launch.h"
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) token_kernel(TokenArgs a) {
 
 void token_policy(const TokenParams& p, Stream stream) {
   const int64_t pieces = piece_count(p.batch, p.tokens, p.cu_seqlens, p.sequences);
-  const bool many = p.cu_seqlens || p.tokens > kTokensAPiece, pooled = p.in.form.pooling() != Pooling::none;
+  const bool many = p.cu_seqlens || p.tokens > kTokensPerTile, pooled = p.in.form.pooling() != Pooling::none;
   TokenArgs args{p, real_scalars(p.in.scalars), float(p.in.advantage_eps), pieces, many && pooled ? 3 : 1};
   launch("token_kernel", token_kernel, {pieces * args.phases, kThreads}, stream, args);
 }

@@ -7,7 +7,7 @@
 namespace gk {
 namespace {
 
-constexpr int kThreads = 256, kTokensAThread = int(kTokensAPiece) / kThreads;
+constexpr int kThreads = 256, kTokensPerThread = int(kTokensPerTile) / kThreads;
 
 // The mean is a sum of two: what `mean` has lost by rounding would be much beside a small spread on a large offset.
 struct MaskedMoments {
@@ -51,12 +51,12 @@ struct WhitenArgs {
 
 // Of the block's piece: the values stay in registers for the second pass.
 __device__ MaskedMoments moments_of_piece(const WhitenParams& p) {
-  const int64_t begin = blockIdx.x * kTokensAPiece + threadIdx.x, end = p.batch * p.tokens;
-  float x[kTokensAThread];
+  const int64_t begin = blockIdx.x * kTokensPerTile + threadIdx.x, end = p.batch * p.tokens;
+  float x[kTokensPerThread];
   unsigned on = 0;
   Active active;
 #pragma unroll
-  for (int k = 0; k < kTokensAThread; ++k) {
+  for (int k = 0; k < kTokensPerThread; ++k) {
     const int64_t i = begin + k * kThreads;
     const Place at = i < end ? place_of(i, p.tokens) : Place{0, 0};
     x[k] = 0;
@@ -69,7 +69,7 @@ __device__ MaskedMoments moments_of_piece(const WhitenParams& p) {
   const float mean = active.mean();
   Deviations d;
 #pragma unroll
-  for (int k = 0; k < kTokensAThread; ++k)
+  for (int k = 0; k < kTokensPerThread; ++k)
     if (on >> k & 1) d = d.merge({x[k] - mean, (x[k] - mean) * (x[k] - mean)});
   d = block_merge(d);
   const float n = float(active.count), rest = d.sum / n;

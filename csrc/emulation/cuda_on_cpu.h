@@ -4,7 +4,7 @@
 // shuffles and votes with any mask, atomics, mbarriers, cp.async and bulk copies (cuda/async.cuh), distributed shared
 // memory. Not here: what timing decides (memory ordering, L2, divergence inside a warp between its collectives), waits
 // on global memory (a grid-wide barrier never ends), textures, warp-level matrix instructions, double rounding of
-// approximate instructions (the CPU's are exact to the last bit or two). Static shared memory is one copy, not one a
+// approximate instructions (the CPU's are exact to the last bit or two). Static shared memory is one copy, not one per
 // block: a kernel that runs in clusters keeps all of its shared memory dynamic. What it held before is still in it, so
 // a read of what was never written is found only in dynamic shared memory, which is filled with NaNs.
 #pragma once

@@ -271,8 +271,8 @@ void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, unsi
   try {
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     check(grid.x % cluster_size == 0, "the grid is not whole clusters");
-    check(cluster_size >= 1 && cluster_size <= kMostBlocksACluster, "a cluster of more blocks than every GPU has");
-    check(threads >= 1 && threads <= kMostThreads, "a block of no thread, or of more than 1024");
+    check(cluster_size >= 1 && cluster_size <= kMaxBlocksPerCluster, "a cluster of more blocks than every GPU has");
+    check(threads >= 1 && threads <= kMaxThreadsPerBlock, "a block of no thread, or of more than 1024");
     check(int64_t(shared_bytes) <= machine().shared_bytes, "more shared memory than the machine has");
     for (uint64_t i = 0; i < blocks; i += cluster_size) {
       Cluster started = cluster_at(grid, block, shared_bytes, cluster_size, backwards ? blocks - cluster_size - i : i);

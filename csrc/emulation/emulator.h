@@ -32,7 +32,7 @@ Machine& machine();
 constexpr int kWarp = 32;
 constexpr size_t kWidest = 64;  // bytes a shuffle moves
 constexpr size_t kSharedAlign = 128;
-constexpr unsigned kMostThreads = 1024, kMostBlocksACluster = 8;
+constexpr unsigned kMaxThreadsPerBlock = 1024, kMaxBlocksPerCluster = 8;
 
 struct Barrier {
   int arrived = 0;

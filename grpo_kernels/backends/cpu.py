@@ -14,7 +14,7 @@ from .workspace import NoMemory
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")  # in the order of gk::Isa
 
-HUGE_PAGE_WORTH = 4 << 20  # bytes
+MIN_HUGE_PAGE_BYTES = 4 << 20  # bytes
 
 
 def instruction_set() -> str:
@@ -41,7 +41,7 @@ def forced_instruction_set(name: str) -> Iterator[None]:
 def new_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory that may be as large as the logits: in huge pages, as faults would cost several copies."""
     matrix = like.new_empty(shape, dtype=dtype or like.dtype)
-    if matrix.nbytes >= HUGE_PAGE_WORTH:
+    if matrix.nbytes >= MIN_HUGE_PAGE_BYTES:
         _cpu.prefer_huge_pages(matrix.data_ptr(), matrix.nbytes)
     return matrix
 

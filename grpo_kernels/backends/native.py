@@ -40,7 +40,7 @@ def _addresses(stats: RowStats, sum_p2: Tensor | None = None) -> list[int]:
 
 
 def _sequences(grid: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
-    """The boundaries, dense, and how many sequences there are: one a row without."""
+    """The boundaries, dense, and how many sequences there are: one per row without."""
     return (None, grid.shape[0]) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.numel() - 1)
 
 

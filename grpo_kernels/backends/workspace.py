@@ -91,11 +91,11 @@ class GpuMemory(NoMemory):
         """gk::piece_count."""
         batch, tokens = grid.shape
         if cu_seqlens is not None:
-            return len(cu_seqlens) + tokens // int(self._module.TOKENS_A_PIECE)
+            return len(cu_seqlens) + tokens // int(self._module.TOKENS_PER_TILE)
         return max(batch * self._pieces_of(tokens), 1)
 
     def _pieces_of(self, tokens: int) -> int:
-        return max(-(-tokens // int(self._module.TOKENS_A_PIECE)), 1)
+        return max(-(-tokens // int(self._module.TOKENS_PER_TILE)), 1)
 
 
 def _scratch(like: Tensor, counters: int, floats: int) -> Scratch:
