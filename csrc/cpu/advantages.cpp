@@ -89,12 +89,12 @@ class AdvantageKernel {
 void group_advantages(const AdvantageParams& p, Stream) {
   const Groups groups(p.group_ids, p.samples, p.form.group_size);
   const int64_t count = groups.count();
-  const int64_t pieces = std::min(count, p.samples / kSamplesPerTask + 1);
+  const int64_t tasks = std::min(count, p.samples / kSamplesPerTask + 1);
   const int threads = int(std::min<int64_t>(p.threads, 1 + p.samples / kMinSamplesPerThread));
-  const auto for_each = [&](const auto& fn) {  // a piece of the groups at a time, with one kernel's memory
-    parallel_for(pieces, threads, [&](int64_t piece) {
+  const auto for_each = [&](const auto& fn) {  // a run of groups at a time, with one kernel's memory
+    parallel_for(tasks, threads, [&](int64_t task) {
       AdvantageKernel kernel(p, groups);
-      for (int64_t g = count * piece / pieces; g < count * (piece + 1) / pieces; ++g) fn(kernel, g);
+      for (int64_t g = count * task / tasks; g < count * (task + 1) / tasks; ++g) fn(kernel, g);
     });
   };
   double batch_std = 0;

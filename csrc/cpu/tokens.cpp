@@ -91,7 +91,7 @@ class TokenKernel {
   }
 };
 
-// Whole sequences, or equal pieces of the one there is; `whole` says which.
+// Whole sequences, or equal tiles of the only one; `whole` says which.
 std::vector<Segment> segments_of(const TokenParams& p, bool& whole) {
   std::vector<Segment> segments;
   const int64_t rows = p.batch * p.tokens;

@@ -59,23 +59,23 @@ template <typename T> void apply(const WhitenParams& p, int64_t first, int64_t c
 }  // namespace
 
 void masked_moments(const WhitenParams& p, Stream) {
-  const auto run = [&](int64_t piece, MaskedMoments& moments) {
-    double values[kPiece];
+  const auto run = [&](int64_t tile, MaskedMoments& moments) {
+    double values[kTokensPerFlatTile];
     int64_t n = 0;
-    for_each_span(piece, p.batch, p.tokens, [&](int64_t first, int64_t count) {
+    for_each_row_part(tile, p.batch, p.tokens, [&](int64_t first, int64_t count) {
       n += p.is_double ? compact<double>(p, first, count, values + n) : compact<float>(p, first, count, values + n);
     });
     moments = moments_of(values, n);
   };
   MaskedMoments all;
-  for (const auto& m : for_each_piece<MaskedMoments>(p.batch * p.tokens, p.threads, run)) all.merge(m);
+  for (const auto& m : for_each_tile<MaskedMoments>(p.batch * p.tokens, p.threads, run)) all.merge(m);
   const double out[] = {all.count, all.mean, all.squares, all.low, all.high};
   std::copy(std::begin(out), std::end(out), p.moments);
 }
 
 void whiten(const WhitenParams& p, Stream) {
-  for_each_piece<char>(p.batch * p.tokens, p.threads, [&](int64_t piece, char&) {
-    for_each_span(piece, p.batch, p.tokens, [&](int64_t first, int64_t count) {
+  for_each_tile<char>(p.batch * p.tokens, p.threads, [&](int64_t tile, char&) {
+    for_each_row_part(tile, p.batch, p.tokens, [&](int64_t first, int64_t count) {
       p.is_double ? apply<double>(p, first, count) : apply<float>(p, first, count);
     });
   });

@@ -1,4 +1,4 @@
-// A [batch, tokens] grid as one run of tokens, in pieces of equal size, whatever the rows are.
+// A [batch, tokens] grid as one run of tokens, in tiles of equal size, whatever the rows are.
 #pragma once
 #include "sequence_tiles.cuh"
 
@@ -17,12 +17,12 @@ __device__ inline Place place_of(int64_t index, int64_t tokens) {
   return {index / tokens, index % tokens};
 }
 
-// fn(index, place) for this thread's tokens of the block's piece.
-template <typename Fn> __device__ void for_each_in_piece(int64_t batch, int64_t tokens, const Fn& fn) {
+// fn(index, place) for this thread's tokens of the block's tile.
+template <typename Fn> __device__ void for_each_in_tile(int64_t batch, int64_t tokens, const Fn& fn) {
   const int64_t begin = blockIdx.x * kTokensPerTile, end = min_(begin + kTokensPerTile, batch * tokens);
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) fn(i, place_of(i, tokens));
 }
 
-inline int64_t span_count(int64_t batch, int64_t tokens) { return pieces_of_row(batch * tokens); }  // at least 1
+inline int64_t flat_tile_count(int64_t batch, int64_t tokens) { return tiles_per_row(batch * tokens); }  // at least 1
 
 }  // namespace gk

@@ -1,8 +1,8 @@
 // Generalised advantage estimation: a reverse scan of each sequence in one launch. With lam = 1 and no values it gives
 // discounted returns.
 //
-// A block takes a piece of a sequence, the last pieces first. What a piece does to the running sum is one map, which it
-// leaves for the pieces before it; each of them composes the maps behind it itself, in their order, so that the result
+// A block takes a tile of a sequence, the last tiles first. What a tile does to the running sum is one map, which it
+// leaves for the tiles before it; each of them composes the maps behind it itself, in their order, so that the result
 // does not hang on timing.
 #include "grid_sync.cuh"
 #include "launch.h"
@@ -31,32 +31,32 @@ struct Step {
 struct GaeArgs {
   GaeParams p;
   float gamma, decay;
-  int64_t pieces;
+  int64_t tiles;
 
   __device__ Step* steps() const { return static_cast<Step*>(p.scratch.partial); }
-  __device__ int32_t* arrived(int64_t slot) const { return p.scratch.counters + 1 + slot; }
+  __device__ int32_t* arrived(int64_t tile_id) const { return p.scratch.counters + 1 + tile_id; }
 };
 static_assert(sizeof(Step) == kGaeSums * sizeof(float));
 
 class GaeBlock {
  public:
-  __device__ GaeBlock(const GaeArgs& a, const Piece& piece, float* staged)
-      : a(a), p(a.p), piece(piece), rewards(staged), values(staged + kStaged) {}
+  __device__ GaeBlock(const GaeArgs& a, const SequenceTile& tile, float* staged)
+      : a(a), p(a.p), tile(tile), rewards(staged), values(staged + kStaged) {}
 
   static constexpr int kStaged = int(kTokensPerTile) + int(kTokensPerTile) / kTokensPerThread;  // no bank conflicts
 
   // Coalesced; then each thread has kTokensPerThread tokens that follow each other. Of masked ones nothing is read.
   __device__ void load() {
-    for (int i = threadIdx.x; i < int(piece.size()); i += kThreads) {
-      const int64_t t = piece.begin + i;
-      const bool counts = is_active(p.active, piece.row, t);
-      rewards[at(i)] = counts ? read(p.rewards, piece.row, t, 0) : 0;
-      values[at(i)] = counts ? read(p.values, piece.row, t, 0) : 0;
+    for (int i = threadIdx.x; i < int(tile.size()); i += kThreads) {
+      const int64_t t = tile.begin + i;
+      const bool counts = is_active(p.active, tile.row, t);
+      rewards[at(i)] = counts ? read(p.rewards, tile.row, t, 0) : 0;
+      values[at(i)] = counts ? read(p.values, tile.row, t, 0) : 0;
     }
     __syncthreads();
     for (int k = 0; k < kTokensPerThread; ++k) {
       const int i = int(threadIdx.x) * kTokensPerThread + k;
-      const bool counts = i < int(piece.size()) && is_active(p.active, piece.row, piece.begin + i);
+      const bool counts = i < int(tile.size()) && is_active(p.active, tile.row, tile.begin + i);
       active |= unsigned(counts) << k;
     }
   }
@@ -79,16 +79,16 @@ class GaeBlock {
       rewards[i] = all.sum, values[i] = all.sum + value;
     }
     __syncthreads();
-    const int64_t out = piece.row * p.tokens + piece.begin;
-    for (int i = threadIdx.x; i < int(piece.size()); i += kThreads) {
+    const int64_t out = tile.row * p.tokens + tile.begin;
+    for (int i = threadIdx.x; i < int(tile.size()); i += kThreads) {
       static_cast<float*>(p.advantages)[out + i] = rewards[at(i)];
       if (p.returns) static_cast<float*>(p.returns)[out + i] = values[at(i)];
     }
   }
 
   __device__ void store_zeros() const {
-    const int64_t out = piece.row * p.tokens + piece.begin;
-    for (int i = threadIdx.x; i < int(piece.size()); i += kThreads) {
+    const int64_t out = tile.row * p.tokens + tile.begin;
+    for (int i = threadIdx.x; i < int(tile.size()); i += kThreads) {
       static_cast<float*>(p.advantages)[out + i] = 0;
       if (p.returns) static_cast<float*>(p.returns)[out + i] = 0;
     }
@@ -97,7 +97,7 @@ class GaeBlock {
  private:
   const GaeArgs& a;
   const GaeParams& p;
-  const Piece piece;
+  const SequenceTile tile;
   float *rewards, *values;
   unsigned active = 0;  // a bit for each of the thread's tokens
 
@@ -109,15 +109,15 @@ class GaeBlock {
   }
 };
 
-// The steps that the sequence's later pieces left, composed by each thread in part and then by the block. A thread
-// waits for the pieces that it reads itself, all threads at once: one after the other would be a round trip per piece.
-__device__ Step left_behind(const GaeArgs& a, const Piece& piece) {
-  const int64_t later = piece.siblings - 1 - piece.index, share = (later + kThreads - 1) / kThreads;
-  const int64_t slot = piece.first + piece.index;
+// The steps that the sequence's later tiles left, composed by each thread in part and then by the block. A thread
+// waits for the tiles that it reads itself, all threads at once: one after the other would be a round trip per tile.
+__device__ Step left_behind(const GaeArgs& a, const SequenceTile& tile) {
+  const int64_t later = tile.num_tiles - 1 - tile.index, share = (later + kThreads - 1) / kThreads;
+  const int64_t tile_id = tile.first_tile + tile.index;
   Step all;
   for (int64_t k = min_((threadIdx.x + 1) * share, later); k > threadIdx.x * share; --k) {
-    spin(a.arrived(slot + k), 1, "gae_kernel");
-    all = left_by_other(a.steps() + slot + k).after(all);
+    spin(a.arrived(tile_id + k), 1, "gae_kernel");
+    all = left_by_other(a.steps() + tile_id + k).after(all);
   }
   Step whole;
   exclusive_suffix<kThreads>(all, whole);
@@ -126,30 +126,30 @@ __device__ Step left_behind(const GaeArgs& a, const Piece& piece) {
 
 __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArgs a) {
   __shared__ float staged[2 * GaeBlock::kStaged];
-  const int64_t slot = a.pieces - 1 - take_ticket(a.p.scratch.counters);
-  const Piece piece = Pieces{a.p.cu_seqlens, a.p.sequences, a.p.tokens}[slot];
-  if (piece.size() == 0) return;
-  GaeBlock block(a, piece, staged);
-  if (!piece.inside) {
+  const int64_t tile_id = a.tiles - 1 - take_ticket(a.p.scratch.counters);
+  const SequenceTile tile = SequenceTiles{a.p.cu_seqlens, a.p.sequences, a.p.tokens}[tile_id];
+  if (tile.size() == 0) return;
+  GaeBlock block(a, tile, staged);
+  if (!tile.in_sequence) {
     block.store_zeros();
     return;
   }
   block.load();
   Step whole;
   const Step behind = exclusive_suffix<kThreads>(block.step(), whole);
-  if (piece.index > 0) {
-    if (threadIdx.x == 0) a.steps()[slot] = whole;
-    arrive(a.arrived(slot), 1);
+  if (tile.index > 0) {
+    if (threadIdx.x == 0) a.steps()[tile_id] = whole;
+    arrive(a.arrived(tile_id), 1);
   }
-  block.store(piece.index + 1 < piece.siblings ? behind.after(left_behind(a, piece)) : behind);
+  block.store(tile.index + 1 < tile.num_tiles ? behind.after(left_behind(a, tile)) : behind);
 }
 
 }  // namespace
 
 void gae(const GaeParams& p, Stream stream) {
-  const int64_t pieces = piece_count(p.batch, p.tokens, p.cu_seqlens, p.sequences);
-  const GaeArgs args{p, float(p.gamma), float(p.gamma * p.lam), pieces};
-  launch("gae_kernel", gae_kernel, {pieces, kThreads}, stream, args);
+  const int64_t tiles = sequence_tile_count(p.batch, p.tokens, p.cu_seqlens, p.sequences);
+  const GaeArgs args{p, float(p.gamma), float(p.gamma * p.lam), tiles};
+  launch("gae_kernel", gae_kernel, {tiles, kThreads}, stream, args);
 }
 
 }  // namespace gk

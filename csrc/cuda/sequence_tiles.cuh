@@ -1,28 +1,28 @@
-// Sequences of any lengths, cut into pieces of equal size: the work of a block. Pieces are numbered without knowing the
-// lengths on the host, so that nothing waits for the device; some numbers have no tokens.
+// Sequences of any lengths, cut into tiles of equal size: the work of a block. Tiles are numbered without knowing the
+// lengths on the host, so that there is no host sync; some numbers have no tokens.
 #pragma once
 #include "../kernels.h"
 
 namespace gk {
 
-struct Piece {
-  int64_t sequence, row;           // its batch row
-  int64_t begin, end;              // tokens of that row
-  int64_t first, index, siblings;  // the sequence's first piece; which of its pieces this is, of how many
-  bool inside;                     // false: past the last boundary, where tokens belong to no sequence
+struct SequenceTile {
+  int64_t sequence, row;                 // its batch row
+  int64_t begin, end;                    // tokens of that row
+  int64_t first_tile, index, num_tiles;  // the sequence's first tile; which of its tiles this is, of how many
+  bool in_sequence;                      // false: past the last boundary, where tokens belong to no sequence
   __device__ int64_t size() const { return end - begin; }
 };
 
-GK_HD int64_t pieces_of_row(int64_t tokens) { return max_<int64_t>((tokens + kTokensPerTile - 1) / kTokensPerTile, 1); }
+GK_HD int64_t tiles_per_row(int64_t tokens) { return max_<int64_t>((tokens + kTokensPerTile - 1) / kTokensPerTile, 1); }
 
 // At least 1.
-inline int64_t piece_count(int64_t batch, int64_t tokens, const int64_t* cu_seqlens, int64_t sequences) {
-  return cu_seqlens ? sequences + 1 + tokens / kTokensPerTile : max_<int64_t>(batch * pieces_of_row(tokens), 1);
+inline int64_t sequence_tile_count(int64_t batch, int64_t tokens, const int64_t* cu_seqlens, int64_t sequences) {
+  return cu_seqlens ? sequences + 1 + tokens / kTokensPerTile : max_<int64_t>(batch * tiles_per_row(tokens), 1);
 }
 
 // The sequences of flat tokens. Their boundaries lie on the device, where nobody has checked them, and whatever they
 // are, the sequences must be disjoint, in order and within the tokens: else a kernel writes elsewhere, or waits for
-// pieces that no block takes. So each boundary counts as clamped to what the search for it has left over, which changes
+// tiles that no block takes. So each boundary counts as clamped to what the search for it has left over, which changes
 // nothing where they rise from 0 to at most `tokens`. The first counts as 0 and is not read.
 struct Boundaries {
   const int64_t* cu_seqlens;  // [sequences + 1]
@@ -51,31 +51,32 @@ struct Boundaries {
   }
 };
 
-struct Pieces {
+struct SequenceTiles {
   const int64_t* cu_seqlens;  // null: one sequence per batch row
   int64_t sequences, tokens;  // tokens of a batch row
 
-  __device__ Piece operator[](int64_t slot) const { return cu_seqlens ? packed(slot) : padded(slot); }
+  __device__ SequenceTile operator[](int64_t tile_id) const { return cu_seqlens ? packed(tile_id) : padded(tile_id); }
 
  private:
-  // The pieces of a sequence begin here: monotonic, and never too few for its tokens.
-  __device__ static int64_t first_of(int64_t sequence, int64_t begin) { return sequence + begin / kTokensPerTile; }
+  // The tiles of a sequence begin here: monotonic, and never too few for its tokens.
+  __device__ static int64_t first_tile_of(int64_t sequence, int64_t begin) { return sequence + begin / kTokensPerTile; }
 
-  __device__ Piece padded(int64_t slot) const {
-    const int64_t siblings = pieces_of_row(tokens), row = slot / siblings;
+  __device__ SequenceTile padded(int64_t tile_id) const {
+    const int64_t num_tiles = tiles_per_row(tokens), row = tile_id / num_tiles;
     if (row >= sequences) return {};  // a launch of no tokens
-    return cut({row, 0, tokens}, row, row * siblings, slot, true);
+    return cut({row, 0, tokens}, row, row * num_tiles, tile_id, true);
   }
-  __device__ Piece packed(int64_t slot) const {
-    const auto reached = [=](int64_t s, int64_t begin) { return first_of(s, begin) <= slot; };
+  __device__ SequenceTile packed(int64_t tile_id) const {
+    const auto reached = [=](int64_t s, int64_t begin) { return first_tile_of(s, begin) <= tile_id; };
     const Boundaries::Span span = Boundaries{cu_seqlens, sequences, tokens}.last(reached);
-    return cut(span, 0, first_of(span.sequence, span.begin), slot, span.sequence < sequences);
+    return cut(span, 0, first_tile_of(span.sequence, span.begin), tile_id, span.sequence < sequences);
   }
-  __device__ static Piece cut(const Boundaries::Span& span, int64_t row, int64_t first, int64_t slot, bool inside) {
-    const int64_t index = slot - first, from = span.begin + index * kTokensPerTile;
+  __device__ static SequenceTile cut(const Boundaries::Span& span, int64_t row, int64_t first_tile, int64_t tile_id,
+                                     bool in_sequence) {
+    const int64_t index = tile_id - first_tile, from = span.begin + index * kTokensPerTile;
     const int64_t to = min_(from + kTokensPerTile, span.end),
-                  siblings = (span.size() + kTokensPerTile - 1) / kTokensPerTile;
-    return {span.sequence, row, from, max_(from, to), first, index, siblings, inside};
+                  num_tiles = (span.size() + kTokensPerTile - 1) / kTokensPerTile;
+    return {span.sequence, row, from, max_(from, to), first_tile, index, num_tiles, in_sequence};
   }
 };
 

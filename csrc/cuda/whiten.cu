@@ -29,7 +29,7 @@ struct MaskedMoments {
 };
 static_assert(sizeof(MaskedMoments) == kMomentSums * sizeof(float));
 
-struct Active {  // of a piece
+struct Active {  // of a tile
   float sum = 0, low = INFINITY, high = -INFINITY;
   int count = 0;
   __device__ Active merge(const Active& o) const {
@@ -46,11 +46,11 @@ struct Deviations {  // from the mean
 
 struct WhitenArgs {
   WhitenParams p;
-  int64_t pieces;
+  int64_t tiles;
 };
 
-// Of the block's piece: the values stay in registers for the second pass.
-__device__ MaskedMoments moments_of_piece(const WhitenParams& p) {
+// Of the block's tile: the values stay in registers for the second pass.
+__device__ MaskedMoments moments_of_tile(const WhitenParams& p) {
   const int64_t begin = blockIdx.x * kTokensPerTile + threadIdx.x, end = p.batch * p.tokens;
   float x[kTokensPerThread];
   unsigned on = 0;
@@ -77,10 +77,10 @@ __device__ MaskedMoments moments_of_piece(const WhitenParams& p) {
 }
 
 __global__ void __launch_bounds__(kThreads) moments_kernel(WhitenArgs a) {
-  MaskedMoments moments = moments_of_piece(a.p), *left = static_cast<MaskedMoments*>(a.p.scratch.partial);
+  MaskedMoments moments = moments_of_tile(a.p), *left = static_cast<MaskedMoments*>(a.p.scratch.partial);
   if (threadIdx.x == 0) left[blockIdx.x] = moments;
-  if (!arrive(a.p.scratch.counters, a.pieces)) return;
-  moments = sum_left(left, a.pieces);
+  if (!arrive(a.p.scratch.counters, a.tiles)) return;
+  moments = sum_left(left, a.tiles);
   if (threadIdx.x > 0) return;
   double* out = a.p.moments;
   out[0] = moments.count, out[1] = double(moments.mean) + moments.rest, out[2] = moments.squares;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) whiten_kernel(WhitenArgs a) {
   const WhitenParams& p = a.p;
   const double* c = p.coefficients;
   const float shift = float(c[0]), rest = float(c[0] - shift), factor = float(c[1]), offset = float(c[2]);
-  for_each_in_piece(p.batch, p.tokens, [&](int64_t i, Place at) {
+  for_each_in_tile(p.batch, p.tokens, [&](int64_t i, Place at) {
     const bool on = is_active(p.active, at.row, at.t);
     static_cast<float*>(p.whitened)[i] = on ? ((read(p.values, at.row, at.t, 0) - shift) - rest) * factor + offset : 0;
   });
@@ -100,13 +100,13 @@ __global__ void __launch_bounds__(kThreads) whiten_kernel(WhitenArgs a) {
 }  // namespace
 
 void masked_moments(const WhitenParams& p, Stream stream) {
-  const WhitenArgs args{p, span_count(p.batch, p.tokens)};
-  launch("moments_kernel", moments_kernel, {args.pieces, kThreads}, stream, args);
+  const WhitenArgs args{p, flat_tile_count(p.batch, p.tokens)};
+  launch("moments_kernel", moments_kernel, {args.tiles, kThreads}, stream, args);
 }
 
 void whiten(const WhitenParams& p, Stream stream) {
-  const WhitenArgs args{p, span_count(p.batch, p.tokens)};
-  launch("whiten_kernel", whiten_kernel, {args.pieces, kThreads}, stream, args);
+  const WhitenArgs args{p, flat_tile_count(p.batch, p.tokens)};
+  launch("whiten_kernel", whiten_kernel, {args.tiles, kThreads}, stream, args);
 }
 
 }  // namespace gk

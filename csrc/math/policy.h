@@ -1,5 +1,5 @@
-// Per-token policy maths, each piece as value and derivative. The same functions stand, in the same order and with the
-// same names, in grpo_kernels/reference (torch, differentiated by autograd); docs of the formulas are there.
+// Per-token policy maths, each function as value and derivative. The same functions stand, in the same order and with
+// the same names, in grpo_kernels/reference (torch, differentiated by autograd); docs of the formulas are there.
 #pragma once
 #include "numeric.h"
 

@@ -58,18 +58,18 @@ class GpuMemory(NoMemory):
         self._module = module
 
     def tokens(self, grid: Tensor, cu_seqlens: Tensor | None, sequences: int) -> Scratch:
-        pieces = self._pieces(grid, cu_seqlens)
-        return _scratch(grid, 2 + 5 * sequences, pieces * self._module.TOKEN_SUMS)
+        tiles = self._sequence_tiles(grid, cu_seqlens)
+        return _scratch(grid, 2 + 5 * sequences, tiles * self._module.TOKEN_SUMS)
 
     def gae(self, grid: Tensor, cu_seqlens: Tensor | None) -> Scratch:
-        pieces = self._pieces(grid, cu_seqlens)
-        return _scratch(grid, 1 + pieces, pieces * self._module.GAE_SUMS)
+        tiles = self._sequence_tiles(grid, cu_seqlens)
+        return _scratch(grid, 1 + tiles, tiles * self._module.GAE_SUMS)
 
     def value_loss(self, grid: Tensor) -> Scratch:
-        return _scratch(grid, 1, self._pieces_of(grid.numel()) * self._module.VALUE_SUMS)
+        return _scratch(grid, 1, self._flat_tiles(grid.numel()) * self._module.VALUE_SUMS)
 
     def moments(self, grid: Tensor) -> Scratch:
-        return _scratch(grid, 1, self._pieces_of(grid.numel()) * self._module.MOMENT_SUMS)
+        return _scratch(grid, 1, self._flat_tiles(grid.numel()) * self._module.MOMENT_SUMS)
 
     def advantages(self, rewards: Tensor, group_ids: Tensor | None) -> list[Tensor | None]:
         order, ends = (None, None) if group_ids is None else sorted_by_group(group_ids, ends=True)
@@ -87,14 +87,14 @@ class GpuMemory(NoMemory):
         sets = [integers(torch.empty, 1), None if small else integers(torch.zeros, 2)]
         return [order, begins, *sets], _scratch(token_ids, 1 + 2 * samples, 4 * samples)
 
-    def _pieces(self, grid: Tensor, cu_seqlens: Tensor | None) -> int:
-        """gk::piece_count."""
+    def _sequence_tiles(self, grid: Tensor, cu_seqlens: Tensor | None) -> int:
+        """gk::sequence_tile_count."""
         batch, tokens = grid.shape
         if cu_seqlens is not None:
             return len(cu_seqlens) + tokens // int(self._module.TOKENS_PER_TILE)
-        return max(batch * self._pieces_of(tokens), 1)
+        return max(batch * self._flat_tiles(tokens), 1)
 
-    def _pieces_of(self, tokens: int) -> int:
+    def _flat_tiles(self, tokens: int) -> int:
         return max(-(-tokens // int(self._module.TOKENS_PER_TILE)), 1)
 
 
