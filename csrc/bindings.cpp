@@ -204,8 +204,8 @@ PYBIND11_MODULE(GK_MODULE, m) {
   m.def("use_isa", [](int isa) { gk::use_isa(gk::Isa(isa)); });
 #endif
 #ifdef GK_EMULATED
-  m.def("row_plan", [](int shared_bytes, int threads, bool bulk_copies, int64_t row_bytes, bool twice) {
-    const gk::RowPlan plan = gk::row_plan({shared_bytes, threads, bulk_copies}, row_bytes, twice);
+  m.def("row_plan", [](int shared_bytes, int threads, bool bulk_copies, int64_t row_bytes, bool two_pass) {
+    const gk::RowPlan plan = gk::row_plan({shared_bytes, threads, bulk_copies}, row_bytes, two_pass);
     return std::make_tuple(plan.threads, plan.cluster, plan.slots, plan.resident, plan.shared_bytes());
   });
   m.def("use_machine", [](int multiprocessors, int threads, int shared_bytes, bool bulk_copies, int schedule) {

@@ -175,9 +175,8 @@ def test_scale(backend, dtype, columns):
 @pytest.mark.parametrize("gamma, lam", [(0.99, 0.97), (1.0, 1.0), (0.5, 0.0)])
 def test_gae_over_several_blocks(backend, length, gamma, lam):
     values, mask, others = tokens((2, length))
-    mask[0, TOKENS_PER_TILE // 2 : 2 * TOKENS_PER_TILE + 9] = (
-        False  # a value and a running sum are carried over a block without tokens
-    )
+    # A value and a running sum are carried over a block without tokens.
+    mask[0, TOKENS_PER_TILE // 2 : 2 * TOKENS_PER_TILE + 9] = False
     rewards = others["ref_logps"]
     mine, eager, exact = (
         gk.gae(*(on_device(x, b) for x in (rewards.to(dtype), values.to(dtype), mask)), gamma=gamma, lam=lam, backend=b)

@@ -17,8 +17,8 @@ template <typename T> __device__ void scale_run(T* x, int count, float factor) {
     for (float& value : v.values) value *= factor;
     store16(at, v.packed());
   }
-  const int edge = cut.edge(int(threadIdx.x));
-  if (edge < count) x[edge] = from_float(to_float(x[edge]) * factor, T{});
+  const int scalar = cut.scalar_column(int(threadIdx.x));
+  if (scalar < count) x[scalar] = from_float(to_float(x[scalar]) * factor, T{});
 }
 
 template <typename T> __global__ void __launch_bounds__(kThreads) scale_kernel(ScaleParams p) {

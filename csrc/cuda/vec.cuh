@@ -123,7 +123,7 @@ template <typename T> struct Cut {
   __device__ Cut(int count, int past)
       : count(count), head(min_(past ? kPerVector<T> - past : 0, count)), vectors((count - head) / kPerVector<T>) {}
   // Head and tail together are fewer than 2 vectors; one past the last: count.
-  __device__ int edge(int i) const {
+  __device__ int scalar_column(int i) const {
     const int behind = head + vectors * kPerVector<T>;
     return i < head ? i : min_(behind + i - head, count);
   }

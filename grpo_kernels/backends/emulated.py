@@ -21,8 +21,8 @@ class RowPlan(NamedTuple):
     shared_bytes: int
 
 
-def row_plan(shared_bytes: int, threads: int, bulk_copies: bool, row_bytes: int, twice: bool) -> RowPlan:
-    return RowPlan(*_emulated.row_plan(shared_bytes, threads, bulk_copies, row_bytes, twice))
+def row_plan(shared_bytes: int, threads: int, bulk_copies: bool, row_bytes: int, two_pass: bool) -> RowPlan:
+    return RowPlan(*_emulated.row_plan(shared_bytes, threads, bulk_copies, row_bytes, two_pass))
 
 
 SCHEDULES = ("round_robin", "one_warp_ahead", "shuffled", "shuffled_copies")  # as gk::emulation::Schedule

@@ -45,7 +45,7 @@ CUDA = [
     Mutant(
         "the wait for a free slot", "loss with a tail", "row_kernel", f"{WAIT}(?={WATCHED}|{COPIES_NEXT})", OVER, ALL
     ),
-    Mutant("the waits for chunks", "loss in place", "row_kernel", f"{WAIT}(?!{COPIES_NEXT})", OVER, ALL),
+    Mutant("the waits for tiles", "loss in place", "row_kernel", f"{WAIT}(?!{COPIES_NEXT})", OVER, ALL),
     Mutant("the barrier before a row's result", "two passes", "row_kernel", NAMED_BARRIER),
     Mutant("the wait for the cluster", "loss of a cluster", "row_kernel", CLUSTER_WAIT, OVER),
     Mutant("the fences of a sequence's tiles", "tokens of several tiles", "token_kernel", FENCE, "", ALL, soak=True),
