@@ -191,7 +191,7 @@ PYBIND11_MODULE(GK_MODULE, m) {
   m.def("whiten", whitening(gk::whiten), Release());
 
   m.attr("TOKENS_PER_TILE") = gk::kTokensPerTile;
-  m.attr("TOKEN_SUMS") = gk::kTokenSums + gk::kPoolSums + gk::kPullSums;
+  m.attr("TOKEN_SUMS") = gk::kTokenSums + gk::kPoolSums + gk::kPooledGradSums;
   m.attr("GAE_SUMS") = gk::kGaeSums;
   m.attr("VALUE_SUMS") = gk::kValueSums;
   m.attr("MOMENT_SUMS") = gk::kMomentSums;

@@ -27,10 +27,10 @@ struct Scratch {
   int32_t* counters;  // zeros
   void* partial;
 };
-constexpr int64_t kTokensPerTile = 2048;                      // of a block
-constexpr int kTokenSums = 23, kPoolSums = 5, kPullSums = 1;  // floats per tile, in TokenParams::scratch
-constexpr int kGaeSums = 5, kValueSums = 5, kMomentSums = 6;  // likewise
-constexpr int64_t kTokensInTable = 4096;                      // of a sample that needs no DiversityParams::tables
+constexpr int64_t kTokensPerTile = 2048;                            // of a block
+constexpr int kTokenSums = 23, kPoolSums = 5, kPooledGradSums = 1;  // floats per tile, in TokenParams::scratch
+constexpr int kGaeSums = 5, kValueSums = 5, kMomentSums = 6;        // likewise
+constexpr int64_t kTokensInTable = 4096;                            // of a sample that needs no DiversityParams::tables
 
 // z = softcap(logit_scale * logit) / temperature, softcap(v) = c tanh(v / c); softcap == 0: none.
 struct Rows {

@@ -25,9 +25,9 @@ struct FlushDenormals {
 #endif
 };
 
-struct Pull {  // of the loss on one row
-  double g_logp = 0, g_entropy = 0;
-  bool none() const { return g_logp == 0 && g_entropy == 0; }  // a NaN is something
+struct RowGrad {  // d loss / d the row's log-prob and entropy
+  double d_logp = 0, d_entropy = 0;
+  bool none() const { return d_logp == 0 && d_entropy == 0; }  // a NaN is something
 };
 
 struct Row {
@@ -46,7 +46,8 @@ class RowKernel {
         blocks((p.vocab + kBlock - 1) / kBlock),
         sweeps(gk::sweeps(p.dtype, p.softcap > 0, stats.sum_p2 != nullptr)) {}
 
-  // epilogue(row index) -> Pull, once the row's statistics are stored. known: they are already, from an earlier launch.
+  // epilogue(row index) -> RowGrad, once the row's statistics are stored. known: they are already, from an earlier
+  // launch.
   template <typename Epilogue> void run(bool known, const View* gradient, const Epilogue& epilogue) const {
     const int64_t rows = p.batch * p.tokens;
     const int threads = int(std::min<int64_t>(p.threads, 1 + rows * p.vocab / kMinElementsPerThread));
@@ -75,11 +76,11 @@ class RowKernel {
       for (int64_t i = 0; i < count; ++i) save_stats(first + i, &partial[i * blocks]);
     }
     if (!gradient) return;
-    std::vector<Pull> pull(count);
+    std::vector<RowGrad> grads(count);
     for (int64_t i = 0; i < count; ++i)
-      if (active(first + i)) pull[i] = epilogue(first + i);
+      if (active(first + i)) grads[i] = epilogue(first + i);
     parallel_for(count * blocks, threads,
-                 [&](int64_t i) { sweep_gradient(first + i / blocks, i % blocks, *gradient, pull[i / blocks]); });
+                 [&](int64_t i) { sweep_gradient(first + i / blocks, i % blocks, *gradient, grads[i / blocks]); });
   }
 
   bool active(int64_t r) const { return is_active(p.active, r, p.tokens); }
@@ -127,10 +128,10 @@ class RowKernel {
     return p.softcap > 0 ? p.softcap * tanh_at(row, column) : load_element(row.logits, column, p.dtype);
   }
 
-  void sweep_gradient(int64_t r, int64_t block, const View& gradient, Pull pull) const {
+  void sweep_gradient(int64_t r, int64_t block, const View& gradient, RowGrad grad) const {
     const int64_t begin = block * kBlock, n = columns(block);
     char* dz = static_cast<char*>(gradient.data) + (gradient.offset(r, p.tokens) + begin) * bytes;
-    if (!active(r) || pull.none()) {
+    if (!active(r) || grad.none()) {
       std::memset(dz, 0, n * bytes);
       return;
     }
@@ -143,9 +144,9 @@ class RowKernel {
     const double t = here && p.softcap > 0 ? tanh_at(row, row.target) : 0;  // read before it is overwritten
     const char* z = row.logits + begin * bytes;
     sweeps.gradient(z, dz, n, row.transform, stat(stats.max),
-                    RowGradient<double>::of(pull.g_logp, pull.g_entropy, stat(stats.log_sum), entropy), z != dz);
+                    LogitGradient<double>::of(grad.d_logp, grad.d_entropy, stat(stats.log_sum), entropy), z != dz);
     if (here) {
-      const double g = target_gradient(pull.g_logp, pull.g_entropy, stat(stats.logps), entropy);
+      const double g = target_gradient(grad.d_logp, grad.d_entropy, stat(stats.logps), entropy);
       store_element(dz, target, p.dtype, row.transform.slope * (1 - t * t) * g);
     }
   }
@@ -154,14 +155,14 @@ class RowKernel {
 }  // namespace
 
 void row_forward(const Rows& p, const RowStats& stats, Stream) {
-  RowKernel(p, stats).run(false, nullptr, [](int64_t) { return Pull{}; });
+  RowKernel(p, stats).run(false, nullptr, [](int64_t) { return RowGrad{}; });
 }
 
 void row_backward(const Rows& p, const RowStats& saved, const void* g_logps, const void* g_entropy,
                   const View& gradient, Stream) {
   const bool is_double = p.dtype == DType::f64;
   RowKernel(p, saved).run(true, &gradient, [&](int64_t r) {
-    return Pull{load_real(g_logps, r, is_double), g_entropy ? load_real(g_entropy, r, is_double) : 0};
+    return RowGrad{load_real(g_logps, r, is_double), g_entropy ? load_real(g_entropy, r, is_double) : 0};
   });
 }
 
@@ -173,7 +174,7 @@ void row_policy(const Rows& p, const RowStats& stats, const PolicyInputs& in, co
     const TokenInputs<double> token = read_token(in, r, p.tokens, is_double, logp);
     const TokenResult<double> result = token_result(in.form, token, logp, 0.0, {}, scalars);
     // Rounded as the token kernel stores them: one pass and two give the same bits.
-    return Pull{as_real(result.g_logp, is_double), as_real(result.g_entropy, is_double)};
+    return RowGrad{as_real(result.d_logp, is_double), as_real(result.d_entropy, is_double)};
   });
 }
 

@@ -19,7 +19,7 @@ struct Transform {
 struct Sweeps {
   void (*stats)(const void* logits, int64_t columns, const Transform&, Softmax<double>* out);
   // out may be logits; stream: write past the cache.
-  void (*gradient)(const void* logits, void* out, int64_t columns, const Transform&, double max, RowGradient<double>,
+  void (*gradient)(const void* logits, void* out, int64_t columns, const Transform&, double max, LogitGradient<double>,
                    bool stream);
 };
 

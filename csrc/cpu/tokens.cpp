@@ -34,12 +34,12 @@ class TokenKernel {
   Sums run(Segment segment) const {
     Sums sums;
     const Sequence<double> sequence = pooling == Pooling::none ? Sequence<double>{} : pool(segment);
-    double pull = 0;  // d loss / d the pooled log-ratio
+    double d_pooled = 0;  // d loss / d the pooled log-ratio
     for (int64_t r = segment.begin; r < segment.end; ++r)
-      if (active(r)) pull += token(r, sequence, sums);
-    if (sequence.open && pull != 0)  // a NaN is something
+      if (active(r)) d_pooled += token(r, sequence, sums);
+    if (sequence.open && d_pooled != 0)  // a NaN is something
       for (int64_t r = segment.begin; r < segment.end; ++r)
-        if (active(r)) push_back(r, sequence.share * pull);
+        if (active(r)) scatter_pooled_grad(r, sequence.share * d_pooled);
     return sums;
   }
 
@@ -74,9 +74,9 @@ class TokenKernel {
     return {{log_ratio, adv / n, p.in.pooled_weights.data ? exp_(log_weight / n) : 1}, share, inside(raw, log_ratio)};
   }
 
-  void push_back(int64_t r, double pull) const {
+  void scatter_pooled_grad(int64_t r, double d_pooled) const {
     const TokenInputs<double> t = inputs(r);
-    if (term(r, t).open) store(p.g_logps, r, load_real(p.g_logps, r, p.is_double) + weighted_(count_of(t), pull));
+    if (term(r, t).open) store(p.g_logps, r, load_real(p.g_logps, r, p.is_double) + weighted_(count_of(t), d_pooled));
   }
 
   // Stores the token's results; returns what it adds to the derivative in the sequence's pooled log-ratio.
@@ -84,10 +84,10 @@ class TokenKernel {
     const double entropy = read(p.entropy, r, p.tokens, p.is_double, 0);
     const TokenResult<double> result = token_result(form, inputs(r), logp(r), entropy, sequence, s);
     store(p.per_token, r, result.value);
-    store(p.g_logps, r, result.g_logp);
-    store(p.g_entropy, r, result.g_entropy);
+    store(p.g_logps, r, result.d_logp);
+    store(p.g_entropy, r, result.d_entropy);
     sums.tokens = sums.tokens.merge(result.sums);
-    return result.pull;
+    return result.d_pooled;
   }
 };
 

@@ -182,8 +182,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   }
 
   __device__ RowResult saved(int64_t row) const {
-    const float g_entropy = args.g_entropy ? args.g_entropy[row] : 0;
-    return {args.logps[row], args.entropy[row], args.max[row], args.log_sum[row], args.g_logps[row], g_entropy};
+    const float d_entropy = args.g_entropy ? args.g_entropy[row] : 0;
+    return {args.logps[row], args.entropy[row], args.max[row], args.log_sum[row], args.g_logps[row], d_entropy};
   }
 
   __device__ RowResult statistics(int64_t row, const RowSlice<T>& slice, const TileSchedule& schedule,
@@ -220,7 +220,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     return s;
   }
 
-  // By one warp: every block tells every block, and all merge in the schedule of their ranks.
+  // By one warp: every block tells every block, and all merge in the order of their ranks.
   __device__ Softmax<float> cluster_merge(const Softmax<float>& own, float unit) {
     const int parity = exchanges % 2, phase = exchanges / 2 % 2;
     ++exchanges;
@@ -232,26 +232,26 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     return merge_of(control->of_block[parity], cluster, unit);
   }
 
-  // By the same warp: the row's statistics, and what the loss pulls with.
+  // By the same warp: the row's statistics, and the epilogue.
   __device__ void finish(int64_t row, Softmax<float> s, const Transform& f, float of_target) {
     if (s.max == -INFINITY) s.sum = NAN;  // every logit is -inf: no distribution
     const float log_sum = s.log_sum(), logp = (z_of<kSoftcap>(of_target, f) - s.max) * f.natural - log_sum;
     RowResult result{min_(logp, 0.0f), s.entropy(), s.max, log_sum, 0, 0};
-    if (args.policy) pull(row, result);
+    if (args.policy) policy_epilogue(row, result);
     if (threadIdx.x > 0) return;
     control->result = result;
     if (rank == 0) store(row, result, s.sum_p2());
   }
 
-  __device__ void pull(int64_t row, RowResult& result) const {
+  __device__ void policy_epilogue(int64_t row, RowResult& result) const {
     const int64_t b = row / args.tokens, t = row % args.tokens;
-    TokenInputs<float> token = read_token(args.in, b, t, result.logp);
+    TokenInputs<float> in = read_token(args.in, b, t, result.logp);
     const Advantages made = args.in.form.advantages;
     if (made != Advantages::given)
-      token.adv = sample_advantage(WarpTeam{}, args.in.advantages, made, b, args.in.group_size, args.advantage_eps);
+      in.adv = sample_advantage(WarpTeam{}, args.in.advantages, made, b, args.in.group_size, args.advantage_eps);
     const Scalars<float> scalars = with_coefficients(args.scalars, args.in);
-    const TokenResult<float> pulls = token_result(args.in.form, token, result.logp, 0.0f, {}, scalars);
-    result.g_logp = pulls.g_logp, result.g_entropy = pulls.g_entropy;
+    const TokenResult<float> token = token_result(args.in.form, in, result.logp, 0.0f, {}, scalars);
+    result.d_logp = token.d_logp, result.d_entropy = token.d_entropy;
   }
 
   __device__ void store(int64_t row, const RowResult& result, float sum_p2) const {
@@ -278,10 +278,10 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   __device__ void write_gradient(int64_t row, const RowSlice<T>& slice, const TileSchedule& schedule,
                                  const ScalarTail& tail, const Transform& f, const RowResult& r, int target) {
-    const RowGradient<float> g = RowGradient<float>::of(r.g_logp, r.g_entropy, r.log_sum, r.entropy);
+    const LogitGradient<float> g = LogitGradient<float>::of(r.d_logp, r.d_entropy, r.log_sum, r.entropy);
     const Slopes slopes{r.max, g.a * f.slope, g.b * f.slope};
     const Output<T> out =
-        output(row, slice, target, f.slope * target_gradient(r.g_logp, r.g_entropy, r.logp, r.entropy));
+        output(row, slice, target, f.slope * target_gradient(r.d_logp, r.d_entropy, r.logp, r.entropy));
     const auto sweep = [&](auto fn) { second_sweep(slice, schedule, tail, f, out, fn); };
     if (r.none()) {
       second_sweep(slice, schedule, tail, f, output(row, slice, -1, 0), [](auto& values) {

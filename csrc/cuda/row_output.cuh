@@ -28,8 +28,8 @@ __device__ __forceinline__ Softmax<float> merge_of(const Softmax<float>* others,
 }
 
 struct RowResult {  // what the epilogue says, and the statistics it is about
-  float logp, entropy, max, log_sum, g_logp, g_entropy;
-  __device__ bool none() const { return g_logp == 0 && g_entropy == 0; }  // a NaN is something
+  float logp, entropy, max, log_sum, d_logp, d_entropy;
+  __device__ bool none() const { return d_logp == 0 && d_entropy == 0; }  // a NaN is something
 };
 
 // Shared memory behind the slots and their barriers.

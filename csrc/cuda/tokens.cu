@@ -42,9 +42,9 @@ struct PoolSums {
 };
 static_assert(sizeof(PoolSums) == kPoolSums * sizeof(float));
 
-struct Pull {  // d loss / d the pooled log-ratio
+struct PooledGrad {  // d loss / d the pooled log-ratio of a sequence
   float value = 0;
-  __device__ Pull merge(const Pull& o) const { return {value + o.value}; }
+  __device__ PooledGrad merge(const PooledGrad& o) const { return {value + o.value}; }
 };
 
 struct TokenArgs {
@@ -56,7 +56,7 @@ struct TokenArgs {
 
   __device__ Sums* sums() const { return static_cast<Sums*>(p.scratch.partial); }
   __device__ PoolSums* pools() const { return reinterpret_cast<PoolSums*>(sums() + tiles); }
-  __device__ Pull* pulls() const { return reinterpret_cast<Pull*>(pools() + tiles); }
+  __device__ PooledGrad* pooled_grads() const { return reinterpret_cast<PooledGrad*>(pools() + tiles); }
   __device__ int32_t* ticket() const { return p.scratch.counters; }
   __device__ int32_t* finished() const { return p.scratch.counters + 1; }
   __device__ int32_t* arrived(int phase, int64_t sequence) const {
@@ -93,28 +93,28 @@ class TokenBlock {
   }
 
   // Stores the tokens' results and leaves the sums; returns the derivative in the sequence's pooled log-ratio.
-  __device__ Pull tokens(const Sequence<float>& sequence) const {
+  __device__ PooledGrad tokens(const Sequence<float>& sequence) const {
     Sums sums;
-    Pull pull;
+    PooledGrad d_pooled;
     for (int64_t t = tile.begin + threadIdx.x; t < tile.end; t += blockDim.x)
       if (active(t))
-        pull.value += token(t, sequence, sums);
+        d_pooled.value += token(t, sequence, sums);
       else
         store(t, 0, 0, 0);
     sums = block_merge(sums);
     if (threadIdx.x == 0) leave(sums);
-    return block_merge(pull);
+    return block_merge(d_pooled);
   }
 
   // The same threads as in `tokens` add to what they stored, or others do in a later phase.
-  __device__ void push_back(const Sequence<float>& sequence, const Pull& pull) const {
-    if (!sequence.open || pull.value == 0) return;  // a NaN is something
+  __device__ void scatter_pooled_grad(const Sequence<float>& sequence, const PooledGrad& d_pooled) const {
+    if (!sequence.open || d_pooled.value == 0) return;  // a NaN is something
     for_each_active([&](int64_t t) {
       const float logp = read(p.logps, tile.row, t, 0);
       const TokenInputs<float> in = inputs(t, logp);
       if (!term(in, logp).open) return;
       float* g = static_cast<float*>(p.g_logps) + tile.row * p.tokens + t;
-      *g = left_by_other(g) + weighted_(count_of(in) * sequence.share, pull.value);
+      *g = left_by_other(g) + weighted_(count_of(in) * sequence.share, d_pooled.value);
     });
   }
 
@@ -147,19 +147,19 @@ class TokenBlock {
   __device__ float count_of(const TokenInputs<float>& in) const {
     return form.objective == Objective::gmpo ? in.token_weight : 1;
   }
-  __device__ void store(int64_t t, float value, float g_logp, float g_entropy) const {
+  __device__ void store(int64_t t, float value, float d_logp, float d_entropy) const {
     const int64_t at = tile.row * p.tokens + t;
     static_cast<float*>(p.per_token)[at] = value;
-    static_cast<float*>(p.g_logps)[at] = g_logp;
-    if (p.g_entropy) static_cast<float*>(p.g_entropy)[at] = g_entropy;
+    static_cast<float*>(p.g_logps)[at] = d_logp;
+    if (p.g_entropy) static_cast<float*>(p.g_entropy)[at] = d_entropy;
   }
 
   __device__ float token(int64_t t, const Sequence<float>& sequence, Sums& sums) const {
     const float logp = read(p.logps, tile.row, t, 0), entropy = read(p.entropy, tile.row, t, 0);
     const TokenResult<float> r = token_result(form, inputs(t, logp), logp, entropy, sequence, s);
-    store(t, r.value, r.g_logp, r.g_entropy);
+    store(t, r.value, r.d_logp, r.d_entropy);
     sums = sums.merge(r.sums);
-    return r.pull;
+    return r.d_pooled;
   }
 
   __device__ void leave(const Sums& sums) const {
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) token_kernel(TokenArgs a) {
   const TokenBlock block(a, tile);
   if (alone || tile.size() == 0) {
     const Sequence<float> sequence = pooled ? block.sequence_of(block.pool()) : Sequence<float>{};
-    block.push_back(sequence, block.tokens(sequence));
+    block.scatter_pooled_grad(sequence, block.tokens(sequence));
     finish(a);
   } else if (phase == 0) {
     const PoolSums sums = block.pool();
@@ -205,11 +205,11 @@ __global__ void __launch_bounds__(kThreads) token_kernel(TokenArgs a) {
     wait_for(a.arrived(phase - 1, tile.sequence), tile.num_tiles, "token_kernel");
     const Sequence<float> sequence = block.sequence_of(sum_left(a.pools() + tile.first_tile, tile.num_tiles));
     if (phase == 2) {
-      block.push_back(sequence, sum_left(a.pulls() + tile.first_tile, tile.num_tiles));
+      block.scatter_pooled_grad(sequence, sum_left(a.pooled_grads() + tile.first_tile, tile.num_tiles));
       return;
     }
-    const Pull pull = block.tokens(sequence);
-    if (threadIdx.x == 0) a.pulls()[tile_id] = pull;
+    const PooledGrad d_pooled = block.tokens(sequence);
+    if (threadIdx.x == 0) a.pooled_grads()[tile_id] = d_pooled;
     arrive(a.arrived(1, tile.sequence), tile.num_tiles);
     finish(a);
   }

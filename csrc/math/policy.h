@@ -166,8 +166,8 @@ GK_HD Term<T> trust_region_objective(bool two_sided, const TokenValues<T>& t, co
 
 // -(A logp - beta x^2 / 2).
 template <typename T> GK_HD Term<T> dro_objective(const TokenValues<T>& t, const Scalars<T>& s) {
-  const T pull = s.dro_beta * t.log_ratio;
-  return {times_(-t.adv, t.logp) + pull * t.log_ratio / 2, pull, T(0), -t.adv, T(1), 0};
+  const T slope = s.dro_beta * t.log_ratio;
+  return {times_(-t.adv, t.logp) + slope * t.log_ratio / 2, slope, T(0), -t.adv, T(1), 0};
 }
 
 // clip, without the tokens picked for their covariance.

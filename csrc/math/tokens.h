@@ -82,9 +82,9 @@ template <typename T> struct TokenSums {
   }
 };
 
-// What the token kernel stores of a token; `pull`: its derivative in the sequence's pooled log-ratio.
+// What the token kernel stores of a token; `d_pooled`: its derivative in the sequence's pooled log-ratio.
 template <typename T> struct TokenResult {
-  T value, g_logp, g_entropy, pull;
+  T value, d_logp, d_entropy, d_pooled;
   TokenSums<T> sums;
 };
 
