@@ -141,7 +141,7 @@ __device__ void decide(const DiversityArgs& a, int64_t sample, const Best& best)
 // Once it is made, for a warp. Nothing else that its block has written is read in this launch.
 __device__ int decision_on(const DiversityArgs& a, int64_t sample) {
   int decision = kUndecided;
-  if (lane_of_thread() == 0) decision = spin(a.decision(sample), kKept, "decide_kernel");
+  if (lane_of_thread() == 0) decision = spin_until(a.decision(sample), kKept, "decide_kernel");
   return __shfl_sync(kFullWarp, decision, 0);
 }
 

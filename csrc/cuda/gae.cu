@@ -34,7 +34,7 @@ struct GaeArgs {
   int64_t tiles;
 
   __device__ Step* steps() const { return static_cast<Step*>(p.scratch.partial); }
-  __device__ int32_t* arrived(int64_t tile_id) const { return p.scratch.counters + 1 + tile_id; }
+  __device__ int32_t* done(int64_t tile_id) const { return p.scratch.counters + 1 + tile_id; }
 };
 static_assert(sizeof(Step) == kGaeSums * sizeof(float));
 
@@ -111,13 +111,13 @@ class GaeBlock {
 
 // The steps that the sequence's later tiles left, composed by each thread in part and then by the block. A thread
 // waits for the tiles that it reads itself, all threads at once: one after the other would be a round trip per tile.
-__device__ Step left_behind(const GaeArgs& a, const SequenceTile& tile) {
+__device__ Step later_tiles(const GaeArgs& a, const SequenceTile& tile) {
   const int64_t later = tile.num_tiles - 1 - tile.index, share = (later + kThreads - 1) / kThreads;
   const int64_t tile_id = tile.first_tile + tile.index;
   Step all;
   for (int64_t k = min_((threadIdx.x + 1) * share, later); k > threadIdx.x * share; --k) {
-    spin(a.arrived(tile_id + k), 1, "gae_kernel");
-    all = left_by_other(a.steps() + tile_id + k).after(all);
+    spin_until(a.done(tile_id + k), 1, "gae_kernel");
+    all = load_from_other_block(a.steps() + tile_id + k).after(all);
   }
   Step whole;
   exclusive_suffix<kThreads>(all, whole);
@@ -139,9 +139,9 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArgs a) {
   const Step behind = exclusive_suffix<kThreads>(block.step(), whole);
   if (tile.index > 0) {
     if (threadIdx.x == 0) a.steps()[tile_id] = whole;
-    arrive(a.arrived(tile_id), 1);
+    signal_done(a.done(tile_id), 1);
   }
-  block.store(tile.index + 1 < tile.num_tiles ? behind.after(left_behind(a, tile)) : behind);
+  block.store(tile.index + 1 < tile.num_tiles ? behind.after(later_tiles(a, tile)) : behind);
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ __device__ inline int64_t take_ticket(int32_t* counter) {
 //
 // One thread fences for the block: the barrier orders what the others wrote before its fence, and fences are
 // cumulative, so whoever sees its atomic sees their writes too. The same holds backwards for what is read afterwards.
-__device__ inline bool arrive(int32_t* counter, int64_t expected) {
+__device__ inline bool signal_done(int32_t* counter, int64_t expected) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -53,7 +53,7 @@ __device__ inline bool arrive(int32_t* counter, int64_t expected) {
 }
 
 // What is there once `expected` have said so; the calling thread then sees what they wrote. `kernel`: its name.
-__device__ __forceinline__ int32_t spin(const int32_t* counter, int64_t expected, const char* kernel) {
+__device__ __forceinline__ int32_t spin_until(const int32_t* counter, int64_t expected, const char* kernel) {
   int32_t seen = load_acquire(counter);
   if (seen >= expected) return seen;
   const uint64_t begin = nanoseconds();
@@ -65,13 +65,13 @@ __device__ __forceinline__ int32_t spin(const int32_t* counter, int64_t expected
 }
 
 // The same for the whole block, of which one thread asks.
-__device__ __forceinline__ void wait_for(const int32_t* counter, int64_t expected, const char* kernel) {
-  if (threadIdx.x == 0) spin(counter, expected, kernel);
+__device__ __forceinline__ void block_spin_until(const int32_t* counter, int64_t expected, const char* kernel) {
+  if (threadIdx.x == 0) spin_until(counter, expected, kernel);
   __syncthreads();
 }
 
 // What another block has left, once this thread knows that it has.
-template <typename T> __device__ T left_by_other(const T* from) {
+template <typename T> __device__ T load_from_other_block(const T* from) {
   static_assert(sizeof(T) % sizeof(float) == 0, "");
   T value;
   float words[sizeof(T) / sizeof(float)];
@@ -83,9 +83,9 @@ template <typename T> __device__ T left_by_other(const T* from) {
 }
 
 // All that blocks left in [0, count), in their order.
-template <typename Sums> __device__ Sums sum_left(const Sums* left, int64_t count) {
+template <typename Sums> __device__ Sums sum_partials(const Sums* partials, int64_t count) {
   Sums sums;
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sums = sums.merge(left_by_other(left + i));
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sums = sums.merge(load_from_other_block(partials + i));
   return block_merge(sums);
 }
 

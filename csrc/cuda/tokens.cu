@@ -59,7 +59,7 @@ struct TokenArgs {
   __device__ PooledGrad* pooled_grads() const { return reinterpret_cast<PooledGrad*>(pools() + tiles); }
   __device__ int32_t* ticket() const { return p.scratch.counters; }
   __device__ int32_t* finished() const { return p.scratch.counters + 1; }
-  __device__ int32_t* arrived(int phase, int64_t sequence) const {
+  __device__ int32_t* done(int phase, int64_t sequence) const {
     return p.scratch.counters + 2 + phase * p.sequences + sequence;
   }
   __device__ TokenCounts* counts() const {
@@ -102,7 +102,7 @@ class TokenBlock {
       else
         store(t, 0, 0, 0);
     sums = block_merge(sums);
-    if (threadIdx.x == 0) leave(sums);
+    if (threadIdx.x == 0) store_partials(sums);
     return block_merge(d_pooled);
   }
 
@@ -114,7 +114,7 @@ class TokenBlock {
       const TokenInputs<float> in = inputs(t, logp);
       if (!term(in, logp).open) return;
       float* g = static_cast<float*>(p.g_logps) + tile.row * p.tokens + t;
-      *g = left_by_other(g) + weighted_(count_of(in) * sequence.share, d_pooled.value);
+      *g = load_from_other_block(g) + weighted_(count_of(in) * sequence.share, d_pooled.value);
     });
   }
 
@@ -162,7 +162,7 @@ class TokenBlock {
     return r.d_pooled;
   }
 
-  __device__ void leave(const Sums& sums) const {
+  __device__ void store_partials(const Sums& sums) const {
     a.sums()[tile.first_tile + tile.index] = sums;
     if (!tile.in_sequence) return;
     TokenCounts& counts = a.counts()[tile.sequence];
@@ -174,11 +174,11 @@ class TokenBlock {
 
 // The last block to have left its sums makes the loss and the metrics.
 __device__ void finish(const TokenArgs& a) {
-  if (!arrive(a.finished(), a.tiles)) return;
-  const Sums sums = sum_left(a.sums(), a.tiles);
+  if (!signal_done(a.finished(), a.tiles)) return;
+  const Sums sums = sum_partials(a.sums(), a.tiles);
   ClipShares shares;
   for (int64_t i = threadIdx.x; i < a.p.sequences; i += blockDim.x)
-    shares = shares.merge(ClipShares::of(left_by_other(a.counts() + i)));
+    shares = shares.merge(ClipShares::of(load_from_other_block(a.counts() + i)));
   shares = block_merge(shares);
   if (threadIdx.x > 0) return;
   *static_cast<float*>(a.p.loss) = loss_of(sums);
@@ -200,17 +200,17 @@ __global__ void __launch_bounds__(kThreads) token_kernel(TokenArgs a) {
   } else if (phase == 0) {
     const PoolSums sums = block.pool();
     if (threadIdx.x == 0) a.pools()[tile_id] = sums;
-    arrive(a.arrived(0, tile.sequence), tile.num_tiles);
+    signal_done(a.done(0, tile.sequence), tile.num_tiles);
   } else {
-    wait_for(a.arrived(phase - 1, tile.sequence), tile.num_tiles, "token_kernel");
-    const Sequence<float> sequence = block.sequence_of(sum_left(a.pools() + tile.first_tile, tile.num_tiles));
+    block_spin_until(a.done(phase - 1, tile.sequence), tile.num_tiles, "token_kernel");
+    const Sequence<float> sequence = block.sequence_of(sum_partials(a.pools() + tile.first_tile, tile.num_tiles));
     if (phase == 2) {
-      block.scatter_pooled_grad(sequence, sum_left(a.pooled_grads() + tile.first_tile, tile.num_tiles));
+      block.scatter_pooled_grad(sequence, sum_partials(a.pooled_grads() + tile.first_tile, tile.num_tiles));
       return;
     }
     const PooledGrad d_pooled = block.tokens(sequence);
     if (threadIdx.x == 0) a.pooled_grads()[tile_id] = d_pooled;
-    arrive(a.arrived(1, tile.sequence), tile.num_tiles);
+    signal_done(a.done(1, tile.sequence), tile.num_tiles);
     finish(a);
   }
 }

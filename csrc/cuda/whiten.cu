@@ -77,10 +77,10 @@ __device__ MaskedMoments moments_of_tile(const WhitenParams& p) {
 }
 
 __global__ void __launch_bounds__(kThreads) moments_kernel(WhitenArgs a) {
-  MaskedMoments moments = moments_of_tile(a.p), *left = static_cast<MaskedMoments*>(a.p.scratch.partial);
-  if (threadIdx.x == 0) left[blockIdx.x] = moments;
-  if (!arrive(a.p.scratch.counters, a.tiles)) return;
-  moments = sum_left(left, a.tiles);
+  MaskedMoments moments = moments_of_tile(a.p), *partials = static_cast<MaskedMoments*>(a.p.scratch.partial);
+  if (threadIdx.x == 0) partials[blockIdx.x] = moments;
+  if (!signal_done(a.p.scratch.counters, a.tiles)) return;
+  moments = sum_partials(partials, a.tiles);
   if (threadIdx.x > 0) return;
   double* out = a.p.moments;
   out[0] = moments.count, out[1] = double(moments.mean) + moments.rest, out[2] = moments.squares;

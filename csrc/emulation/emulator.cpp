@@ -121,13 +121,13 @@ class Scheduler {
     } catch (...) {
       fail(std::current_exception());
     }
-    leave();
+    retire();
     running->done = true;
     suspend();
   }
 
   // An exited thread is waited for no more; what its block has in shared memory goes with the last one.
-  void leave() {
+  void retire() {
     Block& block = *running->block;
     if (--block.live == 0) end(block);
     for (auto& [name, barrier] : block.barriers)
