@@ -50,7 +50,7 @@ class AdvantageKernel {
   std::vector<std::pair<double, double>> weighted;  // rewards with their lengths
   Moments group;
 
-  // The weighted sum of a sample's components that are there; NaN where there is none, or the sample does not count.
+  // The weighted sum of a sample's components that are there; NaN where there is none, or the sample is not valid.
   double reward(int64_t k) const {
     if (p.valid && !p.valid[k]) return NAN;
     double sum = 0;

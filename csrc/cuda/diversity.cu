@@ -66,16 +66,16 @@ template <typename Token> __device__ int64_t gather(const DiversityArgs& a, cons
   const DiversityParams& p = a.p;
   const int64_t row = p.cu_seqlens ? 0 : span.sequence, first = p.cu_seqlens ? span.begin : 0, length = span.size();
   const Token* ids = static_cast<const Token*>(p.token_ids.data) + row * p.token_ids.stride_b;
-  const uint8_t* active = static_cast<const uint8_t*>(p.active.data) + row * p.active.stride_b;
-  const auto on = [&](int64_t t) { return !p.active.data || active[t * p.active.stride_t] != 0; };
+  const uint8_t* mask = static_cast<const uint8_t*>(p.active.data) + row * p.active.stride_b;
+  const auto active = [&](int64_t t) { return !p.active.data || mask[t * p.active.stride_t] != 0; };
   const int64_t share = (length + kThreads - 1) / kThreads, begin = first + min_(threadIdx.x * share, length),
                 end = first + min_((threadIdx.x + 1) * share, length);
   Count own, all;
-  for (int64_t t = begin; t < end; ++t) own.value += on(t);
+  for (int64_t t = begin; t < end; ++t) own.value += active(t);
   const Count behind = exclusive_suffix<kThreads>(own, all);
   int64_t at = all.value - behind.value - own.value;
   for (int64_t t = begin; t < end; ++t)
-    if (on(t)) out[at++] = mix(Hash(int64_t(ids[t * p.token_ids.stride_t])));
+    if (active(t)) out[at++] = mix(Hash(int64_t(ids[t * p.token_ids.stride_t])));
   __syncthreads();
   return all.value;
 }

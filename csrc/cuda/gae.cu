@@ -16,14 +16,14 @@ namespace {
 constexpr int kThreads = 256, kTokensPerThread = int(kTokensPerTile) / kThreads;
 
 // What tokens do to the running sum A and the next value V behind them: A -> factor A + slope V + sum, and V is the
-// value of the first that counts. Where none counts both pass through.
+// value of the first active token. Where none is active both pass through.
 struct Step {
   float factor = 1, slope = 0, sum = 0, value = 0;
-  int counts = 0;
+  int active = 0;
 
   __device__ Step after(const Step& later) const {
-    if (!counts) return later;
-    if (!later.counts) return *this;
+    if (!active) return later;
+    if (!later.active) return *this;
     return {factor * later.factor, factor * later.slope, sum + slope * later.value + factor * later.sum, value, 1};
   }
 };
@@ -49,15 +49,15 @@ class GaeBlock {
   __device__ void load() {
     for (int i = threadIdx.x; i < int(tile.size()); i += kThreads) {
       const int64_t t = tile.begin + i;
-      const bool counts = is_active(p.active, tile.row, t);
-      rewards[at(i)] = counts ? read(p.rewards, tile.row, t, 0) : 0;
-      values[at(i)] = counts ? read(p.values, tile.row, t, 0) : 0;
+      const bool active = is_active(p.active, tile.row, t);
+      rewards[at(i)] = active ? read(p.rewards, tile.row, t, 0) : 0;
+      values[at(i)] = active ? read(p.values, tile.row, t, 0) : 0;
     }
     __syncthreads();
     for (int k = 0; k < kTokensPerThread; ++k) {
       const int i = int(threadIdx.x) * kTokensPerThread + k;
-      const bool counts = i < int(tile.size()) && is_active(p.active, tile.row, tile.begin + i);
-      active |= unsigned(counts) << k;
+      const bool active = i < int(tile.size()) && is_active(p.active, tile.row, tile.begin + i);
+      active_bits |= unsigned(active) << k;
     }
   }
 
@@ -72,7 +72,7 @@ class GaeBlock {
   __device__ void store(const Step& behind) {
     Step all = behind;
     for (int k = kTokensPerThread - 1; k >= 0; --k) {
-      if (!(active >> k & 1)) continue;
+      if (!(active_bits >> k & 1)) continue;
       const int i = at(int(threadIdx.x) * kTokensPerThread + k);
       const float value = values[i];
       all = token(k).after(all);
@@ -99,11 +99,11 @@ class GaeBlock {
   const GaeParams& p;
   const SequenceTile tile;
   float *rewards, *values;
-  unsigned active = 0;  // a bit for each of the thread's tokens
+  unsigned active_bits = 0;  // one for each of the thread's tokens
 
   __device__ static int at(int i) { return i + i / kTokensPerThread; }
   __device__ Step token(int k) const {
-    if (!(active >> k & 1)) return {};
+    if (!(active_bits >> k & 1)) return {};
     const int i = at(int(threadIdx.x) * kTokensPerThread + k);
     return {a.decay, a.gamma, temporal_difference(rewards[i], values[i], 0.0f, a.gamma), values[i], 1};
   }

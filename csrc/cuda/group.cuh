@@ -29,7 +29,7 @@ struct RewardSource {
   const int64_t* order;   // null: as they lie
 
   __device__ int64_t sample(int64_t i) const { return order ? order[i] : i; }
-  // The weighted sum of the components that are there; NaN where none is, or the sample does not count.
+  // The weighted sum of the components that are there; NaN where none is, or the sample is not valid.
   __device__ float reward(int64_t i) const {
     const int64_t k = sample(i);
     if (valid && !valid[k]) return NAN;

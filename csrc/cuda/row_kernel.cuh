@@ -66,8 +66,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   __device__ TileSchedule schedule_of(const RowSlice<T>& slice) const {
     return TileSchedule(slice.num_tiles, args.slots, args.resident, two_pass);
   }
-  // Whether anything is read of a row; else its gradient is 0.
-  __device__ bool needed(int64_t row) const {
+  // False: nothing of the row is read, and its gradient is 0.
+  __device__ bool row_active(int64_t row) const {
     const View& active = args.active;
     if (active.data && !static_cast<const uint8_t*>(active.data)[active.offset(row, args.tokens)]) return false;
     return args.statistics || args.g_logps[row] != 0 || (args.g_entropy && args.g_entropy[row] != 0);
@@ -94,7 +94,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   }
 
   __device__ void load_row(int64_t row) {
-    if (!needed(row)) return;
+    if (!row_active(row)) return;
     const RowSlice<T> slice = slice_of(row);
     const TileSchedule schedule = schedule_of(slice);
     const int loads = slice.num_tiles + (two_pass ? schedule.num_reloads() : 0);
@@ -151,7 +151,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   __device__ void compute_row(int64_t row) {
     const RowSlice<T> slice = slice_of(row);
     const ScalarTail tail = scalar_tail_of(slice);
-    if (!needed(row)) {
+    if (!row_active(row)) {
       if (args.gradient.data) clear(row, slice, tail);
       if (args.statistics && is_writer()) store(row, {}, 0);
       return;

@@ -29,10 +29,10 @@ struct MaskedMoments {
 };
 static_assert(sizeof(MaskedMoments) == kMomentSums * sizeof(float));
 
-struct Active {  // of a tile
+struct ActiveSums {  // of a tile
   float sum = 0, low = INFINITY, high = -INFINITY;
   int count = 0;
-  __device__ Active merge(const Active& o) const {
+  __device__ ActiveSums merge(const ActiveSums& o) const {
     return {sum + o.sum, fminf(low, o.low), fmaxf(high, o.high), count + o.count};
   }
   // Of equal values exactly that value.
@@ -53,27 +53,27 @@ struct WhitenArgs {
 __device__ MaskedMoments moments_of_tile(const WhitenParams& p) {
   const int64_t begin = blockIdx.x * kTokensPerTile + threadIdx.x, end = p.batch * p.tokens;
   float x[kTokensPerThread];
-  unsigned on = 0;
-  Active active;
+  unsigned active_bits = 0;
+  ActiveSums sums;
 #pragma unroll
   for (int k = 0; k < kTokensPerThread; ++k) {
     const int64_t i = begin + k * kThreads;
     const Place at = i < end ? place_of(i, p.tokens) : Place{0, 0};
     x[k] = 0;
     if (i >= end || !is_active(p.active, at.row, at.t)) continue;
-    x[k] = read(p.values, at.row, at.t, 0), on |= 1u << k;
-    active = active.merge({x[k], x[k], x[k], 1});
+    x[k] = read(p.values, at.row, at.t, 0), active_bits |= 1u << k;
+    sums = sums.merge({x[k], x[k], x[k], 1});
   }
-  active = block_merge(active);
-  if (active.count == 0) return {};
-  const float mean = active.mean();
+  sums = block_merge(sums);
+  if (sums.count == 0) return {};
+  const float mean = sums.mean();
   Deviations d;
 #pragma unroll
   for (int k = 0; k < kTokensPerThread; ++k)
-    if (on >> k & 1) d = d.merge({x[k] - mean, (x[k] - mean) * (x[k] - mean)});
+    if (active_bits >> k & 1) d = d.merge({x[k] - mean, (x[k] - mean) * (x[k] - mean)});
   d = block_merge(d);
-  const float n = float(active.count), rest = d.sum / n;
-  return {n, mean, rest, d.squares - rest * d.sum, active.low, active.high};
+  const float n = float(sums.count), rest = d.sum / n;
+  return {n, mean, rest, d.squares - rest * d.sum, sums.low, sums.high};
 }
 
 __global__ void __launch_bounds__(kThreads) moments_kernel(WhitenArgs a) {
@@ -92,8 +92,9 @@ __global__ void __launch_bounds__(kThreads) whiten_kernel(WhitenArgs a) {
   const double* c = p.coefficients;
   const float shift = float(c[0]), rest = float(c[0] - shift), factor = float(c[1]), offset = float(c[2]);
   for_each_in_tile(p.batch, p.tokens, [&](int64_t i, Place at) {
-    const bool on = is_active(p.active, at.row, at.t);
-    static_cast<float*>(p.whitened)[i] = on ? ((read(p.values, at.row, at.t, 0) - shift) - rest) * factor + offset : 0;
+    const bool active = is_active(p.active, at.row, at.t);
+    static_cast<float*>(p.whitened)[i] =
+        active ? ((read(p.values, at.row, at.t, 0) - shift) - rest) * factor + offset : 0;
   });
 }
 
