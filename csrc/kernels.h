@@ -2,8 +2,8 @@
 //
 // Every per-token array is a [batch, tokens] view with two strides, so broadcast advantages ([batch] with a token
 // stride of 0), slices and packed sequences (batch = 1) reach the kernels without a copy. Row r of the logits is
-// token (r / tokens, r % tokens). Outputs are dense [batch * tokens]. "real" is double where the logits (or, for the
-// token kernel, the log-probs) are double, and float everywhere else.
+// token (r / tokens, r % tokens). Outputs are dense [batch * tokens]. "acc", the accumulation dtype, is double where
+// the logits (or, for the token kernel, the log-probs) are double, and float everywhere else.
 #pragma once
 #include <cstdint>
 
@@ -37,32 +37,32 @@ struct Rows {
   View logits;       // dtype, [batch, tokens, vocab], the vocabulary dense
   View targets;      // int64
   View active;       // bool; null: all
-  View temperature;  // real; null: the number below
+  View temperature;  // acc; null: the number below
   DType dtype;
   int64_t batch, tokens, vocab;
   double inv_temperature, logit_scale, softcap;
   int threads;
 };
 
-struct RowStats {  // real [batch * tokens]; sum_p2 may be null
+struct RowStats {  // acc [batch * tokens]; sum_p2 may be null
   void *logps, *entropy, *max, *log_sum, *sum_p2;
 };
 
 struct PolicyInputs {
-  View advantages, weights;                  // real; the loss is sum(weights * terms); rewards by form.advantages
-  View old_logps, ref_logps, rollout_logps;  // real; null: not given
-  View token_weights;                        // real; multiplies the policy term only (gmpo: weighs its means)
-  View entropy_weights, entropy_mask;        // real; null: weights, 1
-  View selected;                             // real; not 0: picked for its covariance; null: none
-  View pooled_weights;                       // real; importance weights that enter a sequence's own; null: 1
+  View advantages, weights;                  // acc; the loss is sum(weights * terms); rewards by form.advantages
+  View old_logps, ref_logps, rollout_logps;  // acc; null: not given
+  View token_weights;                        // acc; multiplies the policy term only (gmpo: weighs its means)
+  View entropy_weights, entropy_mask;        // acc; null: weights, 1
+  View selected;                             // acc; not 0: picked for its covariance; null: none
+  View pooled_weights;                       // acc; importance weights that enter a sequence's own; null: 1
   int64_t group_size;                        // batch rows of a group, where the advantages are made of rewards
   double advantage_eps;
-  const void *kl_coef, *entropy_coef;  // real [1], read when the kernel runs; null: the number in scalars
+  const void *kl_coef, *entropy_coef;  // acc [1], read when the kernel runs; null: the number in scalars
   Form form;
   Scalars<double> scalars;
 };
 
-struct ScaleParams {  // matrix *= factor, real [1]; not touched where that is 1
+struct ScaleParams {  // matrix *= factor, acc [1]; not touched where that is 1
   View matrix;        // dtype, [batch, tokens, columns], the columns dense
   DType dtype;
   int64_t batch, tokens, columns;
@@ -71,18 +71,18 @@ struct ScaleParams {  // matrix *= factor, real [1]; not touched where that is 1
 
 struct TokenParams {
   PolicyInputs in;
-  View logps, entropy, active;  // real, real (null: not given), bool
+  View logps, entropy, active;  // acc, acc (null: not given), bool
   int64_t batch, tokens;
   const int64_t* cu_seqlens;  // [sequences + 1] for batch == 1; null: one sequence per batch row
   int64_t sequences;
   bool is_double;
-  void *loss, *per_token, *g_logps, *g_entropy, *metrics;  // real [1], [rows], [rows], [rows] or null, [kMetricCount]
+  void *loss, *per_token, *g_logps, *g_entropy, *metrics;  // acc [1], [rows], [rows], [rows] or null, [kMetricCount]
   int threads;
   Scratch scratch;
 };
 
 struct AdvantageParams {
-  const void* rewards;           // real [samples, components]; NaN: left out
+  const void* rewards;           // acc [samples, components]; NaN: left out
   const double* reward_weights;  // [components]; null: 1
   const uint8_t* valid;          // [samples] or null
   const int64_t* group_ids;      // [samples]; null: consecutive runs of group_size
@@ -91,21 +91,21 @@ struct AdvantageParams {
   int64_t samples, components;
   AdvantageForm form;
   bool is_double;
-  void *advantages, *mean, *std;  // real [samples]
+  void *advantages, *mean, *std;  // acc [samples]
   uint8_t* informative;           // [samples]
   int threads;
   const int64_t *order, *ends;  // a GPU's, instead of ids: samples by group; where each one's group ends there
-  void* batch_std;              // real [1], a GPU's for Scale::batch
+  void* batch_std;              // acc [1], a GPU's for Scale::batch
 };
 
 struct GaeParams {
-  View rewards, values, active;  // real, real (null: 0), bool (null: all)
+  View rewards, values, active;  // acc, acc (null: 0), bool (null: all)
   int64_t batch, tokens;
   const int64_t* cu_seqlens;  // as in TokenParams
   int64_t sequences;
   double gamma, lam;
   bool is_double;
-  void *advantages, *returns;  // real [batch * tokens]; returns may be null
+  void *advantages, *returns;  // acc [batch * tokens]; returns may be null
   int threads;
   Scratch scratch;
 };
@@ -114,22 +114,22 @@ enum ValueMetric : int { kValueTokens, kValueClipped, kValueMean, kReturnMean, k
 
 struct ValueParams {
   View values, old_values, returns, weights,
-      active;  // real (old_values null: no clip), bool; loss = sum(weights * terms)
+      active;  // acc (old_values null: no clip), bool; loss = sum(weights * terms)
   int64_t batch, tokens;
   double clip;
   bool is_double;
-  void *loss, *per_token, *g_values, *metrics;  // real [1], [rows], [rows], [kValueMetricCount]
+  void *loss, *per_token, *g_values, *metrics;  // acc [1], [rows], [rows], [kValueMetricCount]
   int threads;
   Scratch scratch;
 };
 
 struct WhitenParams {
-  View values, active;  // real, bool
+  View values, active;  // acc, bool
   int64_t batch, tokens;
   bool is_double;
   double* moments;             // [5]: count, mean, squares about it, lowest, highest
   const double* coefficients;  // [3]: shift, factor, offset
-  void* whitened;              // real [batch * tokens]; 0 where not active
+  void* whitened;              // acc [batch * tokens]; 0 where not active
   int threads;
   Scratch scratch;
 };

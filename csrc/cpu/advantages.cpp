@@ -35,9 +35,9 @@ class AdvantageKernel {
       const double std = deviation(r, batch_std);
       const double a = std::isnan(r) ? 0 : advantage(form, r, critic, std, statistics);
       informative = informative || (!std::isnan(r) && !std::isnan(critic) && r != critic);
-      store_real(p.advantages, k, p.is_double, std::min(std::max(a, form.clip_low), form.clip_high));
-      store_real(p.mean, k, p.is_double, group.mean);
-      store_real(p.std, k, p.is_double, std);
+      store_acc(p.advantages, k, p.is_double, std::min(std::max(a, form.clip_low), form.clip_high));
+      store_acc(p.mean, k, p.is_double, group.mean);
+      store_acc(p.std, k, p.is_double, std);
     }
     for (int64_t i = groups.begin(g); i < groups.end(g); ++i) p.informative[groups.sample(i)] = informative;
   }
@@ -56,7 +56,7 @@ class AdvantageKernel {
     double sum = 0;
     bool any = false;
     for (int64_t c = 0; c < p.components; ++c) {
-      const double r = load_real(p.rewards, k * p.components + c, p.is_double);
+      const double r = load_acc(p.rewards, k * p.components + c, p.is_double);
       if (std::isnan(r)) continue;
       sum += p.reward_weights ? p.reward_weights[c] * r : r, any = true;
     }

@@ -5,21 +5,21 @@
 
 namespace gk {
 
-inline double load_real(const void* data, int64_t index, bool is_double) {
+inline double load_acc(const void* data, int64_t index, bool is_double) {
   return is_double ? static_cast<const double*>(data)[index] : static_cast<const float*>(data)[index];
 }
-inline void store_real(void* data, int64_t index, bool is_double, double value) {
+inline void store_acc(void* data, int64_t index, bool is_double, double value) {
   if (is_double)
     static_cast<double*>(data)[index] = value;
   else
     static_cast<float*>(data)[index] = float(value);
 }
 // noinline: gcc 12 drops the rounding where it can pair two of these into a vector (-fno-tree-slp-vectorize keeps it).
-__attribute__((noinline)) inline double as_real(double value, bool is_double) {
+__attribute__((noinline)) inline double round_to_acc(double value, bool is_double) {
   return is_double ? value : float(value);
 }
 inline double read(const View& v, int64_t row, int64_t tokens, bool is_double, double absent) {
-  return v.data ? load_real(v.data, v.offset(row, tokens), is_double) : absent;
+  return v.data ? load_acc(v.data, v.offset(row, tokens), is_double) : absent;
 }
 inline bool is_active(const View& active, int64_t row, int64_t tokens) {
   return !active.data || static_cast<const uint8_t*>(active.data)[active.offset(row, tokens)] != 0;
@@ -28,8 +28,8 @@ inline bool is_active(const View& active, int64_t row, int64_t tokens) {
 // The loss's numbers, with the coefficients that were given as tensors.
 inline Scalars<double> scalars_of(const PolicyInputs& in, bool is_double) {
   Scalars<double> s = in.scalars;
-  if (in.kl_coef) s.kl_coef = load_real(in.kl_coef, 0, is_double);
-  if (in.entropy_coef) s.entropy_coef = load_real(in.entropy_coef, 0, is_double);
+  if (in.kl_coef) s.kl_coef = load_acc(in.kl_coef, 0, is_double);
+  if (in.entropy_coef) s.entropy_coef = load_acc(in.entropy_coef, 0, is_double);
   return s;
 }
 

@@ -114,11 +114,11 @@ class RowKernel {
   }
 
   void store_stats(int64_t r, double logp, double entropy, double max, double log_sum, double sum_p2) const {
-    store_real(stats.logps, r, is_double, logp);
-    store_real(stats.entropy, r, is_double, entropy);
-    store_real(stats.max, r, is_double, max);
-    store_real(stats.log_sum, r, is_double, log_sum);
-    if (stats.sum_p2) store_real(stats.sum_p2, r, is_double, sum_p2);
+    store_acc(stats.logps, r, is_double, logp);
+    store_acc(stats.entropy, r, is_double, entropy);
+    store_acc(stats.max, r, is_double, max);
+    store_acc(stats.log_sum, r, is_double, log_sum);
+    if (stats.sum_p2) store_acc(stats.sum_p2, r, is_double, sum_p2);
   }
 
   double tanh_at(const Row& row, int64_t column) const {
@@ -137,7 +137,7 @@ class RowKernel {
     }
     [[maybe_unused]] const FlushDenormals flush;
     const Row row = this->row(r);
-    const auto stat = [&](const void* values) { return load_real(values, r, is_double); };
+    const auto stat = [&](const void* values) { return load_acc(values, r, is_double); };
     const double entropy = stat(stats.entropy);
     const int64_t target = row.target - begin;
     const bool here = target >= 0 && target < n;
@@ -162,7 +162,7 @@ void row_backward(const Rows& p, const RowStats& saved, const void* g_logps, con
                   const View& gradient, Stream) {
   const bool is_double = p.dtype == DType::f64;
   RowKernel(p, saved).run(true, &gradient, [&](int64_t r) {
-    return RowGrad{load_real(g_logps, r, is_double), g_entropy ? load_real(g_entropy, r, is_double) : 0};
+    return RowGrad{load_acc(g_logps, r, is_double), g_entropy ? load_acc(g_entropy, r, is_double) : 0};
   });
 }
 
@@ -170,11 +170,11 @@ void row_policy(const Rows& p, const RowStats& stats, const PolicyInputs& in, co
   const bool is_double = p.dtype == DType::f64;
   const Scalars<double> scalars = scalars_of(in, is_double);
   RowKernel(p, stats).run(false, &gradient, [&](int64_t r) {
-    const double logp = load_real(stats.logps, r, is_double);
+    const double logp = load_acc(stats.logps, r, is_double);
     const TokenInputs<double> token = read_token(in, r, p.tokens, is_double, logp);
     const TokenResult<double> result = token_result(in.form, token, logp, 0.0, {}, scalars);
     // Rounded as the token kernel stores them: one pass and two give the same bits.
-    return RowGrad{as_real(result.d_logp, is_double), as_real(result.d_entropy, is_double)};
+    return RowGrad{round_to_acc(result.d_logp, is_double), round_to_acc(result.d_entropy, is_double)};
   });
 }
 

@@ -53,7 +53,7 @@ class TokenKernel {
   double logp(int64_t r) const { return read(p.logps, r, p.tokens, p.is_double, 0); }
   TokenInputs<double> inputs(int64_t r) const { return read_token(p.in, r, p.tokens, p.is_double, logp(r)); }
   void store(void* out, int64_t r, double value) const {
-    if (out) store_real(out, r, p.is_double, value);
+    if (out) store_acc(out, r, p.is_double, value);
   }
   PooledTerm<double> term(int64_t r, const TokenInputs<double>& t) const {
     return pooled_term(form, logp(r) - t.old, t.adv, t.pooled_weight, s);
@@ -76,7 +76,7 @@ class TokenKernel {
 
   void scatter_pooled_grad(int64_t r, double d_pooled) const {
     const TokenInputs<double> t = inputs(r);
-    if (term(r, t).open) store(p.g_logps, r, load_real(p.g_logps, r, p.is_double) + weighted_(count_of(t), d_pooled));
+    if (term(r, t).open) store(p.g_logps, r, load_acc(p.g_logps, r, p.is_double) + weighted_(count_of(t), d_pooled));
   }
 
   // Stores the token's results; returns what it adds to the derivative in the sequence's pooled log-ratio.
@@ -136,10 +136,10 @@ void token_policy(const TokenParams& p, Stream) {
   Sums total;
   for (const Sums& one : sums) total.merge(one);
   if (!whole) total.end_sequence();
-  store_real(p.loss, 0, p.is_double, loss_of(total.tokens));
+  store_acc(p.loss, 0, p.is_double, loss_of(total.tokens));
   double metrics[kMetricCount];
   metrics_of(total.tokens, total.low_min, total.high_max, metrics);
-  for (int i = 0; i < kMetricCount; ++i) store_real(p.metrics, i, p.is_double, metrics[i]);
+  for (int i = 0; i < kMetricCount; ++i) store_acc(p.metrics, i, p.is_double, metrics[i]);
 }
 
 }  // namespace gk

@@ -42,8 +42,8 @@ void value_loss(const ValueParams& p, Stream) {
   double metrics[kValueMetricCount];
   metrics[kValueTokens] = t.tokens, metrics[kValueClipped] = t.clipped / n;
   metrics[kValueMean] = t.value / n, metrics[kReturnMean] = t.target / n;
-  store_real(p.loss, 0, p.is_double, t.loss);
-  for (int i = 0; i < kValueMetricCount; ++i) store_real(p.metrics, i, p.is_double, metrics[i]);
+  store_acc(p.loss, 0, p.is_double, t.loss);
+  for (int i = 0; i < kValueMetricCount; ++i) store_acc(p.metrics, i, p.is_double, metrics[i]);
 }
 
 }  // namespace gk

@@ -7,15 +7,15 @@
 
 namespace gk {
 
-inline Scalars<float> real_scalars(const Scalars<double>& s) {
+inline Scalars<float> float_scalars(const Scalars<double>& s) {
   static_assert(sizeof(s) == kScalars * sizeof(double), "");
   double from[kScalars];
   float to[kScalars];
   std::memcpy(from, &s, sizeof s);
   std::copy(from, from + kScalars, to);
-  Scalars<float> real;
-  std::memcpy(&real, to, sizeof real);
-  return real;
+  Scalars<float> scalars;
+  std::memcpy(&scalars, to, sizeof scalars);
+  return scalars;
 }
 
 // `s`, with the coefficients that were given as tensors: a replayed graph follows them.

@@ -60,7 +60,7 @@ void row_policy(const Rows& p, const RowStats& stats, const PolicyInputs& in, co
   RowArgs args = row_args(p, stats);
   args.statistics = args.policy = true;
   args.gradient = gradient;
-  args.in = in, args.scalars = real_scalars(in.scalars), args.advantage_eps = float(in.advantage_eps);
+  args.in = in, args.scalars = float_scalars(in.scalars), args.advantage_eps = float(in.advantage_eps);
   launch_rows(args, p.dtype, stream, "row_policy");
 }
 

@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads) token_kernel(TokenArgs a) {
 void token_policy(const TokenParams& p, Stream stream) {
   const int64_t tiles = sequence_tile_count(p.batch, p.tokens, p.cu_seqlens, p.sequences);
   const bool many = p.cu_seqlens || p.tokens > kTokensPerTile, pooled = p.in.form.pooling() != Pooling::none;
-  TokenArgs args{p, real_scalars(p.in.scalars), float(p.in.advantage_eps), tiles, many && pooled ? 3 : 1};
+  TokenArgs args{p, float_scalars(p.in.scalars), float(p.in.advantage_eps), tiles, many && pooled ? 3 : 1};
   launch("token_kernel", token_kernel, {tiles * args.phases, kThreads}, stream, args);
 }
 
