@@ -37,7 +37,7 @@ class TokenKernel {
     double d_pooled = 0;  // d loss / d the pooled log-ratio
     for (int64_t r = segment.begin; r < segment.end; ++r)
       if (active(r)) d_pooled += token(r, sequence, sums);
-    if (sequence.open && d_pooled != 0)  // a NaN is something
+    if (sequence.passes_grad && d_pooled != 0)  // a NaN is something
       for (int64_t r = segment.begin; r < segment.end; ++r)
         if (active(r)) scatter_pooled_grad(r, sequence.share * d_pooled);
     return sums;
@@ -71,12 +71,15 @@ class TokenKernel {
     }
     const double share = pooling == Pooling::sum ? 1 : 1 / max_(counted, 1.0), n = max_(tokens, 1.0);
     const double raw = sum * share, log_ratio = pooled_limit(form, raw, s);
-    return {{log_ratio, adv / n, p.in.pooled_weights.data ? exp_(log_weight / n) : 1}, share, inside(raw, log_ratio)};
+    return {{log_ratio, adv / n, p.in.pooled_weights.data ? exp_(log_weight / n) : 1},
+            share,
+            clamp_passes_grad(raw, log_ratio)};
   }
 
   void scatter_pooled_grad(int64_t r, double d_pooled) const {
     const TokenInputs<double> t = inputs(r);
-    if (term(r, t).open) store(p.g_logps, r, load_acc(p.g_logps, r, p.is_double) + weighted_(count_of(t), d_pooled));
+    if (term(r, t).passes_grad)
+      store(p.g_logps, r, load_acc(p.g_logps, r, p.is_double) + weighted_(count_of(t), d_pooled));
   }
 
   // Stores the token's results; returns what it adds to the derivative in the sequence's pooled log-ratio.

@@ -89,7 +89,7 @@ class TokenBlock {
     const float raw = sums.ratio * share, log_ratio = pooled_limit(form, raw, s);
     return {{log_ratio, sums.adv / n, p.in.pooled_weights.data ? exp_(sums.log_weight / n) : 1},
             share,
-            inside(raw, log_ratio)};
+            clamp_passes_grad(raw, log_ratio)};
   }
 
   // Stores the tokens' results and leaves the sums; returns the derivative in the sequence's pooled log-ratio.
@@ -108,11 +108,11 @@ class TokenBlock {
 
   // The same threads as in `tokens` add to what they stored, or others do in a later phase.
   __device__ void scatter_pooled_grad(const Sequence<float>& sequence, const PooledGrad& d_pooled) const {
-    if (!sequence.open || d_pooled.value == 0) return;  // a NaN is something
+    if (!sequence.passes_grad || d_pooled.value == 0) return;  // a NaN is something
     for_each_active([&](int64_t t) {
       const float logp = read(p.logps, tile.row, t, 0);
       const TokenInputs<float> in = inputs(t, logp);
-      if (!term(in, logp).open) return;
+      if (!term(in, logp).passes_grad) return;
       float* g = static_cast<float*>(p.g_logps) + tile.row * p.tokens + t;
       *g = load_from_other_block(g) + weighted_(count_of(in) * sequence.share, d_pooled.value);
     });

@@ -107,10 +107,10 @@ template <typename T> GK_HD Term<T> cispo_objective(const TokenValues<T>& t, con
 // -(4 / tau) sigmoid(tau (r - 1)) A.
 template <typename T> GK_HD Term<T> sapo_objective(T log_ratio, T adv, const Scalars<T>& s) {
   const T ratio = exp_(log_ratio), tau = adv > 0 ? s.sapo_tau_pos : s.sapo_tau_neg, x = tau * (ratio - 1);
-  const T small = exp_(x < 0 ? x : -x), open = (x < 0 ? small : T(1)) / (1 + small),
-          shut = (x < 0 ? T(1) : small) / (1 + small);
-  const T weight = shut == 0 ? T(0) : 4 * open * shut * ratio;  // an infinite ratio is shut
-  return {-4 / tau * open * adv, -weight * adv, T(0), T(0), weight, 0};
+  const T small = exp_(x < 0 ? x : -x), gate = (x < 0 ? small : T(1)) / (1 + small),
+          one_minus_gate = (x < 0 ? T(1) : small) / (1 + small);
+  const T weight = one_minus_gate == 0 ? T(0) : 4 * gate * one_minus_gate * ratio;  // an infinite ratio has none left
+  return {-4 / tau * gate * adv, -weight * adv, T(0), T(0), weight, 0};
 }
 
 // A sequence's -exp(mean of its clipped log-ratios) * mean A * geometric mean of its token weights.
@@ -220,16 +220,16 @@ template <typename T> GK_HD Term<T> policy_objective(const Form& form, const Tok
 // importance weight, which only vespo pools here.
 template <typename T> struct PooledTerm {
   T value;
-  bool open;
+  bool passes_grad;
 };
 
 // Whether a clamp passes the gradient: at its bounds it does, and a NaN is not held back.
-template <typename T> GK_HD bool inside(T raw, T clamped) { return !(raw < clamped || raw > clamped); }
+template <typename T> GK_HD bool clamp_passes_grad(T raw, T clamped) { return !(raw < clamped || raw > clamped); }
 
 template <typename T>
 GK_HD PooledTerm<T> pooled_term(const Form& form, T raw_log_ratio, T adv, T weight, const Scalars<T>& s) {
   const T x = clamp_(raw_log_ratio, -s.log_ratio_clamp, s.log_ratio_clamp);
-  const bool open = inside(raw_log_ratio, x);
+  const bool passes_grad = clamp_passes_grad(raw_log_ratio, x);
   if (form.objective == Objective::vespo) {
     const T of_weight = clamp_(log_(weight), T(kVespoLogMin), T(kVespoLogMax));
     return {clamp_(x, -T(kVespoLogMax), T(kVespoLogMax)) + of_weight, false};
@@ -237,9 +237,9 @@ GK_HD PooledTerm<T> pooled_term(const Form& form, T raw_log_ratio, T adv, T weig
   if (form.objective == Objective::gmpo) {  // one-sided: a ratio that moves against A stays
     if (adv == 0) return {T(0), false};
     const T kept = adv > 0 ? min_(x, s.eps_high) : max_(x, -s.eps_low);
-    return {kept, open && inside(x, kept)};
+    return {kept, passes_grad && clamp_passes_grad(x, kept)};
   }
-  return {x, open};
+  return {x, passes_grad};
 }
 
 // The bound on a pooled log-ratio; outside no gradient passes.
@@ -274,8 +274,8 @@ template <typename T> GK_HD KlEstimate<T> kl_estimate(KlEstimator estimator, T u
 // The estimator under one of its gradient forms; log_ratio is the one at the ratio's level, before delta and clip.
 template <typename T>
 GK_HD Term<T> kl_penalty(const Form& form, T logp, T ref, T rollout, T log_ratio, const Scalars<T>& s) {
-  const T u = ref - logp, inside = clamp_(u, -s.kl_input_clamp, s.kl_input_clamp);
-  const KlEstimate<T> estimate = kl_estimate(form.kl_estimator, inside);
+  const T u = ref - logp, clamped = clamp_(u, -s.kl_input_clamp, s.kl_input_clamp);
+  const KlEstimate<T> estimate = kl_estimate(form.kl_estimator, clamped);
   Term<T> k{estimate.value, T(0), T(0), estimate.d_logp};
   switch (form.kl_gradient) {
     case KlGradient::importance_weighted: {
@@ -296,7 +296,7 @@ GK_HD Term<T> kl_penalty(const Form& form, T logp, T ref, T rollout, T log_ratio
       break;
   }
   const T value = clamp_(k.value, -s.kl_output_clamp, s.kl_output_clamp);
-  if (u < inside || u > inside || value < k.value || value > k.value) k.d_log_ratio = k.d_logp = 0;
+  if (u < clamped || u > clamped || value < k.value || value > k.value) k.d_log_ratio = k.d_logp = 0;
   if (form.kl_gradient == KlGradient::straight_through) k.d_logp = -u;
   return {value, k.d_log_ratio, T(0), k.d_logp};
 }

@@ -44,7 +44,7 @@ template <typename T> struct TokenInputs {
 template <typename T> struct Sequence {
   Pooled<T> pooled{0, 0, 1};
   T share = 0;
-  bool open = true;
+  bool passes_grad = true;
 };
 
 template <typename T> struct TokenSums {
@@ -123,8 +123,8 @@ GK_HD TokenResult<T> token_result(const Form& form, const TokenInputs<T>& t, T l
   const T raw = logp - t.old, clamped = clamp_log_ratio(raw, s);
   const T log_ratio = level == RatioLevel::token ? clamped : sequence.pooled.log_ratio;
   const TokenLoss<T> loss = token_loss(form, token_values(t, logp, log_ratio, sequence.pooled), s);
-  const bool own =
-      level == RatioLevel::token ? inside(raw, clamped) : level == RatioLevel::sequence_token && sequence.open;
+  const bool own = level == RatioLevel::token ? clamp_passes_grad(raw, clamped)
+                                              : level == RatioLevel::sequence_token && sequence.passes_grad;
   const bool shared = level == RatioLevel::sequence || level == RatioLevel::sequence_product;
   const T bonus = s.entropy_coef * t.entropy_mask;
   return {loss.value(s) - weighted_(bonus, entropy), weighted_(t.weight, loss.d_logp + (own ? loss.d_log_ratio : T(0))),
