@@ -302,18 +302,18 @@ GK_HD Term<T> kl_penalty(const Form& form, T logp, T ref, T rollout, T log_ratio
 }
 
 // What one token adds to the loss before aggregation, entropy apart: token_weight * policy + kl_coef * kl.
-template <typename T> struct TokenLoss {
-  T policy, kl, d_log_ratio, d_pooled, d_logp;  // kl without its coefficient; the derivatives of the whole
+template <typename T> struct TokenTerm {
+  T policy, kl, d_log_ratio, d_pooled, d_logp;  // kl without its coefficient; the derivatives of both
   T gradient_weight;
   int flags;
   GK_HD T value(const Scalars<T>& s) const { return policy + weighted_(s.kl_coef, kl); }
 };
 
-template <typename T> GK_HD TokenLoss<T> token_loss(const Form& form, const TokenValues<T>& t, const Scalars<T>& s) {
+template <typename T> GK_HD TokenTerm<T> token_term(const Form& form, const TokenValues<T>& t, const Scalars<T>& s) {
   const Term<T> policy = policy_objective(form, t, s);
   // gmpo's token weights say which tokens its means are of.
   const T w = form.objective == Objective::gmpo ? T(1) : t.token_weight;
-  TokenLoss<T> loss{weighted_(w, policy.value),
+  TokenTerm<T> term{weighted_(w, policy.value),
                     T(0),
                     weighted_(w, policy.d_log_ratio),
                     weighted_(w, policy.d_pooled),
@@ -322,11 +322,11 @@ template <typename T> GK_HD TokenLoss<T> token_loss(const Form& form, const Toke
                     policy.flags};
   if (form.kl_estimator != KlEstimator::none) {
     const Term<T> kl = kl_penalty(form, t.logp, t.ref, t.rollout, t.log_ratio, s);
-    loss.kl = kl.value;
-    loss.d_log_ratio += weighted_(s.kl_coef, kl.d_log_ratio);
-    loss.d_logp += weighted_(s.kl_coef, kl.d_logp);
+    term.kl = kl.value;
+    term.d_log_ratio += weighted_(s.kl_coef, kl.d_log_ratio);
+    term.d_logp += weighted_(s.kl_coef, kl.d_logp);
   }
-  return loss;
+  return term;
 }
 
 }  // namespace gk
