@@ -46,15 +46,15 @@ class RowKernel {
         blocks((p.vocab + kBlock - 1) / kBlock),
         sweeps(gk::sweeps(p.dtype, p.softcap > 0, stats.sum_p2 != nullptr)) {}
 
-  // epilogue(row index) -> RowGrad, once the row's statistics are stored. known: they are already, from an earlier
+  // epilogue(row index) -> RowGrad, once the row's statistics are stored. have_stats: they are already, from an earlier
   // launch.
-  template <typename Epilogue> void run(bool known, const View* gradient, const Epilogue& epilogue) const {
+  template <typename Epilogue> void run(bool have_stats, const View* gradient, const Epilogue& epilogue) const {
     const int64_t rows = p.batch * p.tokens;
     const int threads = int(std::min<int64_t>(p.threads, 1 + rows * p.vocab / kMinElementsPerThread));
     if (rows >= threads) {
-      parallel_for(rows, threads, [&](int64_t r) { run_some(r, 1, 1, known, gradient, epilogue); });
+      parallel_for(rows, threads, [&](int64_t r) { run_some(r, 1, 1, have_stats, gradient, epilogue); });
     } else {
-      run_some(0, rows, threads, known, gradient, epilogue);
+      run_some(0, rows, threads, have_stats, gradient, epilogue);
     }
   }
 
@@ -67,9 +67,9 @@ class RowKernel {
 
   // Rows [first, first + count): many rows are taken one by one by each thread, few rows share all threads by columns.
   template <typename Epilogue>
-  void run_some(int64_t first, int64_t count, int threads, bool known, const View* gradient,
+  void run_some(int64_t first, int64_t count, int threads, bool have_stats, const View* gradient,
                 const Epilogue& epilogue) const {
-    if (!known) {
+    if (!have_stats) {
       std::vector<Softmax<double>> partial(count * blocks);
       parallel_for(count * blocks, threads,
                    [&](int64_t i) { sweep_stats(first + i / blocks, i % blocks, &partial[i]); });

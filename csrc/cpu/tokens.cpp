@@ -94,14 +94,14 @@ class TokenKernel {
   }
 };
 
-// Whole sequences, or equal tiles of the only one; `whole` says which.
-std::vector<Segment> segments_of(const TokenParams& p, bool& whole) {
+// Whole sequences, or equal tiles of the only one; `per_sequence` says which.
+std::vector<Segment> segments_of(const TokenParams& p, bool& per_sequence) {
   std::vector<Segment> segments;
   const int64_t rows = p.batch * p.tokens;
-  whole = p.in.form.pooling() != Pooling::none || p.cu_seqlens || p.batch != 1;
-  for (int64_t r = 0; !whole && r < rows; r += kMinPolicyTokensPerThread)
+  per_sequence = p.in.form.pooling() != Pooling::none || p.cu_seqlens || p.batch != 1;
+  for (int64_t r = 0; !per_sequence && r < rows; r += kMinPolicyTokensPerThread)
     segments.push_back({r, std::min(r + kMinPolicyTokensPerThread, rows)});
-  for (int64_t i = 0; whole && i < p.sequences; ++i)
+  for (int64_t i = 0; per_sequence && i < p.sequences; ++i)
     segments.push_back(p.cu_seqlens ? Segment{p.cu_seqlens[i], p.cu_seqlens[i + 1]}
                                     : Segment{i * p.tokens, (i + 1) * p.tokens});
   return segments;
@@ -125,20 +125,20 @@ void token_policy(const TokenParams& p, Stream) {
   const int64_t rows = p.batch * p.tokens, bytes = p.is_double ? 8 : 4;
   for (void* out : {p.per_token, p.g_logps, p.g_entropy})
     if (out) std::memset(out, 0, rows * bytes);
-  bool whole;
-  const std::vector<Segment> segments = segments_of(p, whole), work = work_of(segments);
+  bool per_sequence;
+  const std::vector<Segment> segments = segments_of(p, per_sequence), work = work_of(segments);
   std::vector<Sums> sums(work.size());
   const TokenKernel kernel(p);
   parallel_for(int64_t(work.size()), p.threads, [&](int64_t i) {
     for (int64_t k = work[i].begin; k < work[i].end; ++k) {
       Sums one = kernel.run(segments[k]);
-      if (whole) one.end_sequence();
+      if (per_sequence) one.end_sequence();
       sums[i].merge(one);
     }
   });
   Sums total;
   for (const Sums& one : sums) total.merge(one);
-  if (!whole) total.end_sequence();
+  if (!per_sequence) total.end_sequence();
   store_acc(p.loss, 0, p.is_double, loss_of(total.tokens));
   double metrics[kMetricCount];
   metrics_of(total.tokens, total.low_min, total.high_max, metrics);

@@ -20,7 +20,7 @@ enum Decision : int32_t { kUndecided, kKept, kDropped };
 struct Count {
   int value = 0;
   __device__ Count merge(const Count& o) const { return {value + o.value}; }
-  __device__ Count after(const Count& later) const { return merge(later); }
+  __device__ Count compose(const Count& later) const { return merge(later); }
 };
 
 struct DiversityArgs {

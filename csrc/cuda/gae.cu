@@ -17,11 +17,11 @@ constexpr int kThreads = 256, kTokensPerThread = int(kTokensPerTile) / kThreads;
 
 // What tokens do to the running sum A and the next value V behind them: A -> factor A + slope V + sum, and V is the
 // value of the first active token. Where none is active both pass through.
-struct Step {
+struct AffineMap {
   float factor = 1, slope = 0, sum = 0, value = 0;
   int active = 0;
 
-  __device__ Step after(const Step& later) const {
+  __device__ AffineMap compose(const AffineMap& later) const {
     if (!active) return later;
     if (!later.active) return *this;
     return {factor * later.factor, factor * later.slope, sum + slope * later.value + factor * later.sum, value, 1};
@@ -33,10 +33,10 @@ struct GaeArgs {
   float gamma, decay;
   int64_t tiles;
 
-  __device__ Step* steps() const { return static_cast<Step*>(p.scratch.partial); }
+  __device__ AffineMap* maps() const { return static_cast<AffineMap*>(p.scratch.partial); }
   __device__ int32_t* done(int64_t tile_id) const { return p.scratch.counters + 1 + tile_id; }
 };
-static_assert(sizeof(Step) == kGaeSums * sizeof(float));
+static_assert(sizeof(AffineMap) == kGaeSums * sizeof(float));
 
 class GaeBlock {
  public:
@@ -62,20 +62,20 @@ class GaeBlock {
   }
 
   // The thread's own tokens as one step.
-  __device__ Step step() const {
-    Step all;
-    for (int k = kTokensPerThread - 1; k >= 0; --k) all = token(k).after(all);
+  __device__ AffineMap map() const {
+    AffineMap all;
+    for (int k = kTokensPerThread - 1; k >= 0; --k) all = token(k).compose(all);
     return all;
   }
 
   // Replaces what is staged by the results, given what lies behind the thread's tokens, and stores it.
-  __device__ void store(const Step& behind) {
-    Step all = behind;
+  __device__ void store(const AffineMap& behind) {
+    AffineMap all = behind;
     for (int k = kTokensPerThread - 1; k >= 0; --k) {
       if (!(active_bits >> k & 1)) continue;
       const int i = at(int(threadIdx.x) * kTokensPerThread + k);
       const float value = values[i];
-      all = token(k).after(all);
+      all = token(k).compose(all);
       rewards[i] = all.sum, values[i] = all.sum + value;
     }
     __syncthreads();
@@ -102,26 +102,26 @@ class GaeBlock {
   unsigned active_bits = 0;  // one for each of the thread's tokens
 
   __device__ static int at(int i) { return i + i / kTokensPerThread; }
-  __device__ Step token(int k) const {
+  __device__ AffineMap token(int k) const {
     if (!(active_bits >> k & 1)) return {};
     const int i = at(int(threadIdx.x) * kTokensPerThread + k);
     return {a.decay, a.gamma, temporal_difference(rewards[i], values[i], 0.0f, a.gamma), values[i], 1};
   }
 };
 
-// The steps that the sequence's later tiles left, composed by each thread in part and then by the block. A thread
-// waits for the tiles that it reads itself, all threads at once: one after the other would be a round trip per tile.
-__device__ Step later_tiles(const GaeArgs& a, const SequenceTile& tile) {
+// The maps that the sequence's later tiles left, composed by each thread in part and then by the block. A thread
+// waits for the tiles that it reads itself, all threads at once: one compose the other would be a round trip per tile.
+__device__ AffineMap later_tiles(const GaeArgs& a, const SequenceTile& tile) {
   const int64_t later = tile.num_tiles - 1 - tile.index, share = (later + kThreads - 1) / kThreads;
   const int64_t tile_id = tile.first_tile + tile.index;
-  Step all;
+  AffineMap all;
   for (int64_t k = min_((threadIdx.x + 1) * share, later); k > threadIdx.x * share; --k) {
     spin_until(a.done(tile_id + k), 1, "gae_kernel");
-    all = load_from_other_block(a.steps() + tile_id + k).after(all);
+    all = load_from_other_block(a.maps() + tile_id + k).compose(all);
   }
-  Step whole;
-  exclusive_suffix<kThreads>(all, whole);
-  return whole;
+  AffineMap total;
+  exclusive_suffix<kThreads>(all, total);
+  return total;
 }
 
 __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArgs a) {
@@ -135,13 +135,13 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArgs a) {
     return;
   }
   block.load();
-  Step whole;
-  const Step behind = exclusive_suffix<kThreads>(block.step(), whole);
+  AffineMap total;
+  const AffineMap behind = exclusive_suffix<kThreads>(block.map(), total);
   if (tile.index > 0) {
-    if (threadIdx.x == 0) a.steps()[tile_id] = whole;
+    if (threadIdx.x == 0) a.maps()[tile_id] = total;
     signal_done(a.done(tile_id), 1);
   }
-  block.store(tile.index + 1 < tile.num_tiles ? behind.after(later_tiles(a, tile)) : behind);
+  block.store(tile.index + 1 < tile.num_tiles ? behind.compose(later_tiles(a, tile)) : behind);
 }
 
 }  // namespace

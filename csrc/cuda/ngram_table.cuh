@@ -25,8 +25,8 @@ struct NgramTable {
   }
   __device__ bool has(Hash h) const {
     for (uint32_t at = home(h);; at = next(at)) {
-      const Hash found = slots[at];
-      if (found == 0 || found == h) return found == h;
+      const Hash key = slots[at];
+      if (key == 0 || key == h) return key == h;
     }
   }
 

@@ -24,15 +24,15 @@ struct RowPlan {
 };
 
 inline RowPlan row_plan(const Machine& m, int64_t row_bytes, bool two_pass) {
-  const int64_t whole = m.shared_bytes - kControlBytes, half = m.shared_bytes / 2 - kControlBytes;
+  const int64_t full_smem = m.shared_bytes - kControlBytes, half_smem = m.shared_bytes / 2 - kControlBytes;
   RowPlan plan{};
-  const bool small = row_bytes <= half;  // two blocks per multiprocessor
+  const bool small = row_bytes <= half_smem;  // two blocks per multiprocessor
   plan.threads = small ? m.threads / 2 : m.threads;
   plan.cluster = 1;
-  const int64_t space = small ? half : whole;
+  const int64_t space = small ? half_smem : full_smem;
   // Up to 1.75 times the shared memory, rereading the rest from L2 is cheaper than splitting the row's sums.
-  if (m.bulk_copies && row_bytes > whole * 7 / 4)
-    while (plan.cluster < kMaxCluster && row_bytes > plan.cluster * whole) plan.cluster *= 2;
+  if (m.bulk_copies && row_bytes > full_smem * 7 / 4)
+    while (plan.cluster < kMaxCluster && row_bytes > plan.cluster * full_smem) plan.cluster *= 2;
   plan.slots = int(min_<int64_t>(space / plan.tile_bytes(), kMaxSlots));
   const int64_t num_tiles = row_bytes / plan.tile_bytes() / plan.cluster + 1;
   if (two_pass && num_tiles > plan.slots) plan.resident = plan.slots - max_(plan.slots / 4, 2);

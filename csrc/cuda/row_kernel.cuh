@@ -196,9 +196,9 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     if (lane_of_thread() == 0) control->of_warp[warp_of_thread()] = of_warp;
     sync_computing();
     if (warp_of_thread() == 0) {
-      Softmax<float> whole = merge_of(control->of_warp, computing / kWarp, f.unit);
-      if constexpr (kCluster) whole = cluster_merge(whole, f.unit);
-      finish(row, whole, f, of_target);
+      Softmax<float> total = merge_of(control->of_warp, computing / kWarp, f.unit);
+      if constexpr (kCluster) total = cluster_merge(total, f.unit);
+      finish(row, total, f, of_target);
     }
     sync_computing();
     return control->result;

@@ -15,9 +15,9 @@ struct Mbarrier {  // 8 bytes, as there
 };
 
 inline emulation::MbarrierState& state_of(const Mbarrier* barrier) {
-  const auto found = emulation::mbarriers().find(barrier);
-  emulation::check(found != emulation::mbarriers().end(), "a barrier not initialised, or of a block that has ended");
-  return found->second;
+  const auto entry = emulation::mbarriers().find(barrier);
+  emulation::check(entry != emulation::mbarriers().end(), "a barrier not initialised, or of a block that has ended");
+  return entry->second;
 }
 inline void complete_if_all_came(Mbarrier* barrier) {
   if (barrier->arrivals != barrier->expected || state_of(barrier).missing_bytes != 0) return;
