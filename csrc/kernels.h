@@ -22,13 +22,13 @@ struct View {  // [batch, tokens]; strides in elements; data == nullptr: not giv
   GK_HD int64_t offset(int64_t row, int64_t tokens) const { return row / tokens * stride_b + row % tokens * stride_t; }
 };
 
-// What a GPU's blocks leave for each other; the CPU needs none. Its size: backends/native.py.
-struct Scratch {
+// Through which the blocks of a GPU launch exchange partial results; the CPU needs none. Sizes: backends/workspace.py.
+struct Workspace {
   int32_t* counters;  // zeros
-  void* partial;
+  void* partials;
 };
 constexpr int64_t kTokensPerTile = 2048;                            // of a block
-constexpr int kTokenSums = 23, kPoolSums = 5, kPooledGradSums = 1;  // floats per tile, in TokenParams::scratch
+constexpr int kTokenSums = 23, kPoolSums = 5, kPooledGradSums = 1;  // floats per tile, in TokenParams::workspace
 constexpr int kGaeSums = 5, kValueSums = 5, kMomentSums = 6;        // likewise
 constexpr int64_t kTokensInTable = 4096;                            // of a sample that needs no DiversityParams::tables
 
@@ -78,7 +78,7 @@ struct TokenParams {
   bool is_double;
   void *loss, *per_token, *g_logps, *g_entropy, *metrics;  // acc [1], [rows], [rows], [rows] or null, [kMetricCount]
   int threads;
-  Scratch scratch;
+  Workspace workspace;
 };
 
 struct AdvantageParams {
@@ -107,7 +107,7 @@ struct GaeParams {
   bool is_double;
   void *advantages, *returns;  // acc [batch * tokens]; returns may be null
   int threads;
-  Scratch scratch;
+  Workspace workspace;
 };
 
 enum ValueMetric : int { kValueTokens, kValueClipped, kValueMean, kReturnMean, kValueMetricCount };  // VALUE_METRICS
@@ -120,7 +120,7 @@ struct ValueParams {
   bool is_double;
   void *loss, *per_token, *g_values, *metrics;  // acc [1], [rows], [rows], [kValueMetricCount]
   int threads;
-  Scratch scratch;
+  Workspace workspace;
 };
 
 struct WhitenParams {
@@ -131,7 +131,7 @@ struct WhitenParams {
   const double* coefficients;  // [3]: shift, factor, offset
   void* whitened;              // acc [batch * tokens]; 0 where not active
   int threads;
-  Scratch scratch;
+  Workspace workspace;
 };
 
 struct DiversityParams {
@@ -147,7 +147,7 @@ struct DiversityParams {
   int threads;
   const int64_t *order, *first;  // a GPU's, instead of ids: samples by group; where each one's group begins there
   void *hashes, *tables;  // a GPU's: one 64-bit integer per token; two, zeros, or null where kTokensInTable suffice
-  Scratch scratch;
+  Workspace workspace;
 };
 
 void row_forward(const Rows&, const RowStats&, Stream);

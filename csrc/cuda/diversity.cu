@@ -34,17 +34,17 @@ struct DiversityArgs {
   __device__ Hash* set(int64_t sample) const {
     return static_cast<Hash*>(p.hashes) + (p.cu_seqlens ? begin(sample) : sample * p.tokens);
   }
-  __device__ int32_t* ticket() const { return p.scratch.counters; }
-  __device__ int32_t* decision(int64_t sample) const { return p.scratch.counters + 1 + sample; }
-  __device__ int32_t* cluster(int64_t leader) const { return p.scratch.counters + 1 + p.samples + leader; }
+  __device__ int32_t* ticket() const { return p.workspace.counters; }
+  __device__ int32_t* decision(int64_t sample) const { return p.workspace.counters + 1 + sample; }
+  __device__ int32_t* cluster(int64_t leader) const { return p.workspace.counters + 1 + p.samples + leader; }
   // Written by ngram_kernel: a search for every comparison would be a dozen loads. Read where there are cu_seqlens.
-  __device__ int64_t& begin(int64_t sample) const { return static_cast<int64_t*>(p.scratch.partial)[sample]; }
+  __device__ int64_t& begin(int64_t sample) const { return static_cast<int64_t*>(p.workspace.partials)[sample]; }
   __device__ int32_t& size(int64_t sample) const { return behind_begins()[sample]; }
   __device__ int32_t& leader(int64_t sample) const { return behind_begins()[p.samples + sample]; }
 
  private:
   __device__ int32_t* behind_begins() const {
-    return reinterpret_cast<int32_t*>(static_cast<int64_t*>(p.scratch.partial) + p.samples);
+    return reinterpret_cast<int32_t*>(static_cast<int64_t*>(p.workspace.partials) + p.samples);
   }
 };
 

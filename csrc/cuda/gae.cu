@@ -33,8 +33,8 @@ struct GaeArgs {
   float gamma, decay;
   int64_t tiles;
 
-  __device__ AffineMap* maps() const { return static_cast<AffineMap*>(p.scratch.partial); }
-  __device__ int32_t* done(int64_t tile_id) const { return p.scratch.counters + 1 + tile_id; }
+  __device__ AffineMap* maps() const { return static_cast<AffineMap*>(p.workspace.partials); }
+  __device__ int32_t* done(int64_t tile_id) const { return p.workspace.counters + 1 + tile_id; }
 };
 static_assert(sizeof(AffineMap) == kGaeSums * sizeof(float));
 
@@ -126,7 +126,7 @@ __device__ AffineMap later_tiles(const GaeArgs& a, const SequenceTile& tile) {
 
 __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArgs a) {
   __shared__ float staged[2 * GaeBlock::kStaged];
-  const int64_t tile_id = a.tiles - 1 - take_ticket(a.p.scratch.counters);
+  const int64_t tile_id = a.tiles - 1 - take_ticket(a.p.workspace.counters);
   const SequenceTile tile = SequenceTiles{a.p.cu_seqlens, a.p.sequences, a.p.tokens}[tile_id];
   if (tile.size() == 0) return;
   GaeBlock block(a, tile, staged);

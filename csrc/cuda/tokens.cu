@@ -54,16 +54,16 @@ struct TokenArgs {
   int64_t tiles;
   int phases;  // 3 where a sequence may have several tiles and pools its ratios
 
-  __device__ Sums* sums() const { return static_cast<Sums*>(p.scratch.partial); }
+  __device__ Sums* sums() const { return static_cast<Sums*>(p.workspace.partials); }
   __device__ PoolSums* pools() const { return reinterpret_cast<PoolSums*>(sums() + tiles); }
   __device__ PooledGrad* pooled_grads() const { return reinterpret_cast<PooledGrad*>(pools() + tiles); }
-  __device__ int32_t* ticket() const { return p.scratch.counters; }
-  __device__ int32_t* finished() const { return p.scratch.counters + 1; }
+  __device__ int32_t* ticket() const { return p.workspace.counters; }
+  __device__ int32_t* finished() const { return p.workspace.counters + 1; }
   __device__ int32_t* done(int phase, int64_t sequence) const {
-    return p.scratch.counters + 2 + phase * p.sequences + sequence;
+    return p.workspace.counters + 2 + phase * p.sequences + sequence;
   }
   __device__ TokenCounts* counts() const {
-    return reinterpret_cast<TokenCounts*>(p.scratch.counters + 2 + 2 * p.sequences);
+    return reinterpret_cast<TokenCounts*>(p.workspace.counters + 2 + 2 * p.sequences);
   }
 };
 

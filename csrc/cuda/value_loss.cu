@@ -34,7 +34,7 @@ __device__ void store_metrics(const ValueParams& p, const ValueSums& t) {
 
 __global__ void __launch_bounds__(kThreads) value_kernel(ValueArgs a) {
   const ValueParams& p = a.p;
-  ValueSums sums, *partials = static_cast<ValueSums*>(p.scratch.partial);
+  ValueSums sums, *partials = static_cast<ValueSums*>(p.workspace.partials);
   float *per_token = static_cast<float*>(p.per_token), *g_values = static_cast<float*>(p.g_values);
   for_each_in_tile(p.batch, p.tokens, [&](int64_t i, Place at) {
     ValueTerm<float> term{0, 0, false};
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) value_kernel(ValueArgs a) {
   });
   sums = block_merge(sums);
   if (threadIdx.x == 0) partials[blockIdx.x] = sums;
-  if (!signal_done(p.scratch.counters, a.tiles)) return;
+  if (!signal_done(p.workspace.counters, a.tiles)) return;
   sums = sum_partials(partials, a.tiles);
   if (threadIdx.x == 0) store_metrics(p, sums);
 }

@@ -77,9 +77,9 @@ __device__ MaskedMoments moments_of_tile(const WhitenParams& p) {
 }
 
 __global__ void __launch_bounds__(kThreads) moments_kernel(WhitenArgs a) {
-  MaskedMoments moments = moments_of_tile(a.p), *partials = static_cast<MaskedMoments*>(a.p.scratch.partial);
+  MaskedMoments moments = moments_of_tile(a.p), *partials = static_cast<MaskedMoments*>(a.p.workspace.partials);
   if (threadIdx.x == 0) partials[blockIdx.x] = moments;
-  if (!signal_done(a.p.scratch.counters, a.tiles)) return;
+  if (!signal_done(a.p.workspace.counters, a.tiles)) return;
   moments = sum_partials(partials, a.tiles);
   if (threadIdx.x > 0) return;
   double* out = a.p.moments;
