@@ -12,9 +12,9 @@ namespace {
 
 constexpr int64_t kBucketEntries = 1 << 15;  // a bucket's table stays in the second-level cache
 constexpr int kMaxBucketBits = 10;
-constexpr int64_t kFrequent = 32;     // frequent: in at least one of this many samples (measured with AVX-512)
-constexpr int64_t kAhead = 8;         // rare n-grams whose lists are prefetched
-constexpr int64_t kChunkWords = 256;  // of a bit row; a tile's chunks stay in the first-level cache
+constexpr int64_t kFrequent = 32;       // frequent: in at least one of this many samples (measured with AVX-512)
+constexpr int64_t kAhead = 8;           // rare n-grams whose lists are prefetched
+constexpr int64_t kWordsPerStep = 256;  // of a bit row; those of a tile's samples stay in L1
 
 // What an entry says after list(): begin << kEarlierBits | earlier for a rare n-gram, whose list from `begin` on has
 // `earlier` samples before this one.
@@ -171,7 +171,7 @@ void NgramSets::count_shared(int64_t first, int64_t end, const std::vector<int64
     }
   }
   const SharedBits add_shared_bits = shared_bits();
-  for (int64_t w = 0; w < words; w += kChunkWords) {
+  for (int64_t w = 0; w < words; w += kWordsPerStep) {
     const auto add = [&](int64_t j) {
       for (int64_t i = first; i < end; i += kPopcountRows) {
         const uint64_t* rows[kPopcountRows];
@@ -180,7 +180,7 @@ void NgramSets::count_shared(int64_t first, int64_t end, const std::vector<int64
           rows[k] = &bits[std::min(i + k, end - 1) * words + w];
           out[k] = i + k < end ? shared + (i + k - first) * stride + j : &unused;
         }
-        add_shared_bits(rows, &bits[j * words + w], std::min(kChunkWords, words - w), out);
+        add_shared_bits(rows, &bits[j * words + w], std::min(kWordsPerStep, words - w), out);
       }
     };
     for (int64_t j : others) add(j);

@@ -43,7 +43,7 @@ class RowKernel {
         stats(stats),
         is_double(p.dtype == DType::f64),
         bytes(size_of(p.dtype)),
-        blocks((p.vocab + kBlock - 1) / kBlock),
+        tiles((p.vocab + kTileColumns - 1) / kTileColumns),
         sweeps(gk::sweeps(p.dtype, p.softcap > 0, stats.sum_p2 != nullptr)) {}
 
   // epilogue(row index) -> RowGrad, once the row's statistics are stored. have_stats: they are already, from an earlier
@@ -62,7 +62,7 @@ class RowKernel {
   const Rows& p;
   const RowStats& stats;
   const bool is_double;
-  const int64_t bytes, blocks;
+  const int64_t bytes, tiles;
   const Sweeps sweeps;
 
   // Rows [first, first + count): many rows are taken one by one by each thread, few rows share all threads by columns.
@@ -70,21 +70,20 @@ class RowKernel {
   void run_some(int64_t first, int64_t count, int threads, bool have_stats, const View* gradient,
                 const Epilogue& epilogue) const {
     if (!have_stats) {
-      std::vector<Softmax<double>> partial(count * blocks);
-      parallel_for(count * blocks, threads,
-                   [&](int64_t i) { sweep_stats(first + i / blocks, i % blocks, &partial[i]); });
-      for (int64_t i = 0; i < count; ++i) save_stats(first + i, &partial[i * blocks]);
+      std::vector<Softmax<double>> partial(count * tiles);
+      parallel_for(count * tiles, threads, [&](int64_t i) { sweep_stats(first + i / tiles, i % tiles, &partial[i]); });
+      for (int64_t i = 0; i < count; ++i) save_stats(first + i, &partial[i * tiles]);
     }
     if (!gradient) return;
     std::vector<RowGrad> grads(count);
     for (int64_t i = 0; i < count; ++i)
       if (active(first + i)) grads[i] = epilogue(first + i);
-    parallel_for(count * blocks, threads,
-                 [&](int64_t i) { sweep_gradient(first + i / blocks, i % blocks, *gradient, grads[i / blocks]); });
+    parallel_for(count * tiles, threads,
+                 [&](int64_t i) { sweep_gradient(first + i / tiles, i % tiles, *gradient, grads[i / tiles]); });
   }
 
   bool active(int64_t r) const { return is_active(p.active, r, p.tokens); }
-  int64_t columns(int64_t block) const { return std::min(kBlock, p.vocab - block * kBlock); }
+  int64_t columns(int64_t tile) const { return std::min(kTileColumns, p.vocab - tile * kTileColumns); }
 
   Row row(int64_t r) const {
     const double inv_t = p.temperature.data ? 1 / read(p.temperature, r, p.tokens, is_double, 1) : p.inv_temperature;
@@ -95,18 +94,18 @@ class RowKernel {
             static_cast<const int64_t*>(p.targets.data)[p.targets.offset(r, p.tokens)], p.softcap > 0 ? capped : plain};
   }
 
-  void sweep_stats(int64_t r, int64_t block, Softmax<double>* out) const {
+  void sweep_stats(int64_t r, int64_t tile, Softmax<double>* out) const {
     if (!active(r)) return;
     [[maybe_unused]] const FlushDenormals flush;
     const Row row = this->row(r);
-    sweeps.stats(row.logits + block * kBlock * bytes, columns(block), row.transform, out);
+    sweeps.stats(row.logits + tile * kTileColumns * bytes, columns(tile), row.transform, out);
   }
 
   void save_stats(int64_t r, const Softmax<double>* partial) const {
     if (!active(r)) return store_stats(r, 0, 0, 0, 0, 0);
     const Row row = this->row(r);
     Softmax<double> s;
-    for (int64_t b = 0; b < blocks; ++b) s = s.merge(partial[b], row.transform.unit);
+    for (int64_t b = 0; b < tiles; ++b) s = s.merge(partial[b], row.transform.unit);
     if (s.max == -INFINITY) s.sum = NAN;  // every logit is -inf: no distribution
     const bool legal = row.target >= 0 && row.target < p.vocab;
     const double logp = legal ? (z_at(row, row.target) - s.max) * row.transform.unit * kLn2 - s.log_sum() : NAN;
@@ -128,8 +127,8 @@ class RowKernel {
     return p.softcap > 0 ? p.softcap * tanh_at(row, column) : load_element(row.logits, column, p.dtype);
   }
 
-  void sweep_gradient(int64_t r, int64_t block, const View& gradient, RowGrad grad) const {
-    const int64_t begin = block * kBlock, n = columns(block);
+  void sweep_gradient(int64_t r, int64_t tile, const View& gradient, RowGrad grad) const {
+    const int64_t begin = tile * kTileColumns, n = columns(tile);
     char* dz = static_cast<char*>(gradient.data) + (gradient.offset(r, p.tokens) + begin) * bytes;
     if (!active(r) || grad.none()) {
       std::memset(dz, 0, n * bytes);

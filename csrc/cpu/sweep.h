@@ -1,4 +1,4 @@
-// One sweep over a block of a row: the only code compiled for each instruction set (sweep_simd.cpp, sweep_double.cpp).
+// One sweep over a tile of a row: the only code compiled for each instruction set (sweep_simd.cpp, sweep_double.cpp).
 #pragma once
 #include <cstdint>
 
@@ -7,7 +7,7 @@
 
 namespace gk {
 
-constexpr int64_t kBlock = 8192;  // columns; two reads of a block find the second one in L1
+constexpr int64_t kTileColumns = 8192;  // few enough that the second read of a tile hits L1
 
 // How a logit becomes z, in units that cost the least per element: z = logit, or cap * tanh(logit * inner).
 struct Transform {

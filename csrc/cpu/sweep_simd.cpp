@@ -64,8 +64,8 @@ void stats(const void* logits, int64_t columns, const Transform& f, Softmax<doub
   const Exp2<sizeof(T) == 2 ? 5 : 6> exp2;
 
   Pair sum{}, dot{}, sum2{};
-  for_each_pair<kBlock>(
-      z, columns, [&](Pair v, auto penalty) {  // memory brings the next block while this one is computed
+  for_each_pair<kTileColumns>(
+      z, columns, [&](Pair v, auto penalty) {  // prefetches the next tile while this one is computed
         const auto add = [&](Float logit, auto penalty, Float& sum, Float& dot, Float& sum2) {
           const Float y = max_of(splat(kExp2Floor), (z_of<kSoftcap>(logit, f) + penalty - origin) * unit);
           const Float e = exp2(y);
