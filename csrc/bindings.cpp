@@ -1,6 +1,6 @@
-// pybind11: raw addresses, strides and scalars from Python into the structs of kernels.h. Computes nothing and knows no
-// torch; every check has been made in Python (grpo_kernels/ops/loss.py). The GIL is released while a kernel runs.
-// One file for _cpu, _cuda and the tests' _emulated; the last argument of every kernel is the CUDA stream's handle.
+// pybind11: fills the structs of kernels.h from raw addresses, strides and scalars. Computes nothing and does not know
+// torch; Python has made every check (grpo_kernels/ops/loss.py). The GIL is released while a kernel runs. _cpu, _cuda
+// and the tests' _emulated are built from this file; the last argument of every kernel is the CUDA stream's handle.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,7 +19,7 @@
 #endif
 #ifdef GK_EMULATED
 #include "emulation/cuda_on_cpu.h"
-// Behind what it stands on.
+// After cuda_on_cpu.h, which it needs.
 #include "cuda/row_args.h"
 #endif
 

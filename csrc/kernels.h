@@ -27,17 +27,17 @@ struct Workspace {
   int32_t* counters;  // zeros
   void* partials;
 };
-constexpr int64_t kTokensPerTile = 2048;                            // of a block
+constexpr int64_t kTokensPerTile = 2048;                            // of one block
 constexpr int kTokenSums = 23, kPoolSums = 5, kPooledGradSums = 1;  // floats per tile, in TokenParams::workspace
 constexpr int kGaeSums = 5, kValueSums = 5, kMomentSums = 6;        // likewise
-constexpr int64_t kTokensInTable = 4096;                            // of a sample that needs no DiversityParams::tables
+constexpr int64_t kTokensInTable = 4096;  // the longest sample that needs no DiversityParams::tables
 
 // z = softcap(logit_scale * logit) / temperature, softcap(v) = c tanh(v / c); softcap == 0: none.
 struct Rows {
   View logits;       // dtype, [batch, tokens, vocab], the vocabulary dense
   View targets;      // int64
   View active;       // bool; null: all
-  View temperature;  // acc; null: the number below
+  View temperature;  // acc; null: inv_temperature below
   DType dtype;
   int64_t batch, tokens, vocab;
   double inv_temperature, logit_scale, softcap;
@@ -49,20 +49,20 @@ struct RowStats {  // acc [batch * tokens]; sum_p2 may be null
 };
 
 struct PolicyInputs {
-  View advantages, weights;                  // acc; the loss is sum(weights * terms); rewards by form.advantages
+  View advantages, weights;                  // acc; the loss is sum(weights * terms); or rewards, by form.advantages
   View old_logps, ref_logps, rollout_logps;  // acc; null: not given
   View token_weights;                        // acc; multiplies the policy term only (gmpo: weighs its means)
   View entropy_weights, entropy_mask;        // acc; null: weights, 1
-  View selected;                             // acc; not 0: picked for its covariance; null: none
-  View pooled_weights;                       // acc; importance weights that enter a sequence's own; null: 1
-  int64_t group_size;                        // batch rows of a group, where the advantages are made of rewards
+  View selected;                             // acc; nonzero: selected by its covariance; null: none
+  View pooled_weights;                       // acc; importance weights pooled into their sequence's; null: 1
+  int64_t group_size;                        // batch rows per group, where advantages are computed from rewards
   double advantage_eps;
-  const void *kl_coef, *entropy_coef;  // acc [1], read when the kernel runs; null: the number in scalars
+  const void *kl_coef, *entropy_coef;  // acc [1], read when the kernel runs; null: the value in scalars
   Form form;
   Scalars<double> scalars;
 };
 
-struct ScaleParams {  // matrix *= factor, acc [1]; not touched where that is 1
+struct ScaleParams {  // matrix *= factor, acc [1]; untouched if the factor is 1
   View matrix;        // dtype, [batch, tokens, columns], the columns dense
   DType dtype;
   int64_t batch, tokens, columns;
@@ -82,11 +82,11 @@ struct TokenParams {
 };
 
 struct AdvantageParams {
-  const void* rewards;           // acc [samples, components]; NaN: left out
+  const void* rewards;           // acc [samples, components]; NaN: ignored
   const double* reward_weights;  // [components]; null: 1
   const uint8_t* valid;          // [samples] or null
   const int64_t* group_ids;      // [samples]; null: consecutive runs of group_size
-  const double* lengths;         // [samples]; read by Baseline::length_weighted
+  const double* lengths;         // [samples]; used by Baseline::length_weighted
   const double* critic_values;   // [samples] or null; NaN: none for this sample
   int64_t samples, components;
   AdvantageForm form;
@@ -94,8 +94,8 @@ struct AdvantageParams {
   void *advantages, *mean, *std;  // acc [samples]
   uint8_t* informative;           // [samples]
   int threads;
-  const int64_t *order, *ends;  // a GPU's, instead of ids: samples by group; where each one's group ends there
-  void* batch_std;              // acc [1], a GPU's for Scale::batch
+  const int64_t *order, *ends;  // GPU only, instead of ids: samples by group; where each one's group ends there
+  void* batch_std;              // acc [1], GPU only, for Scale::batch
 };
 
 struct GaeParams {
@@ -145,18 +145,18 @@ struct DiversityParams {
   uint8_t* keep;                // [samples]
   float *similarity, *weights;  // [samples]
   int threads;
-  const int64_t *order, *first;  // a GPU's, instead of ids: samples by group; where each one's group begins there
-  void *hashes, *tables;  // a GPU's: one 64-bit integer per token; two, zeros, or null where kTokensInTable suffice
+  const int64_t *order, *first;  // GPU only, instead of ids: samples by group; where each one's group begins there
+  void *hashes, *tables;  // GPU only: one 64-bit integer per token; two, zeros, or null where kTokensInTable suffice
   Workspace workspace;
 };
 
 void row_forward(const Rows&, const RowStats&, Stream);
-// Writes d loss / d logits, given d loss / d logps and d loss / d entropy (null: zero). In place if the views agree.
+// Writes d loss / d logits from d loss / d logps and d loss / d entropy (null: zero). In place if the views are equal.
 void row_backward(const Rows&, const RowStats& saved, const void* g_logps, const void* g_entropy, const View& gradient,
                   Stream);
 // One launch: log-probs, the policy loss's derivative in them, and the gradient of the logits.
 void row_policy(const Rows&, const RowStats&, const PolicyInputs&, const View& gradient, Stream);
-void scale(const ScaleParams&, Stream);  // a GPU's: the factor is never read on the host
+void scale(const ScaleParams&, Stream);  // GPU only: the host does not read the factor
 void token_policy(const TokenParams&, Stream);
 void group_advantages(const AdvantageParams&, Stream);
 // Greedy near-duplicate removal by the Jaccard similarity of n-gram sets; n-grams are compared by a 64-bit hash.

@@ -210,7 +210,7 @@ def test_rows_without_a_distribution_or_a_pull(vocab):
 MUTANTS = {  # file, statement that is left out; or what takes its place: ON in the mutant, OFF in the others
     "nothing": ("row_kernel.cuh", ""),
     "the first meeting": ("row_kernel.cuh", "sync();\n  }"),
-    "the last meeting": ("row_kernel.cuh", "sync();  // nobody leaves"),
+    "the last meeting": ("row_kernel.cuh", "sync();  // nobody exits"),
     "the publishing of barriers": ("row_kernel.cuh", "publish_barriers();"),
     "the barrier after the epilogue": ("row_kernel.cuh", "sync_computing();\n    return"),
     "the barrier of the reduction": ("row_kernel.cuh", "sync_computing();\n    if (warp"),

@@ -6,7 +6,7 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kSamplesPerTask = 2048, kMinSamplesPerThread = 32768;  // half a millisecond
+constexpr int64_t kSamplesPerTask = 2048, kMinSamplesPerThread = 32768;  // half a millisecond of work
 
 class AdvantageKernel {
  public:
@@ -46,11 +46,11 @@ class AdvantageKernel {
   const AdvantageParams& p;
   const AdvantageForm& form;
   const Groups& groups;
-  std::vector<double> rewards, others;              // others: the deviation of all but each of the rewards
+  std::vector<double> rewards, others;              // others: for each reward, the deviation of all the others
   std::vector<std::pair<double, double>> weighted;  // rewards with their lengths
   Moments group;
 
-  // The weighted sum of a sample's components that are there; NaN where there is none, or the sample is not valid.
+  // The weighted sum of a sample's components that are not NaN; NaN if there are none, or the sample is not valid.
   double reward(int64_t k) const {
     if (p.valid && !p.valid[k]) return NAN;
     double sum = 0;
@@ -63,7 +63,7 @@ class AdvantageKernel {
     return any ? sum : NAN;
   }
 
-  // sum(l R) / sum(l), less the mean; sorted, so that the order of the samples does not matter.
+  // sum(l R) / sum(l), minus the mean; sorted, so that the order of the samples does not matter.
   double length_weighted_shift(int64_t g) {
     weighted.clear();
     for (int64_t i = groups.begin(g); i < groups.end(g); ++i) {
@@ -91,7 +91,7 @@ void group_advantages(const AdvantageParams& p, Stream) {
   const int64_t count = groups.count();
   const int64_t tasks = std::min(count, p.samples / kSamplesPerTask + 1);
   const int threads = int(std::min<int64_t>(p.threads, 1 + p.samples / kMinSamplesPerThread));
-  const auto for_each = [&](const auto& fn) {  // a run of groups at a time, with one kernel's memory
+  const auto for_each = [&](const auto& fn) {  // a run of groups at a time, which share a kernel's buffers
     parallel_for(tasks, threads, [&](int64_t task) {
       AdvantageKernel kernel(p, groups);
       for (int64_t g = count * task / tasks; g < count * (task + 1) / tasks; ++g) fn(kernel, g);

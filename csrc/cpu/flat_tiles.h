@@ -26,7 +26,7 @@ template <typename T> Lane<T> lane(const View& v, int64_t first, int64_t tokens)
   return {v.data ? static_cast<const T*>(v.data) + v.offset(first, tokens) : nullptr, v.stride_t};
 }
 
-// fn(first, count) for the part of each row that lies in the tile.
+// Calls fn(first, count) for the part of each row that lies in the tile.
 template <typename Fn> void for_each_row_part(int64_t tile, int64_t batch, int64_t tokens, const Fn& fn) {
   const int64_t end = std::min((tile + 1) * kTokensPerFlatTile, batch * tokens);
   for (int64_t first = tile * kTokensPerFlatTile, next; first < end; first = next) {

@@ -4,10 +4,10 @@
 
 namespace gk {
 
-// Before the first touch of freshly allocated memory.
+// To be called before the first touch of freshly allocated memory.
 void prefer_huge_pages(void* data, int64_t bytes);
 
-// Uninitialised memory of plain values.
+// An uninitialised array of trivial values.
 template <typename T> class Buffer {
  public:
   Buffer() = default;

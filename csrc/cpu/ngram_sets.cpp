@@ -16,8 +16,8 @@ constexpr int64_t kFrequent = 32;       // frequent: in at least one of this man
 constexpr int64_t kAhead = 8;           // rare n-grams whose lists are prefetched
 constexpr int64_t kWordsPerStep = 256;  // of a bit row; those of a tile's samples stay in L1
 
-// What an entry says after list(): begin << kEarlierBits | earlier for a rare n-gram, whose list from `begin` on has
-// `earlier` samples before this one.
+// An entry after list(): begin << kEarlierBits | earlier for a rare n-gram, whose list from `begin` on has `earlier`
+// samples before this one.
 constexpr int kEarlierBits = 23;
 constexpr uint64_t kEarlierMask = (uint64_t(1) << kEarlierBits) - 1;
 constexpr uint64_t kFrequentFlag = uint64_t(1) << 63;  // | column within the bucket
@@ -79,7 +79,7 @@ NgramSets::NgramSets(const DiversityParams& p, const int64_t* samples, int64_t c
   parallel_for(count, threads, [&](int64_t i) { finish(i); });
 }
 
-// Every sample's hashes, bucket by bucket.
+// Hashes every sample's n-grams, bucket by bucket.
 void NgramSets::hash(const DiversityParams& p, const int64_t* samples, int threads) {
   parallel_for(count, threads, [&](int64_t i) {
     std::vector<uint64_t> hashes;
@@ -108,7 +108,7 @@ template <typename Fn> void NgramSets::visit(int64_t bucket, const Fn& fn) {
   }
 }
 
-// Finds out which samples share the n-grams of a bucket, and replaces each hash by what an entry says.
+// Finds which samples share the n-grams of a bucket, and replaces each hash by its entry.
 void NgramSets::list(int64_t bucket, int64_t frequent) {
   Bucket& b = buckets[size_t(bucket)];
   size_t slots = 2;
@@ -138,7 +138,7 @@ void NgramSets::list(int64_t bucket, int64_t frequent) {
   });
 }
 
-// A sample's size, its bit row, and its rare entries moved together.
+// Computes a sample's size and its bit row, and compacts its rare entries.
 void NgramSets::finish(int64_t i) {
   uint64_t *row = bits.data() + i * words, *out = entries.data() + begin[i];
   std::fill(row, row + words, 0);

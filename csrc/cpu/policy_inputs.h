@@ -1,5 +1,5 @@
-// Reads one token's inputs in double: the per-token maths costs nothing beside the vocabulary, and a ratio that sits on
-// a clipping bound then falls on the side where float64 puts it.
+// Reads one token's inputs in double: the per-token maths costs nothing compared with the vocabulary, and a ratio on a
+// clipping bound then falls on the same side as in float64.
 #pragma once
 #include "../kernels.h"
 
@@ -25,7 +25,7 @@ inline bool is_active(const View& active, int64_t row, int64_t tokens) {
   return !active.data || static_cast<const uint8_t*>(active.data)[active.offset(row, tokens)] != 0;
 }
 
-// The loss's numbers, with the coefficients that were given as tensors.
+// The loss's scalars, with the coefficients that were given as tensors.
 inline Scalars<double> scalars_of(const PolicyInputs& in, bool is_double) {
   Scalars<double> s = in.scalars;
   if (in.kl_coef) s.kl_coef = load_acc(in.kl_coef, 0, is_double);
@@ -33,7 +33,7 @@ inline Scalars<double> scalars_of(const PolicyInputs& in, bool is_double) {
   return s;
 }
 
-// `logp` stands in for what is not given: on-policy, a ratio of 1.
+// `logp` replaces log-probs that are not given: on-policy, a ratio of 1.
 inline TokenInputs<double> read_token(const PolicyInputs& in, int64_t row, int64_t tokens, bool is_double,
                                       double logp) {
   const auto get = [&](const View& v, double absent) { return read(v, row, tokens, is_double, absent); };

@@ -65,7 +65,8 @@ class RowKernel {
   const int64_t bytes, tiles;
   const Sweeps sweeps;
 
-  // Rows [first, first + count): many rows are taken one by one by each thread, few rows share all threads by columns.
+  // Rows [first, first + count): with many rows each thread takes one at a time; with few, all threads share each row
+  // by columns.
   template <typename Epilogue>
   void run_some(int64_t first, int64_t count, int threads, bool have_stats, const View* gradient,
                 const Epilogue& epilogue) const {

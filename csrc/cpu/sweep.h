@@ -9,10 +9,10 @@ namespace gk {
 
 constexpr int64_t kTileColumns = 8192;  // few enough that the second read of a tile hits L1
 
-// How a logit becomes z, in units that cost the least per element: z = logit, or cap * tanh(logit * inner).
+// How a logit becomes z, with the least work per element: z = logit, or cap * tanh(logit * inner).
 struct Transform {
   double unit;   // y = (z - max) * unit
-  double slope;  // d z / d logit, softcap' apart
+  double slope;  // d z / d logit, without softcap'
   double inner, cap;
 };
 

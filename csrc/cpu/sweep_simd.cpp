@@ -59,7 +59,7 @@ void stats(const void* logits, int64_t columns, const Transform& f, Softmax<doub
   Pair top{splat(-INFINITY), splat(-INFINITY)};
   for_each_pair(z, columns,
                 [&](Pair v, auto penalty) { top = {max_of(v.a + penalty.a, top.a), max_of(v.b + penalty.b, top.b)}; });
-  const float max = z_of<kSoftcap>(splat(max_lane(max_of(top.a, top.b))), f)[0];  // monotonic: the cap of the maximum
+  const float max = z_of<kSoftcap>(splat(max_lane(max_of(top.a, top.b))), f)[0];  // softcap is monotonic
   const float origin = max == -INFINITY ? 0.0f : max, unit = float(f.unit);
   const Exp2<sizeof(T) == 2 ? 5 : 6> exp2;
 

@@ -58,7 +58,7 @@ class TokenKernel {
   PooledTerm<double> term(int64_t r, const TokenInputs<double>& t) const {
     return pooled_term(form, logp(r) - t.old, t.adv, t.pooled_weight, s);
   }
-  // How much a token counts in a pooled mean: gmpo leaves out what the entropy mask does.
+  // A token's weight in a pooled mean: gmpo leaves out the tokens that the entropy mask does.
   double count_of(const TokenInputs<double>& t) const { return form.objective == Objective::gmpo ? t.token_weight : 1; }
 
   Sequence<double> pool(Segment segment) const {
@@ -107,7 +107,7 @@ std::vector<Segment> segments_of(const TokenParams& p, bool& per_sequence) {
   return segments;
 }
 
-// Runs of segments that are worth a thread together, as indices into them.
+// Groups consecutive segments until they are worth a thread; returns ranges of their indices.
 std::vector<Segment> work_of(const std::vector<Segment>& segments) {
   std::vector<Segment> work;
   for (int64_t i = 0, begin = 0, tokens = 0; i < int64_t(segments.size()); ++i) {

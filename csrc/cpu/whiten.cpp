@@ -35,7 +35,7 @@ MaskedMoments moments_of(const double* x, int64_t n) {
   m.count = double(n);
   for (int64_t i = 0; i < n; ++i) m.low = x[i] < m.low ? x[i] : m.low, m.high = x[i] > m.high ? x[i] : m.high;
   m.mean = summed(x, n, [](double v) { return v; }) / m.count;
-  if (m.low <= m.high) m.mean = clamp_(m.mean, m.low, m.high);  // of equal values exactly that value
+  if (m.low <= m.high) m.mean = clamp_(m.mean, m.low, m.high);  // exactly that value if all are equal
   m.squares = summed(x, n, [&](double v) { return (v - m.mean) * (v - m.mean); });
   return m;
 }

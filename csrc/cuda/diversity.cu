@@ -1,8 +1,9 @@
 // Near-duplicates inside a group: each sample against the kept ones before it.
 //
-// The first launch makes every sample's set of n-gram hashes. In the second, a block takes a sample, in order: it puts
-// its set into a table, looks up the sets of the kept samples before it, one warp per sample, and says whether it is
-// kept. It waits for those decisions one by one as it goes, so that when the last is made one comparison is left to do.
+// The first launch makes every sample's set of n-gram hashes. In the second, each block takes one sample, in order: it
+// puts the sample's set into a table, looks up the sets of the kept samples before it, one warp per sample, and decides
+// whether to keep it. It waits for the earlier decisions one by one, so that after the last of them a single comparison
+// is left.
 #include "grid_sync.cuh"
 #include "launch.h"
 #include "ngram_table.cuh"
@@ -26,7 +27,7 @@ struct Count {
 struct DiversityArgs {
   DiversityParams p;
 
-  // A sample's tokens among all.
+  // A sample's tokens in the flat order of all tokens.
   __device__ Boundaries::Span span(int64_t sample) const {
     if (p.cu_seqlens) return Boundaries{p.cu_seqlens, p.samples, p.tokens}[sample];
     return {sample, sample * p.tokens, (sample + 1) * p.tokens};
@@ -37,7 +38,8 @@ struct DiversityArgs {
   __device__ int32_t* ticket() const { return p.workspace.counters; }
   __device__ int32_t* decision(int64_t sample) const { return p.workspace.counters + 1 + sample; }
   __device__ int32_t* cluster(int64_t leader) const { return p.workspace.counters + 1 + p.samples + leader; }
-  // Written by ngram_kernel: a search for every comparison would be a dozen loads. Read where there are cu_seqlens.
+  // Written by ngram_kernel, used with cu_seqlens: searching for a sample's begin in every comparison would take a
+  // dozen loads.
   __device__ int64_t& begin(int64_t sample) const { return static_cast<int64_t*>(p.workspace.partials)[sample]; }
   __device__ int32_t& size(int64_t sample) const { return behind_begins()[sample]; }
   __device__ int32_t& leader(int64_t sample) const { return behind_begins()[p.samples + sample]; }
@@ -48,8 +50,8 @@ struct DiversityArgs {
   }
 };
 
-// A table for a set of up to `ngrams`, empty or not yet: in `shared`, or in its sample's part of global memory, which
-// is zeros at first and has the whole set after the first launch.
+// A table for a set of up to `ngrams`. In `shared` it is emptied here; in its sample's part of global memory it is
+// zeros at first, and holds the set after the first launch.
 __device__ NgramTable table_for(const DiversityArgs& a, int64_t sample, int64_t ngrams, Hash* shared) {
   if (ngrams > kSharedNgrams) {
     const Boundaries::Span span = a.span(sample);
@@ -61,7 +63,7 @@ __device__ NgramTable table_for(const DiversityArgs& a, int64_t sample, int64_t 
   return {shared, slots};
 }
 
-// The active tokens of a sample, mixed, one after the other; returns how many.
+// Writes the active tokens of a sample, mixed, one after the other; returns how many.
 template <typename Token> __device__ int64_t gather(const DiversityArgs& a, const Boundaries::Span& span, Hash* out) {
   const DiversityParams& p = a.p;
   const int64_t row = p.cu_seqlens ? 0 : span.sequence, first = p.cu_seqlens ? span.begin : 0, length = span.size();
@@ -80,7 +82,7 @@ template <typename Token> __device__ int64_t gather(const DiversityArgs& a, cons
   return all.value;
 }
 
-// Each sample's distinct n-grams, in any order, where its tokens were. A sample shorter than n is one n-gram.
+// Replaces each sample's tokens by its distinct n-grams, in any order. A sample shorter than n is one n-gram.
 __global__ void __launch_bounds__(kThreads) ngram_kernel(DiversityArgs a) {
   __shared__ Hash shared[kSharedSlots];
   __shared__ int distinct;
@@ -94,14 +96,14 @@ __global__ void __launch_bounds__(kThreads) ngram_kernel(DiversityArgs a) {
   for (int64_t first = 0; first < ngrams; first += kThreads) {
     const int64_t i = first + threadIdx.x;
     const Hash h = i < ngrams ? key_of(set + i, n) : 0;
-    __syncthreads();  // the set grows over tokens that have been read
+    __syncthreads();  // the set overwrites tokens that have been read
     if (h && table.insert(h)) set[atomicAdd(&distinct, 1)] = h;
   }
   __syncthreads();
   if (threadIdx.x == 0) a.begin(sample) = span.begin, a.size(sample) = distinct;
 }
 
-// The kept sample most like this one; ties: the first.
+// The most similar kept sample; the first of equals.
 struct Best {
   int both = 0, either = 0;  // 0: none
   int64_t position = 0, leader = 0;
@@ -127,7 +129,7 @@ __device__ Best compare(const DiversityArgs& a, const NgramTable& table, int64_t
 }
 
 __device__ void decide(const DiversityArgs& a, int64_t sample, const Best& best) {
-  // In double, as on every backend: the quotient is compared as it is rounded there.
+  // In double, as on every backend, so that the quotient is rounded alike before it is compared.
   const bool keep = best.either == 0 || double(best.both) / double(best.either) < a.p.threshold;
   const int64_t leader = keep ? sample : best.leader;
   a.p.keep[sample] = keep;
@@ -138,7 +140,7 @@ __device__ void decide(const DiversityArgs& a, int64_t sample, const Best& best)
   atomicExch(a.decision(sample), keep ? kKept : kDropped);
 }
 
-// Once it is made, for a warp. Nothing else that its block has written is read in this launch.
+// Waits for a decision, for a warp. Nothing else that its block has written is read in this launch.
 __device__ int decision_on(const DiversityArgs& a, int64_t sample) {
   int decision = kUndecided;
   if (lane_of_thread() == 0) decision = spin_until(a.decision(sample), kKept, "decide_kernel");

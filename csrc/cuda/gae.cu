@@ -1,9 +1,9 @@
 // Generalised advantage estimation: a reverse scan of each sequence in one launch. With lam = 1 and no values it gives
 // discounted returns.
 //
-// A block takes a tile of a sequence, the last tiles first. What a tile does to the running sum is one map, which it
-// leaves for the tiles before it; each of them composes the maps behind it itself, in their order, so that the result
-// does not hang on timing.
+// A block takes a tile of a sequence, the last tiles first. The effect of a tile on the running sum is an affine map,
+// which it stores for the tiles before it; each of those composes the maps of the later tiles itself, in their order,
+// so that the result does not depend on timing.
 #include "grid_sync.cuh"
 #include "launch.h"
 #include "policy_inputs.cuh"
@@ -15,8 +15,8 @@ namespace {
 
 constexpr int kThreads = 256, kTokensPerThread = int(kTokensPerTile) / kThreads;
 
-// What tokens do to the running sum A and the next value V behind them: A -> factor A + slope V + sum, and V is the
-// value of the first active token. Where none is active both pass through.
+// The effect of a run of tokens on the running sum A and the next value V that come from the tokens after it: A ->
+// factor A + slope V + sum, and V -> the value of the run's first active token. Where none is active both pass through.
 struct AffineMap {
   float factor = 1, slope = 0, sum = 0, value = 0;
   int active = 0;
@@ -45,7 +45,7 @@ class GaeBlock {
 
   static constexpr int kStaged = int(kTokensPerTile) + int(kTokensPerTile) / kTokensPerThread;  // no bank conflicts
 
-  // Coalesced; then each thread has kTokensPerThread tokens that follow each other. Of masked ones nothing is read.
+  // Loads are coalesced; afterwards each thread owns kTokensPerThread consecutive tokens. Masked ones are not read.
   __device__ void load() {
     for (int i = threadIdx.x; i < int(tile.size()); i += kThreads) {
       const int64_t t = tile.begin + i;
@@ -61,14 +61,14 @@ class GaeBlock {
     }
   }
 
-  // The thread's own tokens as one step.
+  // The map of the thread's own tokens.
   __device__ AffineMap map() const {
     AffineMap all;
     for (int k = kTokensPerThread - 1; k >= 0; --k) all = token(k).compose(all);
     return all;
   }
 
-  // Replaces what is staged by the results, given what lies behind the thread's tokens, and stores it.
+  // Replaces the staged inputs by the results, given the map of all later tokens, and stores them.
   __device__ void store(const AffineMap& behind) {
     AffineMap all = behind;
     for (int k = kTokensPerThread - 1; k >= 0; --k) {
@@ -109,8 +109,8 @@ class GaeBlock {
   }
 };
 
-// The maps that the sequence's later tiles left, composed by each thread in part and then by the block. A thread
-// waits for the tiles that it reads itself, all threads at once: one compose the other would be a round trip per tile.
+// The composed maps of the sequence's later tiles: each thread composes some, then the block all. A thread waits for
+// the tiles that it reads itself, all threads at once: one after the other would cost a round trip per tile.
 __device__ AffineMap later_tiles(const GaeArgs& a, const SequenceTile& tile) {
   const int64_t later = tile.num_tiles - 1 - tile.index, share = (later + kThreads - 1) / kThreads;
   const int64_t tile_id = tile.first_tile + tile.index;

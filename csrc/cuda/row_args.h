@@ -43,8 +43,8 @@ struct RowArgs {
   View logits, targets, active, temperature, gradient;  // as in Rows
   int64_t rows, tokens;
   int vocab, slots, resident;
-  int logits_past, gradient_past;        // elements that they begin behind a boundary of 16 bytes
-  bool bulk_copies, statistics, policy;  // statistics: they are computed, else read; gradient.data: whether to write it
+  int logits_past, gradient_past;        // their offsets from a 16-byte boundary, in elements
+  bool bulk_copies, statistics, policy;  // statistics: computed, else read from an earlier launch
   float inv_temperature, logit_scale, softcap;
   float *logps, *entropy, *max, *log_sum, *sum_p2;
   const float *g_logps, *g_entropy;  // the epilogue "given"

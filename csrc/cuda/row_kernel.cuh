@@ -34,7 +34,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
       load();
     else
       for_rows([this](int64_t row) { compute_row(row); });
-    sync();  // nobody leaves while another block may still write here
+    sync();  // nobody exits while another block may still write here
   }
 
  private:
@@ -75,8 +75,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   // ---- the warp that loads ----
 
-  // Bulk copies are one lane's: the others would wait for the same barriers without anything that keeps them within
-  // a phase of it, and a parity names no phase further back.
+  // One lane issues all bulk copies. Other lanes would wait for the same barriers with nothing to keep them within one
+  // phase, and a parity cannot tell older phases apart.
   __device__ void load() {
     if (!args.bulk_copies || lane_of_thread() == 0) {
       for_rows([this](int64_t row) { load_row(row); });
@@ -86,8 +86,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     __syncwarp();
   }
 
-  // The one wait of the block that is watched: whatever the other warps wait for in vain, a copy, each other or another
-  // block, they do not come to release their slots. After its last row too, for the same reason.
+  // The only wait of the block with a watchdog: if the other warps wait in vain, for a copy, each other or another
+  // block, they do not release their slots. This warp waits for its slots after its last row too, for the same reason.
   __device__ void wait_for_free(int slot) {
     watch(&ring.empty[slot], ring.phase(slot) ^ 1, "row_kernel");
     wait(&ring.empty[slot], ring.phase(slot) ^ 1);
@@ -125,7 +125,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   // ---- the warps that compute ----
 
-  struct ScalarTail {  // this thread's one scalar of the head or the tail
+  struct ScalarTail {  // this thread's scalar of the row's head or tail
     int column;        // vocab: none
     float logit;
   };
@@ -188,7 +188,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   __device__ RowResult statistics(int64_t row, const RowSlice<T>& slice, const TileSchedule& schedule,
                                   const ScalarTail& tail, const Transform& f, int target) {
-    // Read before the first barrier: after it another warp may overwrite it.
+    // Read before the first barrier: afterwards another warp may overwrite it.
     const float of_target = target >= 0 ? to_float(slice.logits[target]) : NAN;
     const Softmax<float> own =
         args.sum_p2 ? first_sweep<true>(slice, schedule, tail, f) : first_sweep<false>(slice, schedule, tail, f);
@@ -220,7 +220,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     return s;
   }
 
-  // By one warp: every block tells every block, and all merge in the order of their ranks.
+  // Called by one warp: every block sends its statistics to every block, and all merge them in the order of their
+  // ranks.
   __device__ Softmax<float> cluster_merge(const Softmax<float>& own, float unit) {
     const int parity = exchanges % 2, phase = exchanges / 2 % 2;
     ++exchanges;
@@ -232,7 +233,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     return merge_of(control->of_block[parity], cluster, unit);
   }
 
-  // By the same warp: the row's statistics, and the epilogue.
+  // Called by the same warp: the row's statistics, and the epilogue.
   __device__ void finish(int64_t row, Softmax<float> s, const Transform& f, float of_target) {
     if (s.max == -INFINITY) s.sum = NAN;  // every logit is -inf: no distribution
     const float log_sum = s.log_sum(), logp = (z_of<kSoftcap>(of_target, f) - s.max) * f.natural - log_sum;
@@ -322,7 +323,7 @@ __global__ void __launch_bounds__(kMaxThreads + kWarp, 1) row_kernel(const __gri
 
 template <bool kCluster>
 void launch_kernel(const RowArgs& args, DType dtype, Grid grid, Stream stream, const char* name) {
-  const auto go = [&](auto softcap) {  // blocks: as many as run side by side, which take the rows in turn
+  const auto go = [&](auto softcap) {  // as many blocks as run at a time; they loop over the rows
     constexpr bool kSoftcap = decltype(softcap)::value;
     const auto kernel = dtype == DType::f32    ? row_kernel<float, kSoftcap, kCluster>
                         : dtype == DType::bf16 ? row_kernel<bf16, kSoftcap, kCluster>

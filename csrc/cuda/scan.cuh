@@ -1,15 +1,16 @@
-// The threads behind each thread of a block, composed. Maps need not commute: a.compose(b) is a, then b behind it.
+// An exclusive suffix scan over the threads of a block. Maps need not commute: a.compose(b) applies b, the later one,
+// first.
 #pragma once
 #include "block.cuh"
 
 namespace gk {
 
-// Of the lane `distance` behind; its own where there is none.
+// The value of the lane `distance` higher; its own where there is none.
 template <typename T> __device__ __forceinline__ T shuffle_down(const T& value, int distance) {
   return shuffled(value, [=](unsigned word) { return __shfl_down_sync(kFullWarp, word, distance); });
 }
 
-// Of the threads behind this one; `total`: of all. A thread's default Map changes nothing.
+// The maps of the threads after this one, composed; `total`: of all threads. A default Map is the identity.
 template <int kThreads, typename Map> __device__ Map exclusive_suffix(const Map& own, Map& total) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kWarp);

@@ -1,5 +1,5 @@
-// Sequences of any lengths, cut into tiles of equal size: the work of a block. Tiles are numbered without knowing the
-// lengths on the host, so that there is no host sync; some numbers have no tokens.
+// Sequences of any lengths, cut into tiles of equal size; a block works on one tile. Tiles are numbered without knowing
+// the lengths on the host, so there is no host sync; some numbers have no tokens.
 #pragma once
 #include "../kernels.h"
 
@@ -15,15 +15,15 @@ struct SequenceTile {
 
 GK_HD int64_t tiles_per_row(int64_t tokens) { return max_<int64_t>((tokens + kTokensPerTile - 1) / kTokensPerTile, 1); }
 
-// At least 1.
+// The number of tiles to launch, at least 1: an upper bound where the lengths are on the device.
 inline int64_t sequence_tile_count(int64_t batch, int64_t tokens, const int64_t* cu_seqlens, int64_t sequences) {
   return cu_seqlens ? sequences + 1 + tokens / kTokensPerTile : max_<int64_t>(batch * tiles_per_row(tokens), 1);
 }
 
-// The sequences of flat tokens. Their boundaries lie on the device, where nobody has checked them, and whatever they
-// are, the sequences must be disjoint, in order and within the tokens: else a kernel writes elsewhere, or waits for
-// tiles that no block takes. So each boundary counts as clamped to what the search for it has left over, which changes
-// nothing where they rise from 0 to at most `tokens`. The first counts as 0 and is not read.
+// The sequences of flat tokens. Their boundaries are on the device, unchecked, and whatever they are, the sequences
+// must be disjoint, in order and within the tokens: otherwise a kernel writes out of bounds, or waits for tiles that no
+// block takes. So each boundary is clamped to the range that the search for it has left, which changes nothing if they
+// rise from 0 to at most `tokens`. The first one is ignored and taken as 0.
 struct Boundaries {
   const int64_t* cu_seqlens;  // [sequences + 1]
   int64_t sequences, tokens;
@@ -33,7 +33,8 @@ struct Boundaries {
     __device__ int64_t size() const { return end - begin; }
   };
 
-  // The last sequence for which reached(sequence, its begin), which is monotonic; `sequences`: the tokens behind them.
+  // The last sequence for which reached(sequence, its begin), which is monotonic; `sequences` stands for the tokens
+  // after the last one.
   template <typename Reached> __device__ Span last(const Reached& reached) const {
     Span span{0, 0, tokens};
     for (int64_t after = sequences + 1; after - span.sequence > 1;) {
@@ -58,7 +59,7 @@ struct SequenceTiles {
   __device__ SequenceTile operator[](int64_t tile_id) const { return cu_seqlens ? packed(tile_id) : padded(tile_id); }
 
  private:
-  // The tiles of a sequence begin here: monotonic, and never too few for its tokens.
+  // The number of a sequence's first tile: monotonic, and with room for all of its tokens.
   __device__ static int64_t first_tile_of(int64_t sequence, int64_t begin) { return sequence + begin / kTokensPerTile; }
 
   __device__ SequenceTile padded(int64_t tile_id) const {

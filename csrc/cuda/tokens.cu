@@ -1,10 +1,10 @@
 // The token kernel: ratio, objective, KL, weights, reduction and every metric, with the derivative, from log-probs.
 //
-// One launch. A block takes a tile of a sequence and leaves its sums behind; the one that arrives last adds them up,
-// in the order of the tiles. A sequence's own sums, which pooled ratios ask for, stay in the block where one tile is
-// the whole sequence. A longer one goes through three phases, each with one block per tile: what is pooled, the
-// tokens, and the pooled derivative back to them; a phase waits for the sequence's tiles of the one before, which come
-// first.
+// One launch. A block takes a tile of a sequence and stores its partial sums; the last block to finish adds them up, in
+// the order of the tiles. The sums over a sequence that pooled ratios need stay in the block if one tile holds the
+// whole sequence. A longer sequence goes through three phases, each with one block per tile: pooling, the tokens, and
+// the pooled derivative back to them. A phase waits for the sequence's tiles of the previous phase, which have earlier
+// tickets.
 #include "grid_sync.cuh"
 #include "group.cuh"
 #include "launch.h"
@@ -19,7 +19,7 @@ constexpr int kThreads = 256;
 using Sums = TokenSums<float>;
 static_assert(sizeof(Sums) == kTokenSums * sizeof(float));
 
-struct TokenCounts {  // of a sequence; integers, as blocks add them up in any order
+struct TokenCounts {  // of a sequence; integers, because blocks add them up in any order
   int32_t tokens, low, high;
 };
 
@@ -92,7 +92,7 @@ class TokenBlock {
             clamp_passes_grad(raw, log_ratio)};
   }
 
-  // Stores the tokens' results and leaves the sums; returns the derivative in the sequence's pooled log-ratio.
+  // Stores the tokens' results and the tile's sums; returns the derivative in the sequence's pooled log-ratio.
   __device__ PooledGrad tokens(const Sequence<float>& sequence) const {
     Sums sums;
     PooledGrad d_pooled;
@@ -106,7 +106,7 @@ class TokenBlock {
     return block_merge(d_pooled);
   }
 
-  // The same threads as in `tokens` add to what they stored, or others do in a later phase.
+  // Adds the pooled derivative to what `tokens` stored, in the same threads or, in a later phase, in another block.
   __device__ void scatter_pooled_grad(const Sequence<float>& sequence, const PooledGrad& d_pooled) const {
     if (!sequence.passes_grad || d_pooled.value == 0) return;  // a NaN is something
     for_each_active([&](int64_t t) {
@@ -124,7 +124,7 @@ class TokenBlock {
   const Scalars<float> s;
   const Form form;
   const SequenceTile tile;
-  const float adv;  // of the whole sequence, where rewards are given
+  const float adv;  // of the sequence, where rewards are given
 
   __device__ float sequence_advantage() const {
     if (form.advantages == Advantages::given || tile.size() == 0) return 0;
@@ -143,7 +143,7 @@ class TokenBlock {
   __device__ PooledTerm<float> term(const TokenInputs<float>& in, float logp) const {
     return pooled_term(form, logp - in.old, in.adv, in.pooled_weight, s);
   }
-  // How much a token counts in a pooled mean: gmpo leaves out what the entropy mask does.
+  // A token's weight in a pooled mean: gmpo leaves out the tokens that the entropy mask does.
   __device__ float count_of(const TokenInputs<float>& in) const {
     return form.objective == Objective::gmpo ? in.token_weight : 1;
   }
@@ -172,7 +172,7 @@ class TokenBlock {
   }
 };
 
-// The last block to have left its sums makes the loss and the metrics.
+// The last block to store its sums computes the loss and the metrics.
 __device__ void finish(const TokenArgs& a) {
   if (!signal_done(a.finished(), a.tiles)) return;
   const Sums sums = sum_partials(a.sums(), a.tiles);

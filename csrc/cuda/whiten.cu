@@ -9,7 +9,8 @@ namespace {
 
 constexpr int kThreads = 256, kTokensPerThread = int(kTokensPerTile) / kThreads;
 
-// The mean is a sum of two: what `mean` has lost by rounding would be much beside a small spread on a large offset.
+// The mean is mean + rest: on a large offset with a small spread, the rounding error of `mean` alone would be large
+// compared with the spread.
 struct MaskedMoments {
   float count = 0, mean = 0, rest = 0, squares = 0, low = INFINITY, high = -INFINITY;  // squares: about the mean
 
@@ -35,7 +36,7 @@ struct ActiveSums {  // of a tile
   __device__ ActiveSums merge(const ActiveSums& o) const {
     return {sum + o.sum, fminf(low, o.low), fmaxf(high, o.high), count + o.count};
   }
-  // Of equal values exactly that value.
+  // Exactly that value if all are equal.
   __device__ float mean() const { return low <= high ? clamp_(sum / float(count), low, high) : sum / float(count); }
 };
 
@@ -49,7 +50,7 @@ struct WhitenArgs {
   int64_t tiles;
 };
 
-// Of the block's tile: the values stay in registers for the second pass.
+// The moments of the block's tile; the values stay in registers for the second pass.
 __device__ MaskedMoments moments_of_tile(const WhitenParams& p) {
   const int64_t begin = blockIdx.x * kTokensPerTile + threadIdx.x, end = p.batch * p.tokens;
   float x[kTokensPerThread];

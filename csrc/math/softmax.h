@@ -1,4 +1,4 @@
-// Online softmax statistics of a set of logits, and what a row's gradient is made of.
+// Online softmax statistics of a set of logits, and the coefficients of a row's gradient.
 #pragma once
 #include "numeric.h"
 
@@ -16,7 +16,8 @@ template <typename T> struct Softmax {
   // `unit` = log2(e) / temperature turns a difference of logits into y.
   GK_HD Softmax relative_to(T m, T unit) const {
     if (sum == 0) return {m, T(0), T(0), T(0)};
-    // Bounded, or finite logits far apart (finfo.min as a mask) would make it -inf, and 0 * -inf a NaN of all sums.
+    // Bounded: for finite logits far apart (finfo.min as a mask) it would be -inf, and 0 * -inf would make every sum
+    // NaN.
     const T shift = max_((max - m) * unit, T(kShiftFloor)), scale = exp_(shift * T(kLn2));
     return {m, scale * sum, scale * (dot + shift * sum), scale * scale * sum2};
   }

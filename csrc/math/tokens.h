@@ -1,5 +1,4 @@
-// One token of the token kernel: what it is given, what it stores, and what it adds to the sums that the metrics are
-// made of.
+// One token of the token kernel: its inputs, its results, and what it adds to the sums behind the metrics.
 #pragma once
 #include "policy.h"
 
@@ -39,8 +38,8 @@ template <typename T> struct TokenInputs {
   T adv, weight, old, ref, rollout, token_weight, entropy_weight, entropy_mask, selected, pooled_weight;
 };
 
-// What a sequence's tokens share: the pooled log-ratio with the factor that takes its derivative back to each token,
-// whether the bound on it passes the gradient, and what gmpo asks of the sequence.
+// What a sequence's tokens have in common: its pooled values, the factor `share` that takes the derivative in the
+// pooled log-ratio back to each token, and whether the bound on the pooled log-ratio passes the gradient.
 template <typename T> struct Sequence {
   Pooled<T> pooled{0, 0, 1};
   T share = 0;
@@ -82,7 +81,7 @@ template <typename T> struct TokenSums {
   }
 };
 
-// What the token kernel stores of a token; `d_pooled`: its derivative in the sequence's pooled log-ratio.
+// The token kernel's results for one token; `d_pooled`: its derivative in the sequence's pooled log-ratio.
 template <typename T> struct TokenResult {
   T value, d_logp, d_entropy, d_pooled;
   TokenSums<T> sums;
