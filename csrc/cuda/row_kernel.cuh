@@ -66,7 +66,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   __device__ TileSchedule schedule_of(const RowSlice<T>& slice) const {
     return TileSchedule(slice.num_tiles, args.slots, args.resident, two_pass);
   }
-  // False: nothing of the row is read, and its gradient is 0.
+  // False: the row is skipped, and its gradient is 0.
   __device__ bool row_active(int64_t row) const {
     const View& active = args.active;
     if (active.data && !static_cast<const uint8_t*>(active.data)[active.offset(row, args.tokens)]) return false;
