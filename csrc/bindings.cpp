@@ -1,6 +1,6 @@
-// pybind11: raw addresses, strides and numbers from Python into the structs of kernels.h. Computes nothing and knows no
-// torch; every check has been made in Python (grpo_kernels/ops/loss.py). The GIL is released while a kernel runs.
-// One file for _cpu, _cuda and the tests' _emulated; the last argument of every kernel is the CUDA stream's handle.
+// pybind11: fills the structs of kernels.h from raw addresses, strides and scalars. Computes nothing and does not know
+// torch; Python has made every check (grpo_kernels/ops/loss.py). The GIL is released while a kernel runs. _cpu, _cuda
+// and the tests' _emulated are built from this file; the last argument of every kernel is the CUDA stream's handle.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,7 +19,7 @@
 #endif
 #ifdef GK_EMULATED
 #include "emulation/cuda_on_cpu.h"
-// Behind what it stands on.
+// After cuda_on_cpu.h, which it needs.
 #include "cuda/row_args.h"
 #endif
 
@@ -29,7 +29,7 @@ namespace {
 
 using Address = uintptr_t;                                             // 0: not given
 using ViewArg = std::optional<std::tuple<Address, int64_t, int64_t>>;  // address, strides over batch and tokens
-using ScratchArg = std::array<Address, 2>;                             // counters, partial results
+using WorkspaceArg = std::array<Address, 2>;                           // counters, partial results
 using Release = py::call_guard<py::gil_scoped_release>;
 
 template <typename T = void> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
@@ -49,7 +49,7 @@ gk::RowStats stats(const std::array<Address, 5>& a) {
   return {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]), pointer(a[4])};
 }
 
-gk::Scratch scratch_of(const ScratchArg& a) { return {pointer<int32_t>(a[0]), pointer(a[1])}; }
+gk::Workspace workspace_of(const WorkspaceArg& a) { return {pointer<int32_t>(a[0]), pointer(a[1])}; }
 
 constexpr int kPolicyViews = 10;
 using PolicyViews = std::array<ViewArg, kPolicyViews>;
@@ -123,21 +123,21 @@ PYBIND11_MODULE(GK_MODULE, m) {
       [](const PolicyViews& inputs, const Group& group, const Coefficients& coefficients, const FormCodes& form,
          const ScalarValues& scalars, const ViewArg& logps, const ViewArg& entropy, const ViewArg& active,
          std::array<int64_t, 2> shape, Address cu_seqlens, int64_t sequences, bool is_double,
-         const std::array<Address, 5>& out, int threads, const ScratchArg& scratch, Address stream) {
+         const std::array<Address, 5>& out, int threads, const WorkspaceArg& workspace, Address stream) {
         gk::token_policy(
             {policy(inputs, group, coefficients, form, scalars), view(logps), view(entropy), view(active), shape[0],
              shape[1], pointer<int64_t>(cu_seqlens), sequences, is_double, pointer(out[0]), pointer(out[1]),
-             pointer(out[2]), pointer(out[3]), pointer(out[4]), threads, scratch_of(scratch)},
+             pointer(out[2]), pointer(out[3]), pointer(out[4]), threads, workspace_of(workspace)},
             pointer(stream));
       },
       Release());
   m.def(
       "group_advantages",
       [](std::array<Address, 9> in, std::array<int64_t, 2> shape, int64_t group_size, int baseline, int scale, int ddof,
-         std::array<double, 4> numbers, bool single_raw, bool is_double, std::array<Address, 4> out, int threads,
+         std::array<double, 4> scalars, bool single_raw, bool is_double, std::array<Address, 4> out, int threads,
          Address stream) {
         const gk::AdvantageForm form{
-            group_size, gk::Baseline(baseline), gk::Scale(scale), ddof, numbers[0], numbers[1], numbers[2], numbers[3],
+            group_size, gk::Baseline(baseline), gk::Scale(scale), ddof, scalars[0], scalars[1], scalars[2], scalars[3],
             single_raw};
         gk::group_advantages({pointer(in[0]), pointer<double>(in[1]), pointer<uint8_t>(in[2]), pointer<int64_t>(in[3]),
                               pointer<double>(in[4]), pointer<double>(in[5]), shape[0], shape[1], form, is_double,
@@ -150,48 +150,48 @@ PYBIND11_MODULE(GK_MODULE, m) {
       "group_diversity",
       [](const ViewArg& token_ids, const ViewArg& active, std::array<Address, 6> in, bool narrow,
          std::array<int64_t, 4> sizes, double threshold, std::array<Address, 3> out, int threads,
-         const ScratchArg& scratch, Address stream) {
+         const WorkspaceArg& workspace, Address stream) {
         gk::group_diversity({view(token_ids), view(active), pointer<int64_t>(in[0]), pointer<int64_t>(in[1]), narrow,
                              sizes[0], sizes[1], sizes[2], sizes[3], threshold, pointer<uint8_t>(out[0]),
                              pointer<float>(out[1]), pointer<float>(out[2]), threads, pointer<int64_t>(in[2]),
-                             pointer<int64_t>(in[3]), pointer(in[4]), pointer(in[5]), scratch_of(scratch)},
+                             pointer<int64_t>(in[3]), pointer(in[4]), pointer(in[5]), workspace_of(workspace)},
                             pointer(stream));
       },
       Release());
   m.def(
       "gae",
       [](const std::array<ViewArg, 3>& in, std::array<int64_t, 2> shape, Address cu_seqlens, int64_t sequences,
-         double gamma, double lam, bool is_double, std::array<Address, 2> out, int threads, const ScratchArg& scratch,
-         Address stream) {
+         double gamma, double lam, bool is_double, std::array<Address, 2> out, int threads,
+         const WorkspaceArg& workspace, Address stream) {
         gk::gae({view(in[0]), view(in[1]), view(in[2]), shape[0], shape[1], pointer<int64_t>(cu_seqlens), sequences,
-                 gamma, lam, is_double, pointer(out[0]), pointer(out[1]), threads, scratch_of(scratch)},
+                 gamma, lam, is_double, pointer(out[0]), pointer(out[1]), threads, workspace_of(workspace)},
                 pointer(stream));
       },
       Release());
   m.def(
       "value_loss",
       [](const std::array<ViewArg, 5>& in, std::array<int64_t, 2> shape, double clip, bool is_double,
-         std::array<Address, 4> out, int threads, const ScratchArg& scratch, Address stream) {
+         std::array<Address, 4> out, int threads, const WorkspaceArg& workspace, Address stream) {
         gk::value_loss(
             {view(in[0]), view(in[1]), view(in[2]), view(in[3]), view(in[4]), shape[0], shape[1], clip, is_double,
-             pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer(out[3]), threads, scratch_of(scratch)},
+             pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer(out[3]), threads, workspace_of(workspace)},
             pointer(stream));
       },
       Release());
 
   const auto whitening = [](auto kernel) {
     return [kernel](const std::array<ViewArg, 2>& in, std::array<int64_t, 2> shape, bool is_double,
-                    std::array<Address, 3> data, int threads, const ScratchArg& scratch, Address stream) {
+                    std::array<Address, 3> data, int threads, const WorkspaceArg& workspace, Address stream) {
       kernel({view(in[0]), view(in[1]), shape[0], shape[1], is_double, pointer<double>(data[0]),
-              pointer<double>(data[1]), pointer(data[2]), threads, scratch_of(scratch)},
+              pointer<double>(data[1]), pointer(data[2]), threads, workspace_of(workspace)},
              pointer(stream));
     };
   };
   m.def("masked_moments", whitening(gk::masked_moments), Release());
   m.def("whiten", whitening(gk::whiten), Release());
 
-  m.attr("TOKENS_A_PIECE") = gk::kTokensAPiece;
-  m.attr("TOKEN_SUMS") = gk::kTokenSums + gk::kPoolSums + gk::kPullSums;
+  m.attr("TOKENS_PER_TILE") = gk::kTokensPerTile;
+  m.attr("TOKEN_SUMS") = gk::kTokenSums + gk::kPoolSums + gk::kPooledGradSums;
   m.attr("GAE_SUMS") = gk::kGaeSums;
   m.attr("VALUE_SUMS") = gk::kValueSums;
   m.attr("MOMENT_SUMS") = gk::kMomentSums;
@@ -204,8 +204,8 @@ PYBIND11_MODULE(GK_MODULE, m) {
   m.def("use_isa", [](int isa) { gk::use_isa(gk::Isa(isa)); });
 #endif
 #ifdef GK_EMULATED
-  m.def("row_plan", [](int shared_bytes, int threads, bool bulk_copies, int64_t row_bytes, bool twice) {
-    const gk::RowPlan plan = gk::row_plan({shared_bytes, threads, bulk_copies}, row_bytes, twice);
+  m.def("row_plan", [](int shared_bytes, int threads, bool bulk_copies, int64_t row_bytes, bool two_pass) {
+    const gk::RowPlan plan = gk::row_plan({shared_bytes, threads, bulk_copies}, row_bytes, two_pass);
     return std::make_tuple(plan.threads, plan.cluster, plan.slots, plan.resident, plan.shared_bytes());
   });
   m.def("use_machine", [](int multiprocessors, int threads, int shared_bytes, bool bulk_copies, int schedule) {

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 from forms import FORMS
-from test_cuda_tokens import HERE, PIECE, on_device, tokens
+from test_cuda_tokens import HERE, TOKENS_PER_TILE, on_device, tokens
 
 import grpo_kernels as gk
 from grpo_kernels.inputs.layout import Layout
 
 pytestmark = pytest.mark.skipif(not HERE, reason="the CUDA kernels are neither built for a GPU nor emulated")
-TOKENS, ROOM = 3 * PIECE - 100, 4 * PIECE
+TOKENS, ROOM = 3 * TOKENS_PER_TILE - 100, 4 * TOKENS_PER_TILE
 
 
 def of_any_integers(count, seed):

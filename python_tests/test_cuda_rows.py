@@ -26,8 +26,8 @@ H100, A100, CONSUMER = 227 << 10, 163 << 10, 99 << 10  # the last: sm_86, sm_89 
 SCALED_CONSUMER = {"shared_bytes": 14 << 10, "threads": 64}  # an eighth of it, the two kilobytes beside the row apart
 
 
-def plan(vocab, size=2, bulk=True, twice=True):
-    return emulated.row_plan(MACHINE["shared_bytes"], MACHINE["threads"], bulk, vocab * size, twice)
+def plan(vocab, size=2, bulk=True, two_pass=True):
+    return emulated.row_plan(MACHINE["shared_bytes"], MACHINE["threads"], bulk, vocab * size, two_pass)
 
 
 def test_the_vocabularies_reach_every_way():
@@ -35,7 +35,7 @@ def test_the_vocabularies_reach_every_way():
     assert {p.cluster for p in plans} >= {1, 2, 8} and {p.threads for p in plans} == {32, 64}
     assert {(p.cluster > 1, p.resident > 0) for p in plans} == {(a, b) for a in (False, True) for b in (False, True)}
     assert not any(plan(v, bulk=False).cluster > 1 for v in VOCABULARIES)
-    assert not any(plan(v, twice=False).resident for v in VOCABULARIES)
+    assert not any(plan(v, two_pass=False).resident for v in VOCABULARIES)
 
 
 @pytest.mark.parametrize("vocab", [32000, 50257, 110_000, 128_256, 151_936, 202_048, 262_144, 1_000_000])
@@ -45,12 +45,12 @@ def test_plans_for_real_gpus(vocab, shared):
         bulk = shared == H100
         once, twice = (emulated.row_plan(shared, 512, bulk, vocab * size, t) for t in (False, True))
         assert once[:3] == twice[:3]  # or one pass and two would sum in two orders
-        chunk, blocks = twice.threads * 32, 512 // twice.threads
+        tile, blocks = twice.threads * 32, 512 // twice.threads
         assert blocks * (twice.shared_bytes + 1024) <= shared + 1024  # each block's own kilobyte is the system's
         assert 4 <= twice.slots <= 32 and twice.slots - twice.resident >= 2
         share = vocab * size / twice.cluster
-        fits = share <= twice.slots * chunk
-        assert fits == (twice.resident == 0) or share > (twice.slots - 1) * chunk
+        fits = share <= twice.slots * tile
+        assert fits == (twice.resident == 0) or share > (twice.slots - 1) * tile
         if size == 2 and bulk:
             assert fits == (vocab not in (128_256, 151_936, 1_000_000))
             assert twice.cluster == {202_048: 2, 262_144: 4, 1_000_000: 8}.get(vocab, 1)
@@ -209,12 +209,12 @@ def test_rows_without_a_distribution_or_a_pull(vocab):
 
 MUTANTS = {  # file, statement that is left out; or what takes its place: ON in the mutant, OFF in the others
     "nothing": ("row_kernel.cuh", ""),
-    "the first meeting": ("row_kernel.cuh", "meet();\n  }"),
-    "the last meeting": ("row_kernel.cuh", "meet();  // nobody leaves"),
+    "the first meeting": ("row_kernel.cuh", "sync();\n  }"),
+    "the last meeting": ("row_kernel.cuh", "sync();  // nobody exits"),
     "the publishing of barriers": ("row_kernel.cuh", "publish_barriers();"),
-    "the barrier after the epilogue": ("row_kernel.cuh", "meet_computing();\n    return"),
-    "the barrier of the reduction": ("row_kernel.cuh", "meet_computing();\n    if (warp"),
-    "the wait for a chunk": ("row_kernel.cuh", "wait(&ring.full[slot]"),
+    "the barrier after the epilogue": ("row_kernel.cuh", "sync_computing();\n    return"),
+    "the barrier of the reduction": ("row_kernel.cuh", "sync_computing();\n    if (warp"),
+    "the wait for a tile": ("row_kernel.cuh", "wait(&ring.full[slot]"),
     "the wait for a free slot": ("row_kernel.cuh", "wait(&ring.empty[slot]"),
     "a warp's barrier before the release": ("row_kernel.cuh", "__syncwarp();\n    if (lane_of_thread() == 0) arrive("),
     "the release of a slot": ("row_kernel.cuh", "arrive(&ring.empty[slot])"),

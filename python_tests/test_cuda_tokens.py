@@ -12,7 +12,7 @@ import grpo_kernels as gk
 from grpo_kernels.backends import BackendUnavailable, implementation
 from grpo_kernels.testing.compare import assert_as_accurate
 
-PIECE = 2048  # tokens of a block
+TOKENS_PER_TILE = 2048  # tokens of a block
 
 
 def kernels_here():
@@ -81,7 +81,7 @@ def near(logps, others):
     return {k: logps + 0.003 * (v - logps) if k == "old_logps" else v for k, v in others.items()}
 
 
-SHAPES = [(1, 2 * PIECE + 3), (2, PIECE), (9, 1)]
+SHAPES = [(1, 2 * TOKENS_PER_TILE + 3), (2, TOKENS_PER_TILE), (9, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -94,9 +94,9 @@ def test_sequences_of_any_length(backend, name, shape):
 
 @pytest.mark.parametrize("name", ["token", "sequence", "gmpo", "vespo"])
 def test_packed_sequences_of_every_length(backend, name):
-    lengths = [0, 1, 0, PIECE, 1, PIECE + 1, 2 * PIECE + 7, 5, 0]
-    logps, mask, others = tokens((sum(lengths) + PIECE + 50,))  # the rest belongs to no sequence
-    mask[1 : PIECE // 2] = False
+    lengths = [0, 1, 0, TOKENS_PER_TILE, 1, TOKENS_PER_TILE + 1, 2 * TOKENS_PER_TILE + 7, 5, 0]
+    logps, mask, others = tokens((sum(lengths) + TOKENS_PER_TILE + 50,))  # the rest belongs to no sequence
+    mask[1 : TOKENS_PER_TILE // 2] = False
     others["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
     advantages = torch.linspace(-1, 1, len(lengths), dtype=torch.float64) + 0.1
     compare(FORMS[name], backend, logps, advantages, mask, near(logps, others))
@@ -104,7 +104,7 @@ def test_packed_sequences_of_every_length(backend, name):
 
 @pytest.mark.parametrize("name", ["sequence", "gmpo"])
 def test_a_sequence_does_not_depend_on_the_others(backend, name):
-    logps, mask, others = tokens((3, 2 * PIECE + 100))
+    logps, mask, others = tokens((3, 2 * TOKENS_PER_TILE + 100))
     advantages = torch.tensor([0.5, -1.0, 2.0])
     form = {**FORMS[name], "aggregation": "token_sum"}
 
@@ -171,11 +171,12 @@ def test_scale(backend, dtype, columns):
 # ---- returns ----
 
 
-@pytest.mark.parametrize("length", [1, 255, PIECE, PIECE + 1, 3 * PIECE + 5])
+@pytest.mark.parametrize("length", [1, 255, TOKENS_PER_TILE, TOKENS_PER_TILE + 1, 3 * TOKENS_PER_TILE + 5])
 @pytest.mark.parametrize("gamma, lam", [(0.99, 0.97), (1.0, 1.0), (0.5, 0.0)])
 def test_gae_over_several_blocks(backend, length, gamma, lam):
     values, mask, others = tokens((2, length))
-    mask[0, PIECE // 2 : 2 * PIECE + 9] = False  # a value and a running sum are carried over a block without tokens
+    # A value and a running sum are carried over a block without tokens.
+    mask[0, TOKENS_PER_TILE // 2 : 2 * TOKENS_PER_TILE + 9] = False
     rewards = others["ref_logps"]
     mine, eager, exact = (
         gk.gae(*(on_device(x, b) for x in (rewards.to(dtype), values.to(dtype), mask)), gamma=gamma, lam=lam, backend=b)
@@ -185,10 +186,10 @@ def test_gae_over_several_blocks(backend, length, gamma, lam):
         assert_as_accurate(a.cpu(), b, c)
 
 
-def test_gae_over_more_pieces_than_a_block_has_threads(backend):
-    values, mask, others = tokens((300 * PIECE,))
+def test_gae_over_more_tiles_than_a_block_has_threads(backend):
+    values, mask, others = tokens((300 * TOKENS_PER_TILE,))
     rewards, values, mask = (on_device(x[None], backend) for x in (others["ref_logps"].float(), values.float(), mask))
-    gamma = 1 - 2**-11  # a sum reaches over several pieces; exact in float32, as its rounding would show
+    gamma = 1 - 2**-11  # a sum reaches over several tiles; exact in float32, as its rounding would show
     mine = gk.gae(rewards, values, mask, gamma=gamma, lam=1.0, backend=backend)
     exact = gk.gae(rewards.double().cpu(), values.double().cpu(), mask.cpu(), gamma=gamma, lam=1.0, backend="cpu")
     for a, b in zip(mine, exact, strict=True):
@@ -196,8 +197,8 @@ def test_gae_over_more_pieces_than_a_block_has_threads(backend):
 
 
 def test_packed_gae_is_each_sequence_alone(backend):
-    cu = torch.tensor([0, 5, 5, 6, PIECE + 6, 4 * PIECE, 4 * PIECE + 1])
-    values, mask, others = tokens((5 * PIECE,))
+    cu = torch.tensor([0, 5, 5, 6, TOKENS_PER_TILE + 6, 4 * TOKENS_PER_TILE, 4 * TOKENS_PER_TILE + 1])
+    values, mask, others = tokens((5 * TOKENS_PER_TILE,))
     rewards, values, mask, bounds = (
         on_device(x, backend) for x in (others["old_logps"].float(), values.float(), mask, cu)
     )
@@ -208,7 +209,7 @@ def test_packed_gae_is_each_sequence_alone(backend):
     assert not out.advantages[cu[-1] :].any() and not out.returns[cu[-1] :].any()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (2, PIECE + 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (2, TOKENS_PER_TILE + 1)], ids=str)
 def test_value_loss_and_whitening(backend, shape):
     values, mask, others = tokens(shape)
     old, targets = others["old_logps"], others["ref_logps"]
@@ -227,7 +228,7 @@ def test_value_loss_and_whitening(backend, shape):
 
 
 @pytest.mark.parametrize("value", [0.1, 1e8])
-@pytest.mark.parametrize("count", [1, PIECE + 1])
+@pytest.mark.parametrize("count", [1, TOKENS_PER_TILE + 1])
 def test_equal_values_whiten_to_exactly_zero(backend, value, count):
     assert not gk.whiten(on_device(torch.full((count,), value), backend), eps=0.0, backend=backend).any()
 
@@ -316,7 +317,7 @@ def test_diversity_of_completions_of_any_length(backend, grouping, length):
 @pytest.mark.parametrize("schedule", HERE["emulated"].SCHEDULES[1:] if "emulated" in HERE else ())
 def test_bits_do_not_hang_on_the_schedule(schedule):
     """Neither threads of a block nor blocks of a grid run in a promised order."""
-    logps, mask, others = tokens((3, PIECE + 70))
+    logps, mask, others = tokens((3, TOKENS_PER_TILE + 70))
     rewards, critic, _, _ = samples(60)
     ids = torch.randint(0, 40, (9, 300), generator=torch.Generator().manual_seed(0))
     ids[4] = ids[1]

@@ -70,7 +70,7 @@ def wait_of_decisions():
     gk.group_diversity(torch.ones(2, 9, dtype=torch.int64), group_size=2, backend="emulated")
 
 
-WAITS = {  # what waits, whose memory, the ticket that its first block gets: of a phase or a place further on
+WAITS = {  # what waits, whose workspace, the ticket that its first block gets: of a phase or a place further on
     "token_kernel": (wait_of_tokens, "tokens", 6),
     "gae_kernel": (wait_of_gae, "gae", 1),
     "decide_kernel": (wait_of_decisions, "diversity", 1),
@@ -80,7 +80,7 @@ WAITS = {  # what waits, whose memory, the ticket that its first block gets: of 
 @pytest.mark.parametrize("kernel", WAITS)
 def test_a_wait_that_never_ends_names_its_kernel(kernel, monkeypatch):
     call, name, first_ticket = WAITS[kernel]
-    make = getattr(emulated.KERNELS._memory, name)
+    make = getattr(emulated.KERNELS._workspaces, name)
 
     def without_the_first_blocks(*args):
         made = make(*args)
@@ -88,6 +88,6 @@ def test_a_wait_that_never_ends_names_its_kernel(kernel, monkeypatch):
         return made
 
     call()
-    monkeypatch.setattr(emulated.KERNELS._memory, name, without_the_first_blocks)
+    monkeypatch.setattr(emulated.KERNELS._workspaces, name, without_the_first_blocks)
     with pytest.raises(RuntimeError, match=f"kernel {kernel}: a wait for a block that has not run"):
         call()

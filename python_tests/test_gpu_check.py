@@ -40,15 +40,15 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_an_exception_and_a_hang_are_written_down_and_the_rest_goes_on(tmp_path: Path) -> None:
     arguments = ("--dry", "--case-seconds", "5", "--piece", "cuda gae,cuda sequences,cuda plain")
-    rehearsal = "hang=gae, nine pieces;raise=whitening"
+    rehearsal = "hang=gae, nine tiles;raise=whitening"
     done, state = checked(tmp_path, *arguments, GRPO_KERNELS_REHEARSE=rehearsal)
     found = state["pieces"]
     assert done.returncode == 1, done.stdout + done.stderr
     plain, gae = found["cuda plain"], found["cuda gae"]
     assert plain["bad"] == ["whitening"] and "a rehearsal" in plain["cases"]["whitening"]["what"]
     assert plain["cases"]["loss, level token"]["ok"]  # behind the exception
-    assert gae["hang"] and gae["last_started"] == "gae, nine pieces" and not gae["ok"]
-    assert gae["cases"]["gae, three pieces"]["ok"] and "in rehearse" in gae["cases"]["gae, nine pieces"]["output"]
+    assert gae["hang"] and gae["last_started"] == "gae, nine tiles" and not gae["ok"]
+    assert gae["cases"]["gae, three tiles"]["ok"] and "in rehearse" in gae["cases"]["gae, nine tiles"]["output"]
     assert "waits hung in cuda gae" in found["cuda sequences"]["skipped"]
     assert state["healthy"] and not state["missing"]
 

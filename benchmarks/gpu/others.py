@@ -17,7 +17,7 @@ from .compare import Call, accurate
 from .protocol import Figures
 
 FP32 = torch.float32
-PIECE = 2048  # tokens of a block in CUDA C++
+TOKENS_PER_TILE = 2048  # tokens of a block in CUDA C++
 FORMS = {
     **{f"level {level}": {"ratio_level": level} for level in RATIO_LEVELS},
     **{name: {"objective": name} for name in OBJECTIVES if name not in ("clip", "dro", "clip_cov")},
@@ -77,16 +77,16 @@ def policy(inputs: Inputs, backend: str, **config: Any) -> dict[str, Tensor]:
 
 
 def loss_cases(context: Context, names: tuple[str, ...], family: str) -> Iterator[Case]:
-    """Padded sequences over several pieces."""
-    tokens = 67 if context.small else 2 * PIECE + 3
+    """Padded sequences over several tiles."""
+    tokens = 67 if context.small else 2 * TOKENS_PER_TILE + 3
     for name in names:
         inputs = functools.partial(token_inputs, shape=(2, tokens))
         yield case(f"loss, {name}", family, context, inputs, functools.partial(policy, **FORMS[name]))
 
 
 def packed_cases(context: Context, family: str) -> Iterator[Case]:
-    """Sequences over several pieces, of one token and of none, and tokens behind the last."""
-    cu = (0, 1, 1, 50, 59) if context.small else (0, 1, 1, 3 * PIECE, 5900 + PIECE)
+    """Sequences over several tiles, of one token and of none, and tokens behind the last."""
+    cu = (0, 1, 1, 50, 59) if context.small else (0, 1, 1, 3 * TOKENS_PER_TILE, 5900 + TOKENS_PER_TILE)
     inputs = functools.partial(token_inputs, shape=(cu[-1] + 100,), cu=cu)
     for name in ("level sequence", "level token"):
         yield case(f"packed loss, {name}", family, context, inputs, functools.partial(policy, **FORMS[name]))
@@ -158,11 +158,11 @@ def critic_cases(context: Context) -> Iterator[Case]:
 
 
 def gae(context: Context) -> Iterator[Case]:
-    shapes: dict[str, tuple[int, ...]] = {"three pieces": (3, 5000), "nine pieces": (2, 9 * PIECE - 5)}
+    shapes: dict[str, tuple[int, ...]] = {"three tiles": (3, 5000), "nine tiles": (2, 9 * TOKENS_PER_TILE - 5)}
     for name, shape in shapes.items():
         inputs = functools.partial(grid_inputs, shape=(shape[0], 77) if context.small else shape)
         yield case(f"gae, {name}", "waits", context, inputs, gae_of)
-    cu = (0, 1, 1, 40, 60) if context.small else (0, 1, 1, 3 * PIECE, 5900 + PIECE)
+    cu = (0, 1, 1, 40, 60) if context.small else (0, 1, 1, 3 * TOKENS_PER_TILE, 5900 + TOKENS_PER_TILE)
     inputs = functools.partial(grid_inputs, shape=(cu[-1] + 10,), cu=cu)
     yield case("gae, packed", "waits", context, inputs, gae_of)
 

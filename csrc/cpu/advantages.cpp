@@ -6,7 +6,7 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kSamplesAPiece = 2048, kSamplesWorthAThread = 32768;  // half a millisecond
+constexpr int64_t kSamplesPerTask = 2048, kMinSamplesPerThread = 32768;  // half a millisecond of work
 
 class AdvantageKernel {
  public:
@@ -35,9 +35,9 @@ class AdvantageKernel {
       const double std = deviation(r, batch_std);
       const double a = std::isnan(r) ? 0 : advantage(form, r, critic, std, statistics);
       informative = informative || (!std::isnan(r) && !std::isnan(critic) && r != critic);
-      store_real(p.advantages, k, p.is_double, std::min(std::max(a, form.clip_low), form.clip_high));
-      store_real(p.mean, k, p.is_double, group.mean);
-      store_real(p.std, k, p.is_double, std);
+      store_acc(p.advantages, k, p.is_double, std::min(std::max(a, form.clip_low), form.clip_high));
+      store_acc(p.mean, k, p.is_double, group.mean);
+      store_acc(p.std, k, p.is_double, std);
     }
     for (int64_t i = groups.begin(g); i < groups.end(g); ++i) p.informative[groups.sample(i)] = informative;
   }
@@ -46,24 +46,24 @@ class AdvantageKernel {
   const AdvantageParams& p;
   const AdvantageForm& form;
   const Groups& groups;
-  std::vector<double> rewards, others;              // others: the deviation of all but each of the rewards
+  std::vector<double> rewards, others;              // others: for each reward, the deviation of all the others
   std::vector<std::pair<double, double>> weighted;  // rewards with their lengths
   Moments group;
 
-  // The weighted sum of a sample's components that are there; NaN where there is none, or the sample does not count.
+  // The weighted sum of a sample's components that are not NaN; NaN if there are none, or the sample is not valid.
   double reward(int64_t k) const {
     if (p.valid && !p.valid[k]) return NAN;
     double sum = 0;
     bool any = false;
     for (int64_t c = 0; c < p.components; ++c) {
-      const double r = load_real(p.rewards, k * p.components + c, p.is_double);
+      const double r = load_acc(p.rewards, k * p.components + c, p.is_double);
       if (std::isnan(r)) continue;
       sum += p.reward_weights ? p.reward_weights[c] * r : r, any = true;
     }
     return any ? sum : NAN;
   }
 
-  // sum(l R) / sum(l), less the mean; sorted, so that the order of the samples does not matter.
+  // sum(l R) / sum(l), minus the mean; sorted, so that the order of the samples does not matter.
   double length_weighted_shift(int64_t g) {
     weighted.clear();
     for (int64_t i = groups.begin(g); i < groups.end(g); ++i) {
@@ -89,12 +89,12 @@ class AdvantageKernel {
 void group_advantages(const AdvantageParams& p, Stream) {
   const Groups groups(p.group_ids, p.samples, p.form.group_size);
   const int64_t count = groups.count();
-  const int64_t pieces = std::min(count, p.samples / kSamplesAPiece + 1);
-  const int threads = int(std::min<int64_t>(p.threads, 1 + p.samples / kSamplesWorthAThread));
-  const auto for_each = [&](const auto& fn) {  // a piece of the groups at a time, with one kernel's memory
-    parallel_for(pieces, threads, [&](int64_t piece) {
+  const int64_t tasks = std::min(count, p.samples / kSamplesPerTask + 1);
+  const int threads = int(std::min<int64_t>(p.threads, 1 + p.samples / kMinSamplesPerThread));
+  const auto for_each = [&](const auto& fn) {  // a run of groups at a time, which share a kernel's buffers
+    parallel_for(tasks, threads, [&](int64_t task) {
       AdvantageKernel kernel(p, groups);
-      for (int64_t g = count * piece / pieces; g < count * (piece + 1) / pieces; ++g) fn(kernel, g);
+      for (int64_t g = count * task / tasks; g < count * (task + 1) / tasks; ++g) fn(kernel, g);
     });
   };
   double batch_std = 0;

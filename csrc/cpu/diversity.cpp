@@ -54,7 +54,7 @@ class GroupFilter {
     const int64_t both = shared[(i - block) * count + j], either = sets.size(i) + sets.size(j) - both;
     return either ? double(both) / double(either) : 1;  // two empty sets are equal
   }
-  // `best` knows the kept samples before the block, kept[0, before).
+  // `best` covers the kept samples before the block, kept[0, before).
   void decide(int64_t i, int64_t block, int64_t before, Best best) {
     for (size_t k = before; k < kept.size(); ++k) best.offer(similarity(i, kept[k], block), kept[k]);
     const bool keep = best.leader < 0 || best.similarity < p.threshold;
@@ -79,7 +79,7 @@ struct Group {
 
 }  // namespace
 
-// Groups that are a large part of the work run one after another on all threads, the others side by side.
+// Groups that are a large part of the work run one after another, each on all threads; the others run in parallel.
 void group_diversity(const DiversityParams& p, Stream) {
   const Groups grouping(p.group_ids, p.samples, p.group_size);
   std::vector<int64_t> order(p.samples);

@@ -1,4 +1,4 @@
-// One logit at a time, where a vector would be out of place: the target's column.
+// Scalar conversions, for the target's column.
 #pragma once
 #include <algorithm>
 #include <cmath>

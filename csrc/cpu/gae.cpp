@@ -2,7 +2,7 @@
 // lam = 1 and no values it gives discounted returns.
 #include <cstring>
 
-#include "spans.h"
+#include "flat_tiles.h"
 
 namespace gk {
 namespace {
@@ -10,21 +10,21 @@ namespace {
 // One sequence lies in one batch row; its first token is `first`.
 template <typename T> void scan(const GaeParams& p, int64_t first, int64_t length) {
   const auto rewards = lane<T>(p.rewards, first, p.tokens), values = lane<T>(p.values, first, p.tokens);
-  const auto active = lane<uint8_t>(p.active, first, p.tokens);
+  const auto mask = lane<uint8_t>(p.active, first, p.tokens);
   T* advantages = static_cast<T*>(p.advantages) + first;
   T* returns = p.returns ? static_cast<T*>(p.returns) + first : nullptr;
   const double gamma = p.gamma, decay = p.gamma * p.lam;
   double next_value = 0, running = 0;  // both pass through masked tokens unchanged
   for (int64_t t = length; t-- > 0;) {
-    const bool counts = !active || active(t);
+    const bool active = !mask || mask(t);
     double value = 0;
-    if (counts) {
+    if (active) {
       value = values ? double(values(t)) : 0;
       running = temporal_difference(double(rewards(t)), value, next_value, gamma) + decay * running;
       next_value = value;
     }
-    advantages[t] = T(counts ? running : 0);
-    if (returns) returns[t] = T(counts ? running + value : 0);
+    advantages[t] = T(active ? running : 0);
+    if (returns) returns[t] = T(active ? running + value : 0);
   }
 }
 

@@ -32,7 +32,8 @@ inline Moments moments_of_sorted(const std::vector<double>& values) {
   return m;
 }
 
-// Of all samples together. The groups are sorted by their bytes: their order decides nothing, and a NaN does no harm.
+// The moments of all samples together. The groups are sorted by their bytes, so that their order does not matter and a
+// NaN does no harm.
 inline Moments merged(std::vector<Moments> groups) {
   std::sort(groups.begin(), groups.end(),
             [](const Moments& a, const Moments& b) { return std::memcmp(&a, &b, sizeof(Moments)) < 0; });
@@ -52,8 +53,8 @@ inline Moments merged(std::vector<Moments> groups) {
   return all;
 }
 
-// For each sorted value the standard deviation of all the others: moments of those before and those after it, merged.
-// Nothing is subtracted from a sum, so equal others give exactly 0.
+// For each sorted value, the standard deviation of all the others: the moments of those before and those after it,
+// merged. Nothing is subtracted from a sum, so equal others give exactly 0.
 inline void deviations_of_others(const std::vector<double>& sorted, int ddof, std::vector<double>& deviations) {
   const auto add = [](Moments& m, double x) {  // Welford
     const double before = x - m.mean;
@@ -93,7 +94,7 @@ class Groups {
  private:
   std::vector<int64_t> begins, order;  // order: empty for samples that already lie group after group
 
-  // Ids that lie close together, such as row numbers, are counted; others are sorted.
+  // Counting sort for ids in a small range, such as row numbers; otherwise a comparison sort.
   void sort_by(const int64_t* ids, int64_t n) {
     if (n == 0) return;
     order.resize(n);

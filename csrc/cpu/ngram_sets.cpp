@@ -12,12 +12,12 @@ namespace {
 
 constexpr int64_t kBucketEntries = 1 << 15;  // a bucket's table stays in the second-level cache
 constexpr int kMaxBucketBits = 10;
-constexpr int64_t kFrequent = 32;     // frequent: in at least one of this many samples (measured with AVX-512)
-constexpr int64_t kAhead = 8;         // rare n-grams whose lists are prefetched
-constexpr int64_t kChunkWords = 256;  // of a bit row; a tile's chunks stay in the first-level cache
+constexpr int64_t kFrequent = 32;       // frequent: in at least one of this many samples (measured with AVX-512)
+constexpr int64_t kAhead = 8;           // rare n-grams whose lists are prefetched
+constexpr int64_t kWordsPerStep = 256;  // of a bit row; those of a tile's samples stay in L1
 
-// What an entry says after list(): begin << kEarlierBits | earlier for a rare n-gram, whose list from `begin` on has
-// `earlier` samples before this one.
+// An entry after list(): begin << kEarlierBits | earlier for a rare n-gram, whose list from `begin` on has `earlier`
+// samples before this one.
 constexpr int kEarlierBits = 23;
 constexpr uint64_t kEarlierMask = (uint64_t(1) << kEarlierBits) - 1;
 constexpr uint64_t kFrequentFlag = uint64_t(1) << 63;  // | column within the bucket
@@ -28,10 +28,10 @@ template <typename Token> void read_tokens(const DiversityParams& p, int64_t sam
   const int64_t row = p.cu_seqlens ? 0 : sample, first = p.cu_seqlens ? p.cu_seqlens[sample] : 0;
   const int64_t length = length_of(p, sample);
   const Token* ids = static_cast<const Token*>(p.token_ids.data) + row * p.token_ids.stride_b;
-  const bool* active = static_cast<const bool*>(p.active.data) + row * p.active.stride_b;
+  const bool* mask = static_cast<const bool*>(p.active.data) + row * p.active.stride_b;
   mixed.clear();
   for (int64_t t = first; t < first + length; ++t)
-    if (!p.active.data || active[t * p.active.stride_t])
+    if (!p.active.data || mask[t * p.active.stride_t])
       mixed.push_back(mix(uint64_t(int64_t(ids[t * p.token_ids.stride_t]))));
 }
 
@@ -79,7 +79,7 @@ NgramSets::NgramSets(const DiversityParams& p, const int64_t* samples, int64_t c
   parallel_for(count, threads, [&](int64_t i) { finish(i); });
 }
 
-// Every sample's hashes, bucket by bucket.
+// Hashes every sample's n-grams, bucket by bucket.
 void NgramSets::hash(const DiversityParams& p, const int64_t* samples, int threads) {
   parallel_for(count, threads, [&](int64_t i) {
     std::vector<uint64_t> hashes;
@@ -108,7 +108,7 @@ template <typename Fn> void NgramSets::visit(int64_t bucket, const Fn& fn) {
   }
 }
 
-// Finds out which samples share the n-grams of a bucket, and replaces each hash by what an entry says.
+// Finds which samples share the n-grams of a bucket, and replaces each hash by its entry.
 void NgramSets::list(int64_t bucket, int64_t frequent) {
   Bucket& b = buckets[size_t(bucket)];
   size_t slots = 2;
@@ -138,7 +138,7 @@ void NgramSets::list(int64_t bucket, int64_t frequent) {
   });
 }
 
-// A sample's size, its bit row, and its rare entries moved together.
+// Computes a sample's size and its bit row, and compacts its rare entries.
 void NgramSets::finish(int64_t i) {
   uint64_t *row = bits.data() + i * words, *out = entries.data() + begin[i];
   std::fill(row, row + words, 0);
@@ -171,7 +171,7 @@ void NgramSets::count_shared(int64_t first, int64_t end, const std::vector<int64
     }
   }
   const SharedBits add_shared_bits = shared_bits();
-  for (int64_t w = 0; w < words; w += kChunkWords) {
+  for (int64_t w = 0; w < words; w += kWordsPerStep) {
     const auto add = [&](int64_t j) {
       for (int64_t i = first; i < end; i += kPopcountRows) {
         const uint64_t* rows[kPopcountRows];
@@ -180,7 +180,7 @@ void NgramSets::count_shared(int64_t first, int64_t end, const std::vector<int64
           rows[k] = &bits[std::min(i + k, end - 1) * words + w];
           out[k] = i + k < end ? shared + (i + k - first) * stride + j : &unused;
         }
-        add_shared_bits(rows, &bits[j * words + w], std::min(kChunkWords, words - w), out);
+        add_shared_bits(rows, &bits[j * words + w], std::min(kWordsPerStep, words - w), out);
       }
     };
     for (int64_t j : others) add(j);

@@ -48,6 +48,6 @@ class NgramSets {
   Buffer<uint64_t> bits;  // [count, words]
 };
 
-int64_t length_of(const DiversityParams&, int64_t sample);  // its tokens, masked ones too
+int64_t length_of(const DiversityParams&, int64_t sample);  // its tokens, including masked ones
 
 }  // namespace gk

@@ -1,5 +1,5 @@
-// Threads: those of the OpenMP runtime that torch has loaded. Threads of our own would share the cores with torch's,
-// which go on spinning for milliseconds after torch's last parallel loop; and a second OpenMP runtime would spin too.
+// Runs on the threads of the OpenMP runtime that torch has loaded. Threads of our own would share the cores with
+// torch's, which spin for milliseconds after torch's last parallel loop; a second OpenMP runtime would spin too.
 #include "parallel.h"
 
 #include <dlfcn.h>
@@ -10,7 +10,7 @@
 
 namespace gk {
 
-// A forked child inherits an OpenMP runtime without its threads, and waits for them for ever.
+// A forked child inherits an OpenMP runtime without its threads, and would wait for them forever.
 static const pid_t kLoadedIn = getpid();
 
 void run_on_threads(int threads, void (*body)(void*), void* data) {

@@ -5,6 +5,9 @@
 
 namespace gk {
 
+// Fewer tokens are not worth another thread. The policy loss does much more work per token than a sweep over values.
+constexpr int64_t kMinTokensPerThread = 32768, kMinPolicyTokensPerThread = 4096;
+
 // Calls body(data) on up to `threads` threads, this one among them, and waits for all.
 void run_on_threads(int threads, void (*body)(void*), void* data);
 

@@ -1,5 +1,5 @@
-// The vector of the instruction set this file is compiled for. Everything is written with the compiler's vector
-// extensions, which gcc and clang lower to SSE2 or NEON as well; intrinsics stand only where they are faster.
+// The vector of the instruction set that this file is compiled for. Everything is written with the compiler's vector
+// extensions, which gcc and clang also lower to SSE2 or NEON; intrinsics are used only where they are faster.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -50,7 +50,7 @@ inline Float max_of(Float a, Float b) {
 #endif
 }
 
-// Lanes combined in a tree, for its short chain as much as for its rounding.
+// Combines lanes in a tree: a short dependency chain, and less rounding.
 template <typename T, typename Combine> inline T combine_lanes(Float v, Combine combine) {
   T lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = v[i];
@@ -103,7 +103,7 @@ template <int kDegree> class Exp2 {
 
 constexpr float kExp2Floor = -126.75f;  // here 2^y is exactly 0
 
-// What keeps Exp2 in its range; a NaN stays. AVX-512's own instructions need no range.
+// Clamps to the range of Exp2; a NaN stays. AVX-512's own instructions need no clamp.
 inline Float exp2_range(Float y) {
 #if defined(__AVX512DQ__)
   return y;
@@ -197,7 +197,7 @@ inline UInt pack(Pair v, const f16*) {
 }
 template <typename Half> inline void store2(Half* p, Pair v) { store_bits(p, pack(v, p)); }
 
-// Past the cache; p is aligned to a vector. stream_fence() before the written memory is touched again.
+// Stores past the cache; p must be aligned to a vector. stream_fence() must come before the memory is touched again.
 inline void stream_bits(void* p, UInt v) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);

@@ -1,4 +1,4 @@
-// One sweep over a block of a row: the only code compiled for each instruction set (sweep_simd.cpp, sweep_double.cpp).
+// One sweep over a tile of a row: the only code compiled for each instruction set (sweep_simd.cpp, sweep_double.cpp).
 #pragma once
 #include <cstdint>
 
@@ -7,19 +7,19 @@
 
 namespace gk {
 
-constexpr int64_t kBlock = 8192;  // columns; two reads of a block find the second one in L1
+constexpr int64_t kTileColumns = 8192;  // few enough that the second read of a tile hits L1
 
-// How a logit becomes z, in units that cost the least an element: z = logit, or cap * tanh(logit * inner).
+// How a logit becomes z, with the least work per element: z = logit, or cap * tanh(logit * inner).
 struct Transform {
   double unit;   // y = (z - max) * unit
-  double slope;  // d z / d logit, softcap' apart
+  double slope;  // d z / d logit, without softcap'
   double inner, cap;
 };
 
 struct Sweeps {
   void (*stats)(const void* logits, int64_t columns, const Transform&, Softmax<double>* out);
   // out may be logits; stream: write past the cache.
-  void (*gradient)(const void* logits, void* out, int64_t columns, const Transform&, double max, RowGradient<double>,
+  void (*gradient)(const void* logits, void* out, int64_t columns, const Transform&, double max, LogitGradient<double>,
                    bool stream);
 };
 

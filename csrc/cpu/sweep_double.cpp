@@ -29,7 +29,7 @@ void stats(const void* logits, int64_t columns, const Transform& f, Softmax<doub
 }
 
 template <bool kSoftcap>
-void gradient(const void* logits, void* out, int64_t columns, const Transform& f, double max, RowGradient<double> g,
+void gradient(const void* logits, void* out, int64_t columns, const Transform& f, double max, LogitGradient<double> g,
               bool) {
   const double* z = static_cast<const double*>(logits);
   double* dz = static_cast<double*>(out);

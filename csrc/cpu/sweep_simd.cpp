@@ -59,13 +59,13 @@ void stats(const void* logits, int64_t columns, const Transform& f, Softmax<doub
   Pair top{splat(-INFINITY), splat(-INFINITY)};
   for_each_pair(z, columns,
                 [&](Pair v, auto penalty) { top = {max_of(v.a + penalty.a, top.a), max_of(v.b + penalty.b, top.b)}; });
-  const float max = z_of<kSoftcap>(splat(max_lane(max_of(top.a, top.b))), f)[0];  // monotonic: the cap of the maximum
+  const float max = z_of<kSoftcap>(splat(max_lane(max_of(top.a, top.b))), f)[0];  // softcap is monotonic
   const float origin = max == -INFINITY ? 0.0f : max, unit = float(f.unit);
   const Exp2<sizeof(T) == 2 ? 5 : 6> exp2;
 
   Pair sum{}, dot{}, sum2{};
-  for_each_pair<kBlock>(
-      z, columns, [&](Pair v, auto penalty) {  // memory brings the next block while this one is computed
+  for_each_pair<kTileColumns>(
+      z, columns, [&](Pair v, auto penalty) {  // prefetches the next tile while this one is computed
         const auto add = [&](Float logit, auto penalty, Float& sum, Float& dot, Float& sum2) {
           const Float y = max_of(splat(kExp2Floor), (z_of<kSoftcap>(logit, f) + penalty - origin) * unit);
           const Float e = exp2(y);
@@ -85,7 +85,7 @@ void gradient_sweep(const T* z, T* dz, int64_t columns, const Transform& f, floa
                     bool stream) {
   const float unit = float(f.unit);
   const Exp2<sizeof(T) == 2 ? 4 : 6> exp2(kEntropy ? 1 : a);
-  const auto pull = [&](Float logit) {
+  const auto gradient_of = [&](Float logit) {
     const Float t = capped_tanh<kSoftcap>(logit, f);
     const Float y = ((kSoftcap ? t * float(f.cap) : logit) - origin) * unit;
     const Float bounded = kEntropy ? max_of(splat(kExp2Floor), y) : exp2_range(y);
@@ -95,7 +95,7 @@ void gradient_sweep(const T* z, T* dz, int64_t columns, const Transform& f, floa
   const auto partial = [&](int64_t at, int64_t n) {
     const Pair v = load2(Tail<T>(z + at, n).values);
     T result[kStep];
-    store2(result, {pull(v.a), pull(v.b)});
+    store2(result, {gradient_of(v.a), gradient_of(v.b)});
     std::memcpy(dz + at, result, n * sizeof(T));
   };
   int64_t i = 0;
@@ -105,20 +105,20 @@ void gradient_sweep(const T* z, T* dz, int64_t columns, const Transform& f, floa
     if (i > 0) partial(0, i);
     for (; i + kStep <= columns; i += kStep) {
       const Pair v = load2(z + i);
-      stream2(dz + i, {pull(v.a), pull(v.b)});
+      stream2(dz + i, {gradient_of(v.a), gradient_of(v.b)});
     }
     stream_fence();
   } else {
     for (; i + kStep <= columns; i += kStep) {
       const Pair v = load2(z + i);
-      store2(dz + i, {pull(v.a), pull(v.b)});
+      store2(dz + i, {gradient_of(v.a), gradient_of(v.b)});
     }
   }
   if (i < columns) partial(i, columns - i);
 }
 
 template <typename T, bool kSoftcap>
-void gradient(const void* logits, void* out, int64_t columns, const Transform& f, double max, RowGradient<double> g,
+void gradient(const void* logits, void* out, int64_t columns, const Transform& f, double max, LogitGradient<double> g,
               bool stream) {
   const auto sweep = g.b == 0 ? gradient_sweep<T, kSoftcap, false> : gradient_sweep<T, kSoftcap, true>;
   sweep(static_cast<const T*>(logits), static_cast<T*>(out), columns, f, float(max), float(g.a * f.slope),

@@ -8,8 +8,6 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kTokensWorthAThread = 4096;
-
 struct Segment {
   int64_t begin, end;
 };
@@ -36,12 +34,12 @@ class TokenKernel {
   Sums run(Segment segment) const {
     Sums sums;
     const Sequence<double> sequence = pooling == Pooling::none ? Sequence<double>{} : pool(segment);
-    double pull = 0;  // d loss / d the pooled log-ratio
+    double d_pooled = 0;  // d loss / d the pooled log-ratio
     for (int64_t r = segment.begin; r < segment.end; ++r)
-      if (active(r)) pull += token(r, sequence, sums);
-    if (sequence.open && pull != 0)  // a NaN is something
+      if (active(r)) d_pooled += token(r, sequence, sums);
+    if (sequence.passes_grad && d_pooled != 0)  // a NaN is something
       for (int64_t r = segment.begin; r < segment.end; ++r)
-        if (active(r)) push_back(r, sequence.share * pull);
+        if (active(r)) scatter_pooled_grad(r, sequence.share * d_pooled);
     return sums;
   }
 
@@ -55,12 +53,12 @@ class TokenKernel {
   double logp(int64_t r) const { return read(p.logps, r, p.tokens, p.is_double, 0); }
   TokenInputs<double> inputs(int64_t r) const { return read_token(p.in, r, p.tokens, p.is_double, logp(r)); }
   void store(void* out, int64_t r, double value) const {
-    if (out) store_real(out, r, p.is_double, value);
+    if (out) store_acc(out, r, p.is_double, value);
   }
   PooledTerm<double> term(int64_t r, const TokenInputs<double>& t) const {
     return pooled_term(form, logp(r) - t.old, t.adv, t.pooled_weight, s);
   }
-  // How much a token counts in a pooled mean: gmpo leaves out what the entropy mask does.
+  // A token's weight in a pooled mean: gmpo leaves out the tokens that the entropy mask does.
   double count_of(const TokenInputs<double>& t) const { return form.objective == Objective::gmpo ? t.token_weight : 1; }
 
   Sequence<double> pool(Segment segment) const {
@@ -73,12 +71,15 @@ class TokenKernel {
     }
     const double share = pooling == Pooling::sum ? 1 : 1 / max_(counted, 1.0), n = max_(tokens, 1.0);
     const double raw = sum * share, log_ratio = pooled_limit(form, raw, s);
-    return {{log_ratio, adv / n, p.in.pooled_weights.data ? exp_(log_weight / n) : 1}, share, inside(raw, log_ratio)};
+    return {{log_ratio, adv / n, p.in.pooled_weights.data ? exp_(log_weight / n) : 1},
+            share,
+            clamp_passes_grad(raw, log_ratio)};
   }
 
-  void push_back(int64_t r, double pull) const {
+  void scatter_pooled_grad(int64_t r, double d_pooled) const {
     const TokenInputs<double> t = inputs(r);
-    if (term(r, t).open) store(p.g_logps, r, load_real(p.g_logps, r, p.is_double) + weighted_(count_of(t), pull));
+    if (term(r, t).passes_grad)
+      store(p.g_logps, r, load_acc(p.g_logps, r, p.is_double) + weighted_(count_of(t), d_pooled));
   }
 
   // Stores the token's results; returns what it adds to the derivative in the sequence's pooled log-ratio.
@@ -86,32 +87,32 @@ class TokenKernel {
     const double entropy = read(p.entropy, r, p.tokens, p.is_double, 0);
     const TokenResult<double> result = token_result(form, inputs(r), logp(r), entropy, sequence, s);
     store(p.per_token, r, result.value);
-    store(p.g_logps, r, result.g_logp);
-    store(p.g_entropy, r, result.g_entropy);
+    store(p.g_logps, r, result.d_logp);
+    store(p.g_entropy, r, result.d_entropy);
     sums.tokens = sums.tokens.merge(result.sums);
-    return result.pull;
+    return result.d_pooled;
   }
 };
 
-// Whole sequences, or equal pieces of the one there is; `whole` says which.
-std::vector<Segment> segments_of(const TokenParams& p, bool& whole) {
+// Whole sequences, or equal tiles of the only one; `per_sequence` says which.
+std::vector<Segment> segments_of(const TokenParams& p, bool& per_sequence) {
   std::vector<Segment> segments;
   const int64_t rows = p.batch * p.tokens;
-  whole = p.in.form.pooling() != Pooling::none || p.cu_seqlens || p.batch != 1;
-  for (int64_t r = 0; !whole && r < rows; r += kTokensWorthAThread)
-    segments.push_back({r, std::min(r + kTokensWorthAThread, rows)});
-  for (int64_t i = 0; whole && i < p.sequences; ++i)
+  per_sequence = p.in.form.pooling() != Pooling::none || p.cu_seqlens || p.batch != 1;
+  for (int64_t r = 0; !per_sequence && r < rows; r += kMinPolicyTokensPerThread)
+    segments.push_back({r, std::min(r + kMinPolicyTokensPerThread, rows)});
+  for (int64_t i = 0; per_sequence && i < p.sequences; ++i)
     segments.push_back(p.cu_seqlens ? Segment{p.cu_seqlens[i], p.cu_seqlens[i + 1]}
                                     : Segment{i * p.tokens, (i + 1) * p.tokens});
   return segments;
 }
 
-// Runs of segments that are worth a thread together, as indices into them.
+// Groups consecutive segments until they are worth a thread; returns ranges of their indices.
 std::vector<Segment> work_of(const std::vector<Segment>& segments) {
   std::vector<Segment> work;
   for (int64_t i = 0, begin = 0, tokens = 0; i < int64_t(segments.size()); ++i) {
     tokens += segments[i].end - segments[i].begin;
-    if (tokens < kTokensWorthAThread && i + 1 < int64_t(segments.size())) continue;
+    if (tokens < kMinPolicyTokensPerThread && i + 1 < int64_t(segments.size())) continue;
     work.push_back({begin, i + 1});
     begin = i + 1, tokens = 0;
   }
@@ -124,24 +125,24 @@ void token_policy(const TokenParams& p, Stream) {
   const int64_t rows = p.batch * p.tokens, bytes = p.is_double ? 8 : 4;
   for (void* out : {p.per_token, p.g_logps, p.g_entropy})
     if (out) std::memset(out, 0, rows * bytes);
-  bool whole;
-  const std::vector<Segment> segments = segments_of(p, whole), work = work_of(segments);
+  bool per_sequence;
+  const std::vector<Segment> segments = segments_of(p, per_sequence), work = work_of(segments);
   std::vector<Sums> sums(work.size());
   const TokenKernel kernel(p);
   parallel_for(int64_t(work.size()), p.threads, [&](int64_t i) {
     for (int64_t k = work[i].begin; k < work[i].end; ++k) {
       Sums one = kernel.run(segments[k]);
-      if (whole) one.end_sequence();
+      if (per_sequence) one.end_sequence();
       sums[i].merge(one);
     }
   });
   Sums total;
   for (const Sums& one : sums) total.merge(one);
-  if (!whole) total.end_sequence();
-  store_real(p.loss, 0, p.is_double, loss_of(total.tokens));
+  if (!per_sequence) total.end_sequence();
+  store_acc(p.loss, 0, p.is_double, loss_of(total.tokens));
   double metrics[kMetricCount];
   metrics_of(total.tokens, total.low_min, total.high_max, metrics);
-  for (int i = 0; i < kMetricCount; ++i) store_real(p.metrics, i, p.is_double, metrics[i]);
+  for (int i = 0; i < kMetricCount; ++i) store_acc(p.metrics, i, p.is_double, metrics[i]);
 }
 
 }  // namespace gk

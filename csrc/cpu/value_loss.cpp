@@ -1,6 +1,6 @@
 // The clipped value loss with its derivative and metrics, in one launch.
 #include "../math/value.h"
-#include "spans.h"
+#include "flat_tiles.h"
 
 namespace gk {
 namespace {
@@ -30,20 +30,20 @@ template <typename T> void run(const ValueParams& p, int64_t first, int64_t coun
 }  // namespace
 
 void value_loss(const ValueParams& p, Stream) {
-  const auto pieces = for_each_piece<Sums>(p.batch * p.tokens, p.threads, [&](int64_t piece, Sums& sums) {
-    for_each_span(piece, p.batch, p.tokens, [&](int64_t first, int64_t count) {
+  const auto tiles = for_each_tile<Sums>(p.batch * p.tokens, p.threads, [&](int64_t tile, Sums& sums) {
+    for_each_row_part(tile, p.batch, p.tokens, [&](int64_t first, int64_t count) {
       p.is_double ? run<double>(p, first, count, sums) : run<float>(p, first, count, sums);
     });
   });
   Sums t;
-  for (const Sums& s : pieces)
+  for (const Sums& s : tiles)
     t.loss += s.loss, t.tokens += s.tokens, t.clipped += s.clipped, t.value += s.value, t.target += s.target;
   const double n = max_(t.tokens, 1.0);
   double metrics[kValueMetricCount];
   metrics[kValueTokens] = t.tokens, metrics[kValueClipped] = t.clipped / n;
   metrics[kValueMean] = t.value / n, metrics[kReturnMean] = t.target / n;
-  store_real(p.loss, 0, p.is_double, t.loss);
-  for (int i = 0; i < kValueMetricCount; ++i) store_real(p.metrics, i, p.is_double, metrics[i]);
+  store_acc(p.loss, 0, p.is_double, t.loss);
+  for (int i = 0; i < kValueMetricCount; ++i) store_acc(p.metrics, i, p.is_double, metrics[i]);
 }
 
 }  // namespace gk

@@ -1,7 +1,7 @@
 // Whitening: the moments of the active values in one sweep, and x -> (x - shift) * factor + offset in another.
 #include <cmath>
 
-#include "spans.h"
+#include "flat_tiles.h"
 
 namespace gk {
 namespace {
@@ -35,7 +35,7 @@ MaskedMoments moments_of(const double* x, int64_t n) {
   m.count = double(n);
   for (int64_t i = 0; i < n; ++i) m.low = x[i] < m.low ? x[i] : m.low, m.high = x[i] > m.high ? x[i] : m.high;
   m.mean = summed(x, n, [](double v) { return v; }) / m.count;
-  if (m.low <= m.high) m.mean = clamp_(m.mean, m.low, m.high);  // of equal values exactly that value
+  if (m.low <= m.high) m.mean = clamp_(m.mean, m.low, m.high);  // exactly that value if all are equal
   m.squares = summed(x, n, [&](double v) { return (v - m.mean) * (v - m.mean); });
   return m;
 }
@@ -59,23 +59,23 @@ template <typename T> void apply(const WhitenParams& p, int64_t first, int64_t c
 }  // namespace
 
 void masked_moments(const WhitenParams& p, Stream) {
-  const auto run = [&](int64_t piece, MaskedMoments& moments) {
-    double values[kPiece];
+  const auto run = [&](int64_t tile, MaskedMoments& moments) {
+    double values[kTokensPerFlatTile];
     int64_t n = 0;
-    for_each_span(piece, p.batch, p.tokens, [&](int64_t first, int64_t count) {
+    for_each_row_part(tile, p.batch, p.tokens, [&](int64_t first, int64_t count) {
       n += p.is_double ? compact<double>(p, first, count, values + n) : compact<float>(p, first, count, values + n);
     });
     moments = moments_of(values, n);
   };
   MaskedMoments all;
-  for (const auto& m : for_each_piece<MaskedMoments>(p.batch * p.tokens, p.threads, run)) all.merge(m);
+  for (const auto& m : for_each_tile<MaskedMoments>(p.batch * p.tokens, p.threads, run)) all.merge(m);
   const double out[] = {all.count, all.mean, all.squares, all.low, all.high};
   std::copy(std::begin(out), std::end(out), p.moments);
 }
 
 void whiten(const WhitenParams& p, Stream) {
-  for_each_piece<char>(p.batch * p.tokens, p.threads, [&](int64_t piece, char&) {
-    for_each_span(piece, p.batch, p.tokens, [&](int64_t first, int64_t count) {
+  for_each_tile<char>(p.batch * p.tokens, p.threads, [&](int64_t tile, char&) {
+    for_each_row_part(tile, p.batch, p.tokens, [&](int64_t first, int64_t count) {
       p.is_double ? apply<double>(p, first, count) : apply<float>(p, first, count);
     });
   });

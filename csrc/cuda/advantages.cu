@@ -1,5 +1,5 @@
-// Group-normalised advantages in every form: a warp a group, or a block a group where it is large, in one launch; two
-// where the deviation is the batch's. The formulas are in csrc/math/advantage.h.
+// Group-normalised advantages in every form, with a warp per group, or a block per group if it is large: one launch, or
+// two if the deviation is the batch's. The formulas are in csrc/math/advantage.h.
 #include "group.cuh"
 #include "launch.h"
 
@@ -75,7 +75,7 @@ template <typename Team> class GroupKernel {
     return team.merge(any).value != 0;
   }
 
-  // sum(l R) / sum(l), less the mean; 0 where no sample has a length.
+  // sum(l R) / sum(l), minus the mean; 0 if no sample has a length.
   __device__ float length_shift() const {
     Longest longest;
     for_each([&](int64_t i, float r) {
@@ -95,8 +95,8 @@ template <typename Team> class GroupKernel {
   }
   __device__ float length(int64_t i) const { return float(p.lengths[source.sample(i)]); }
 
-  // The standard deviation of the group without the i-th sample, on the range of the others: equal ones give exactly 0,
-  // and an outlier takes no bit of theirs.
+  // The standard deviation of the group without the i-th sample, relative to the range of the others: equal ones give
+  // exactly 0, and an outlier costs them no precision.
   __device__ float deviation_of_others(int64_t i) const {
     RewardRange range;
     for_each_other(i, [&](float r) { range = range.with(r); });
@@ -117,8 +117,8 @@ template <typename Team> class GroupKernel {
   }
 };
 
-// A team a group of group_size samples. With ids, a team for each of the sorted samples, of which the first of each
-// group works.
+// One team per group of group_size samples. With ids, one team per sorted sample, of which only the first of each group
+// works.
 template <typename Team> __global__ void __launch_bounds__(kThreads, 4) advantage_kernel(AdvantageArgs a) {
   const int teams = kThreads / Team{}.size();
   const int64_t team = int64_t(blockIdx.x) * teams + threadIdx.x / Team{}.size();

@@ -26,7 +26,8 @@ __device__ __forceinline__ unsigned shared_address(const void* p) { return unsig
 __device__ __forceinline__ void init_barrier(Mbarrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// After the inits, before the block's barrier: to the other blocks and to the copy engine.
+// Makes initialised barriers visible to other blocks and to the copy engine. After the inits, before the block's
+// barrier.
 __device__ __forceinline__ void publish_barriers() {
 #if GK_SM90
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -42,11 +43,11 @@ __device__ __forceinline__ void arrive(Mbarrier* barrier) {
 #define GK_PAUSE ""  // try_wait suspends the warp for a while
 #else
 #define GK_OVER "mbarrier.test_wait.parity.shared.b64 over, "
-#define GK_PAUSE "nanosleep.u32 32; "  // or a warp that waits would take issue slots from one that works
+#define GK_PAUSE "nanosleep.u32 32; "  // otherwise a waiting warp takes issue slots from working ones
 #endif
 
-// Until the phase of this parity is over. A loop of nothing but the test and a pause: in this form SentryWard, which
-// verifies PTX, sees what is waited for.
+// Waits until the phase of this parity is over. The loop holds nothing but the test and a pause, the form in which
+// SentryWard, a verifier of PTX, recognises what is waited for.
 __device__ __forceinline__ void wait(Mbarrier* barrier, int phase) {
   asm volatile(
       "{ .reg .pred over; "
@@ -58,8 +59,8 @@ __device__ __forceinline__ void wait(Mbarrier* barrier, int phase) {
       "r"(phase)
       : "memory");
 }
-// For a thread that has time to look at the clock, ahead of the same wait: where that would last for ever, `kernel`
-// ends with an error. GK_UNWATCHED leaves it out, for the verifier.
+// A watchdog ahead of the same wait, for a thread that can afford to read the clock: if the wait would never end,
+// `kernel` stops with an error. GK_UNWATCHED leaves it out, for the verifier.
 __device__ __forceinline__ void watch(Mbarrier* barrier, int phase, const char* kernel) {
 #ifndef GK_UNWATCHED
   unsigned late;
@@ -80,7 +81,8 @@ __device__ __forceinline__ void watch(Mbarrier* barrier, int phase, const char* 
 #endif
 }
 
-// 16 bytes past L1; the thread's copies so far then count as one arrival when they are done.
+// Copies 16 bytes, bypassing L1. arrive_when_copied() counts as one arrival once this thread's copies so far have
+// landed.
 __device__ __forceinline__ void async_copy16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
                "l"(__cvta_generic_to_global(from))
@@ -91,12 +93,12 @@ __device__ __forceinline__ void arrive_when_copied(Mbarrier* barrier) {
 }
 __device__ __forceinline__ void wait_for_own_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// A barrier of the first `threads` threads that come, whole warps; name 0 is __syncthreads'.
+// A named barrier of `threads` threads, in whole warps; name 0 belongs to __syncthreads.
 __device__ __forceinline__ void sync_threads(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
-// Past the caches' other contents, which are wanted again.
+// Evicted first: the cache holds other data that will be read again.
 __device__ __forceinline__ void store_streaming(void* aligned, uint4 v) { __stcs(static_cast<uint4*>(aligned), v); }
 
 #if GK_SM90
@@ -107,7 +109,7 @@ __device__ __forceinline__ void arrive_expecting(Mbarrier* barrier, int bytes) {
       "r"(bytes)
       : "memory");
 }
-// Addresses and size in whole 16 bytes.
+// Addresses and size must be multiples of 16 bytes.
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, Mbarrier* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
@@ -125,11 +127,11 @@ __device__ __forceinline__ int cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return int(size);
 }
-// Of every thread of the cluster.
+// A barrier of all threads of the cluster.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
 }
-// To the same place in another block's shared memory.
+// Stores at the same offset in another block's shared memory.
 template <typename T> __device__ __forceinline__ void store_remote(T* own, int rank, const T& value) {
   static_assert(sizeof(T) % 4 == 0, "whole words");
   unsigned there, words[sizeof(T) / 4];
@@ -139,7 +141,7 @@ template <typename T> __device__ __forceinline__ void store_remote(T* own, int r
   for (int i = 0; i < int(sizeof(T) / 4); ++i)
     asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(there + 4 * i), "r"(words[i]) : "memory");
 }
-// At the barrier in the same place of another block; publishes what this thread has written to that block.
+// Arrives at the barrier at the same offset in another block, and releases this thread's earlier writes to that block.
 __device__ __forceinline__ void arrive_remote(Mbarrier* own, int rank) {
   asm volatile(
       "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "

@@ -1,5 +1,5 @@
-// Reductions of a warp and of a block, always in the same order. A monoid: whole 4-byte words, the neutral element by
-// default, and merge().
+// Warp and block reductions in a fixed order. A Monoid consists of 4-byte words, is neutral by default, and has
+// merge().
 #pragma once
 #include <cstring>
 
@@ -27,7 +27,8 @@ template <typename T> __device__ __forceinline__ T shuffle_xor(const T& value, i
   return shuffled(value, [=](unsigned word) { return __shfl_xor_sync(kFullWarp, word, lanes); });
 }
 
-// Every lane gets the whole warp's, the lower lane's on the left of each merge: all compute the same bits.
+// Every lane gets the warp's result. The lower lane is the left operand of each merge, so all lanes compute the same
+// bits.
 template <typename Monoid> __device__ __forceinline__ Monoid warp_merge(Monoid value) {
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) {
@@ -37,8 +38,8 @@ template <typename Monoid> __device__ __forceinline__ Monoid warp_merge(Monoid v
   return value;
 }
 
-// The same for `warps` whole warps, which `sync` waits for. `scratch`: shared memory for a value a warp, in use until
-// they have met again.
+// The same for `warps` warps, with `sync` as their barrier. `scratch`: shared memory for one value per warp, in use
+// until the next barrier.
 template <typename Monoid, typename Sync>
 __device__ __forceinline__ Monoid warps_merge(Monoid value, Monoid* scratch, int warps, const Sync& sync) {
   value = warp_merge(value);

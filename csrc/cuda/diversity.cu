@@ -1,13 +1,14 @@
 // Near-duplicates inside a group: each sample against the kept ones before it.
 //
-// The first launch makes every sample's set of n-gram hashes. In the second, a block takes a sample, in order: it puts
-// its set into a table, looks up the sets of the kept samples before it, a warp a sample, and says whether it is kept.
-// It waits for those decisions one by one as it goes, so that when the last is made one comparison is left to do.
-#include "finish.cuh"
+// The first launch makes every sample's set of n-gram hashes. In the second, each block takes one sample, in order: it
+// puts the sample's set into a table, looks up the sets of the kept samples before it, one warp per sample, and decides
+// whether to keep it. It waits for the earlier decisions one by one, so that after the last of them a single comparison
+// is left.
+#include "grid_sync.cuh"
 #include "launch.h"
 #include "ngram_table.cuh"
-#include "pieces.cuh"
 #include "scan.cuh"
+#include "sequence_tiles.cuh"
 
 namespace gk {
 namespace {
@@ -20,13 +21,13 @@ enum Decision : int32_t { kUndecided, kKept, kDropped };
 struct Count {
   int value = 0;
   __device__ Count merge(const Count& o) const { return {value + o.value}; }
-  __device__ Count after(const Count& later) const { return merge(later); }
+  __device__ Count compose(const Count& later) const { return merge(later); }
 };
 
 struct DiversityArgs {
   DiversityParams p;
 
-  // A sample's tokens among all.
+  // A sample's tokens in the flat order of all tokens.
   __device__ Boundaries::Span span(int64_t sample) const {
     if (p.cu_seqlens) return Boundaries{p.cu_seqlens, p.samples, p.tokens}[sample];
     return {sample, sample * p.tokens, (sample + 1) * p.tokens};
@@ -34,22 +35,23 @@ struct DiversityArgs {
   __device__ Hash* set(int64_t sample) const {
     return static_cast<Hash*>(p.hashes) + (p.cu_seqlens ? begin(sample) : sample * p.tokens);
   }
-  __device__ int32_t* ticket() const { return p.scratch.counters; }
-  __device__ int32_t* decision(int64_t sample) const { return p.scratch.counters + 1 + sample; }
-  __device__ int32_t* cluster(int64_t leader) const { return p.scratch.counters + 1 + p.samples + leader; }
-  // Written by ngram_kernel: a search for every comparison would be a dozen loads. Read where there are cu_seqlens.
-  __device__ int64_t& begin(int64_t sample) const { return static_cast<int64_t*>(p.scratch.partial)[sample]; }
+  __device__ int32_t* ticket() const { return p.workspace.counters; }
+  __device__ int32_t* decision(int64_t sample) const { return p.workspace.counters + 1 + sample; }
+  __device__ int32_t* cluster(int64_t leader) const { return p.workspace.counters + 1 + p.samples + leader; }
+  // Written by ngram_kernel, used with cu_seqlens: searching for a sample's begin in every comparison would take a
+  // dozen loads.
+  __device__ int64_t& begin(int64_t sample) const { return static_cast<int64_t*>(p.workspace.partials)[sample]; }
   __device__ int32_t& size(int64_t sample) const { return behind_begins()[sample]; }
   __device__ int32_t& leader(int64_t sample) const { return behind_begins()[p.samples + sample]; }
 
  private:
   __device__ int32_t* behind_begins() const {
-    return reinterpret_cast<int32_t*>(static_cast<int64_t*>(p.scratch.partial) + p.samples);
+    return reinterpret_cast<int32_t*>(static_cast<int64_t*>(p.workspace.partials) + p.samples);
   }
 };
 
-// A table for a set of up to `ngrams`, empty or not yet: in `shared`, or in its sample's part of global memory, which
-// is zeros at first and has the whole set after the first launch.
+// A table for a set of up to `ngrams`. In `shared` it is emptied here; in its sample's part of global memory it is
+// zeros at first, and holds the set after the first launch.
 __device__ NgramTable table_for(const DiversityArgs& a, int64_t sample, int64_t ngrams, Hash* shared) {
   if (ngrams > kSharedNgrams) {
     const Boundaries::Span span = a.span(sample);
@@ -61,26 +63,26 @@ __device__ NgramTable table_for(const DiversityArgs& a, int64_t sample, int64_t 
   return {shared, slots};
 }
 
-// The active tokens of a sample, mixed, one after the other; returns how many.
+// Writes the active tokens of a sample, mixed, one after the other; returns how many.
 template <typename Token> __device__ int64_t gather(const DiversityArgs& a, const Boundaries::Span& span, Hash* out) {
   const DiversityParams& p = a.p;
   const int64_t row = p.cu_seqlens ? 0 : span.sequence, first = p.cu_seqlens ? span.begin : 0, length = span.size();
   const Token* ids = static_cast<const Token*>(p.token_ids.data) + row * p.token_ids.stride_b;
-  const uint8_t* active = static_cast<const uint8_t*>(p.active.data) + row * p.active.stride_b;
-  const auto on = [&](int64_t t) { return !p.active.data || active[t * p.active.stride_t] != 0; };
+  const uint8_t* mask = static_cast<const uint8_t*>(p.active.data) + row * p.active.stride_b;
+  const auto active = [&](int64_t t) { return !p.active.data || mask[t * p.active.stride_t] != 0; };
   const int64_t share = (length + kThreads - 1) / kThreads, begin = first + min_(threadIdx.x * share, length),
                 end = first + min_((threadIdx.x + 1) * share, length);
   Count own, all;
-  for (int64_t t = begin; t < end; ++t) own.value += on(t);
+  for (int64_t t = begin; t < end; ++t) own.value += active(t);
   const Count behind = exclusive_suffix<kThreads>(own, all);
   int64_t at = all.value - behind.value - own.value;
   for (int64_t t = begin; t < end; ++t)
-    if (on(t)) out[at++] = mix(Hash(int64_t(ids[t * p.token_ids.stride_t])));
+    if (active(t)) out[at++] = mix(Hash(int64_t(ids[t * p.token_ids.stride_t])));
   __syncthreads();
   return all.value;
 }
 
-// Each sample's distinct n-grams, in any order, where its tokens were. A sample shorter than n is one n-gram.
+// Replaces each sample's tokens by its distinct n-grams, in any order. A sample shorter than n is one n-gram.
 __global__ void __launch_bounds__(kThreads) ngram_kernel(DiversityArgs a) {
   __shared__ Hash shared[kSharedSlots];
   __shared__ int distinct;
@@ -94,14 +96,14 @@ __global__ void __launch_bounds__(kThreads) ngram_kernel(DiversityArgs a) {
   for (int64_t first = 0; first < ngrams; first += kThreads) {
     const int64_t i = first + threadIdx.x;
     const Hash h = i < ngrams ? key_of(set + i, n) : 0;
-    __syncthreads();  // the set grows over tokens that have been read
+    __syncthreads();  // the set overwrites tokens that have been read
     if (h && table.insert(h)) set[atomicAdd(&distinct, 1)] = h;
   }
   __syncthreads();
   if (threadIdx.x == 0) a.begin(sample) = span.begin, a.size(sample) = distinct;
 }
 
-// The kept sample most like this one; ties: the first.
+// The most similar kept sample; the first of equals.
 struct Best {
   int both = 0, either = 0;  // 0: none
   int64_t position = 0, leader = 0;
@@ -127,7 +129,7 @@ __device__ Best compare(const DiversityArgs& a, const NgramTable& table, int64_t
 }
 
 __device__ void decide(const DiversityArgs& a, int64_t sample, const Best& best) {
-  // In double, as on every backend: the quotient is compared as it is rounded there.
+  // In double, as on every backend, so that the quotient is rounded alike before it is compared.
   const bool keep = best.either == 0 || double(best.both) / double(best.either) < a.p.threshold;
   const int64_t leader = keep ? sample : best.leader;
   a.p.keep[sample] = keep;
@@ -138,10 +140,10 @@ __device__ void decide(const DiversityArgs& a, int64_t sample, const Best& best)
   atomicExch(a.decision(sample), keep ? kKept : kDropped);
 }
 
-// Once it is made, for a warp. Nothing else that its block has written is read in this launch.
+// Waits for a decision, for a warp. Nothing else that its block has written is read in this launch.
 __device__ int decision_on(const DiversityArgs& a, int64_t sample) {
   int decision = kUndecided;
-  if (lane_of_thread() == 0) decision = spin(a.decision(sample), kKept, "decide_kernel");
+  if (lane_of_thread() == 0) decision = spin_until(a.decision(sample), kKept, "decide_kernel");
   return __shfl_sync(kFullWarp, decision, 0);
 }
 

@@ -1,7 +1,8 @@
-// Statistics of a group's rewards, in the group's own launch or in the loss's; the twin of backends/triton/group.py.
+// Statistics of a group's rewards, for the advantage kernel or fused into the loss; the twin of
+// backends/triton/group.py.
 //
-// Sums are of fixed-point integers: exact, so that the order of the samples changes no bit, where nothing is sorted.
-// Each value is first taken as its share of the group's range, with as many bits as 64 leave for the count.
+// Sums are in fixed point: integer addition is exact, so the order of the samples changes no bit and nothing is sorted.
+// Each value is first divided by the range of the group's rewards, and has as many bits as 64 leave for the count.
 #pragma once
 #include "../kernels.h"
 #include "block.cuh"
@@ -20,16 +21,16 @@ struct BlockTeam {
   template <typename Monoid> __device__ Monoid merge(const Monoid& value) const { return block_merge(value); }
 };
 
-// Reads the samples of groups that lie one after the other, or do so in `order`.
+// Reads rewards of groups whose samples are contiguous, directly or in `order`.
 struct RewardSource {
   const float* rewards;
   int64_t stride, components;
   const double* weights;  // null: 1
   const uint8_t* valid;   // null: all
-  const int64_t* order;   // null: as they lie
+  const int64_t* order;   // null: contiguous
 
   __device__ int64_t sample(int64_t i) const { return order ? order[i] : i; }
-  // The weighted sum of the components that are there; NaN where none is, or the sample does not count.
+  // The weighted sum of the components that are not NaN; NaN if there are none, or the sample is not valid.
   __device__ float reward(int64_t i) const {
     const int64_t k = sample(i);
     if (valid && !valid[k]) return NAN;
@@ -51,19 +52,19 @@ struct RewardRange {
   __device__ RewardRange merge(const RewardRange& o) const {
     return {fminf(low, o.low), fmaxf(high, o.high), count + o.count};
   }
-  __device__ RewardRange with(float r) const { return r == r ? merge({r, r, 1}) : *this; }  // a NaN is passed over
+  __device__ RewardRange with(float r) const { return r == r ? merge({r, r, 1}) : *this; }  // ignores a NaN
   __device__ bool finite() const { return is_finite_(high - low); }
-  __device__ float origin() const { return finite() ? low : 0; }  // infinite rewards are seen from 0
+  __device__ float origin() const { return finite() ? low : 0; }  // infinite rewards are measured from 0
   __device__ float span() const { return finite() && high > low ? high - low : 1; }
 };
 
-// A power of two that fits 63 bits `count` times; what it is exactly, nothing depends on.
+// A power of two that fits 63 bits `count` times; its exact value does not matter.
 __device__ inline float fixed_scale(int count) {
   int bits = 0;
   while (bits < 30 && (1 << bits) < count) ++bits;
   return float(int64_t(1) << (60 - bits));
 }
-// A number in [-1, 1] as an integer; 0 where an infinite reward has made it NaN.
+// A number in [-1, 1] in fixed point; 0 if an infinite reward has made it NaN.
 __device__ inline int64_t fixed(float share, float scale) {
   return fabsf(share) <= 1 ? static_cast<int64_t>(share * scale) : 0;
 }
@@ -82,7 +83,8 @@ struct RewardStatistics {
   __device__ GroupStatistics<float> of_group(float shift) const { return {float(count), low, shift, constant, above}; }
 };
 
-// Of the rewards [begin, end), centred before they are squared. The last bits hang on nothing but their values.
+// Statistics of the rewards [begin, end), centred before squaring; they depend, to the last bit, on nothing but the
+// values.
 template <typename Team>
 __device__ RewardStatistics statistics(Team team, const RewardSource& source, int64_t begin, int64_t end, int ddof) {
   RewardRange range;
@@ -111,7 +113,7 @@ __device__ RewardStatistics statistics(Team team, const RewardSource& source, in
           constant};
 }
 
-// Of one sample, from its group's rewards: Form::advantages centred or normalised. A NaN reward has none.
+// The advantage of one sample, from its group's rewards, centred or normalised; 0 for a NaN reward.
 template <typename Team>
 __device__ float sample_advantage(Team team, const View& rewards, Advantages form, int64_t sample, int64_t group_size,
                                   float eps) {

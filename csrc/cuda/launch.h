@@ -1,4 +1,4 @@
-// The one launch site, and what is known of the machine the kernels run on.
+// The only launch site, and the properties of the GPU that kernels depend on.
 #pragma once
 #include <cstdint>
 
@@ -23,8 +23,8 @@ struct Grid {
 };
 
 struct Machine {
-  int shared_bytes;  // dynamic shared memory of a block; two blocks have half of it each
-  int threads;       // of a block that has a multiprocessor for itself
+  int shared_bytes;  // dynamic shared memory per block; two blocks have half of it each
+  int threads;       // per block that has a multiprocessor to itself
   bool bulk_copies;  // sm_90 and later: bulk copies and clusters
 };
 
@@ -35,7 +35,7 @@ template <typename Kernel> Machine machine(const char*, Kernel) {
   return {m.shared_bytes, m.threads, m.bulk_copies};
 }
 
-// How many clusters of this shape run side by side.
+// How many clusters of this shape run at a time.
 template <typename Kernel> int64_t clusters_at_once(const char*, Kernel, const Grid& grid) {
   const emulation::Machine& m = emulation::machine();
   const int64_t on_one = m.shared_bytes / grid.shared_bytes;
@@ -65,7 +65,7 @@ inline int device_attribute(const char* name, cudaDeviceAttr attribute) {
   return value;
 }
 
-// Of the current device, for a kernel: what it was compiled for decides what it can use. No synchronisation.
+// The current device, for a kernel: what it can use depends on what it was compiled for. No host sync.
 template <typename Kernel> Machine machine(const char* name, Kernel kernel) {
   cudaFuncAttributes compiled;
   check(name, cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)));
@@ -74,9 +74,9 @@ template <typename Kernel> Machine machine(const char* name, Kernel kernel) {
 
 constexpr int64_t kSharedBytesByDefault = 48 << 10;
 
-// All the dynamic shared memory that the device has for a block, whatever this launch needs of it: another thread may
-// be about to launch the same kernel with more. And as much of the multiprocessor's memory as goes for it, or the
-// driver may leave room for one block where two would fit.
+// Allows all the dynamic shared memory that the device has for a block, however much this launch needs: another thread
+// may be about to launch the same kernel with more. Asks for the largest carveout too, or the driver may leave room for
+// one block where two would fit.
 inline void allow_shared_memory(const char* name, const void* kernel) {
   cudaFuncAttributes compiled;
   check(name, cudaFuncGetAttributes(&compiled, kernel));
@@ -113,8 +113,8 @@ class LaunchConfig {
   cudaLaunchConfig_t config{};
 };
 
-// How many clusters of this shape, or blocks, run side by side; grid.blocks is not looked at. A cluster lies in one
-// group of multiprocessors, so there are fewer than their number would allow.
+// How many clusters, or blocks, of this shape run at a time; grid.blocks is ignored. A cluster must fit in one group of
+// multiprocessors, so there are fewer than the number of multiprocessors would allow.
 template <typename Kernel> int64_t clusters_at_once(const char* name, Kernel kernel, const Grid& grid) {
   const auto* address = reinterpret_cast<const void*>(kernel);
   const LaunchConfig config(name, address, {grid.cluster, grid.threads, grid.shared_bytes, grid.cluster}, nullptr);

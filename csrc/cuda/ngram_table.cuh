@@ -7,7 +7,7 @@ namespace gk {
 
 using Hash = unsigned long long;  // what atomicCAS takes
 
-// Of n tokens that follow each other, as the table takes it.
+// The key of n consecutive tokens.
 __device__ inline Hash key_of(const Hash* mixed, int64_t n) {
   const Hash h = ngram_hash(mixed, n);
   return h ? h : 1;
@@ -15,9 +15,9 @@ __device__ inline Hash key_of(const Hash* mixed, int64_t n) {
 
 struct NgramTable {
   Hash* slots;
-  uint32_t count;  // of slots, more than there are hashes
+  uint32_t count;  // of slots; more than there are hashes
 
-  __device__ bool insert(Hash h) const {  // false: was there
+  __device__ bool insert(Hash h) const {  // false: it was there already
     for (uint32_t at = home(h);; at = next(at)) {
       const Hash before = atomicCAS(slots + at, Hash(0), h);
       if (before == 0 || before == h) return before == 0;
@@ -25,8 +25,8 @@ struct NgramTable {
   }
   __device__ bool has(Hash h) const {
     for (uint32_t at = home(h);; at = next(at)) {
-      const Hash found = slots[at];
-      if (found == 0 || found == h) return found == h;
+      const Hash key = slots[at];
+      if (key == 0 || key == h) return key == h;
     }
   }
 

@@ -1,5 +1,5 @@
-// Asks the driver about a kernel of this module: without one that is new enough, or an image for the device, every
-// launch would fail.
+// Asks the driver about a kernel of this module: if the driver is too old, or the module has no image for the device,
+// every launch would fail.
 #include "probe.h"
 
 #include "launch.h"

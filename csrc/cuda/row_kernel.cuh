@@ -1,11 +1,11 @@
-// The row kernel. A block, or a cluster of them, takes rows in turn. One warp brings a row's chunks into shared memory
-// as slots become free, the next row's behind this one's; the others sweep them for the statistics, ask the epilogue
-// for d loss / d logp and d loss / d entropy, and sweep them again for the gradient: memory is read once and written
-// once.
+// The row kernel. Each block or cluster works through rows. One warp loads a row's tiles into shared memory as slots
+// become free, and goes straight on to the next row. The other warps sweep the tiles for the statistics, ask the
+// epilogue for d loss / d logp and d loss / d entropy, and sweep the tiles again for the gradient: global memory is
+// read once and written once.
 #pragma once
 #include "group.cuh"
 #include "ring.cuh"
-#include "row_parts.cuh"
+#include "row_output.cuh"
 
 namespace gk {
 
@@ -13,9 +13,9 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
  public:
   __device__ RowBlock(const RowArgs& args, unsigned char* shared)
       : args(args),
-        twice(args.statistics && args.gradient.data),
+        two_pass(args.statistics && args.gradient.data),
         computing(int(blockDim.x) - kWarp),
-        ring(shared, args.slots, args.resident, computing * kVectorsAThread * kVectorBytes),
+        ring(shared, args.slots, args.resident, computing * kVectorsPerThread * kVectorBytes),
         control(static_cast<Control*>(ring.control())) {
     if constexpr (kCluster) rank = cluster_rank(), cluster = cluster_size();
     if (threadIdx.x == 0) {
@@ -26,7 +26,7 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
       for (Mbarrier& barrier : control->exchanged) init_barrier(&barrier, cluster);
       publish_barriers();
     }
-    meet();
+    sync();
   }
 
   __device__ void run() {
@@ -34,39 +34,40 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
       load();
     else
       for_rows([this](int64_t row) { compute_row(row); });
-    meet();  // nobody leaves while another block may still write here
+    sync();  // nobody exits while another block may still write here
   }
 
  private:
   const RowArgs& args;
-  const bool twice;
+  const bool two_pass;
   const int computing;  // threads
   Ring ring;
   Control* const control;
   int rank = 0, cluster = 1;
   int exchanges = 0;
 
-  __device__ void meet() const {
+  __device__ void sync() const {
     if constexpr (kCluster)
       cluster_sync();
     else
       __syncthreads();
   }
-  __device__ void meet_computing() const { sync_threads(1, computing); }
+  __device__ void sync_computing() const { sync_threads(1, computing); }
 
   template <typename Fn> __device__ __forceinline__ void for_rows(Fn fn) {
     for (int64_t row = blockIdx.x / cluster; row < args.rows; row += gridDim.x / cluster) fn(row);
   }
-  __device__ Share<T> share_of(int64_t row) const {
+  __device__ RowSlice<T> slice_of(int64_t row) const {
     const int64_t offset = args.logits.offset(row, args.tokens);
     const Cut<T> cut(args.vocab, int((args.logits_past + offset) % kPerVector<T>));
-    return Share<T>(static_cast<const T*>(args.logits.data) + offset, cut, computing * kVectorsAThread, rank, cluster);
+    return RowSlice<T>(static_cast<const T*>(args.logits.data) + offset, cut, computing * kVectorsPerThread, rank,
+                       cluster);
   }
-  __device__ Order order_of(const Share<T>& share) const {
-    return Order(share.chunks, args.slots, args.resident, twice);
+  __device__ TileSchedule schedule_of(const RowSlice<T>& slice) const {
+    return TileSchedule(slice.num_tiles, args.slots, args.resident, two_pass);
   }
-  // Whether anything is read of a row; else its gradient is 0.
-  __device__ bool needed(int64_t row) const {
+  // False: the row is skipped, and its gradient is 0.
+  __device__ bool row_active(int64_t row) const {
     const View& active = args.active;
     if (active.data && !static_cast<const uint8_t*>(active.data)[active.offset(row, args.tokens)]) return false;
     return args.statistics || args.g_logps[row] != 0 || (args.g_entropy && args.g_entropy[row] != 0);
@@ -74,8 +75,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   // ---- the warp that loads ----
 
-  // Bulk copies are one lane's: the others would wait for the same barriers without anything that keeps them within
-  // a phase of it, and a parity names no phase further back.
+  // One lane issues all bulk copies. Other lanes would wait for the same barriers with nothing to keep them within one
+  // phase, and a parity cannot tell older phases apart.
   __device__ void load() {
     if (!args.bulk_copies || lane_of_thread() == 0) {
       for_rows([this](int64_t row) { load_row(row); });
@@ -85,30 +86,30 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     __syncwarp();
   }
 
-  // The one wait of the block that is watched: whatever the other warps wait for in vain, a copy, each other or another
-  // block, they do not come to release their slots. After its last row too, for the same reason.
+  // The only wait of the block with a watchdog: if the other warps wait in vain, for a copy, each other or another
+  // block, they do not release their slots. This warp waits for its slots after its last row too, for the same reason.
   __device__ void wait_for_free(int slot) {
     watch(&ring.empty[slot], ring.phase(slot) ^ 1, "row_kernel");
     wait(&ring.empty[slot], ring.phase(slot) ^ 1);
   }
 
   __device__ void load_row(int64_t row) {
-    if (!needed(row)) return;
-    const Share<T> share = share_of(row);
-    const Order order = order_of(share);
-    const int loads = share.chunks + (twice ? order.again() : 0);
+    if (!row_active(row)) return;
+    const RowSlice<T> slice = slice_of(row);
+    const TileSchedule schedule = schedule_of(slice);
+    const int loads = slice.num_tiles + (two_pass ? schedule.num_reloads() : 0);
     for (int i = 0; i < loads; ++i) {
-      const int chunk = order.load(i), slot = ring.slot_of(chunk, order, ring.next);
+      const int tile = schedule.load(i), slot = ring.slot_of(tile, schedule, ring.next);
       wait_for_free(slot);
       ring.flip(slot);
-      load_chunk(share, chunk, slot);
+      load_tile(slice, tile, slot);
     }
   }
 
-  __device__ void load_chunk(const Share<T>& share, int chunk, int slot) {
-    const int first = chunk * computing * kVectorsAThread;
-    const int bytes = min_(computing * kVectorsAThread, share.own_vectors - first) * kVectorBytes;
-    const T* from = share.logits + share.column(first);
+  __device__ void load_tile(const RowSlice<T>& slice, int tile, int slot) {
+    const int first = tile * computing * kVectorsPerThread;
+    const int bytes = min_(computing * kVectorsPerThread, slice.own_vectors - first) * kVectorBytes;
+    const T* from = slice.logits + slice.column(first);
     unsigned char* to = ring.at(slot);
     if constexpr (kSm90)
       if (args.bulk_copies) {
@@ -124,8 +125,8 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   // ---- the warps that compute ----
 
-  struct Edge {  // this thread's one scalar of the head or the tail
-    int column;  // vocab: none
+  struct ScalarTail {  // this thread's scalar of the row's head or tail
+    int column;        // vocab: none
     float logit;
   };
 
@@ -135,41 +136,41 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     ring.flip(slot);
   }
 
-  // fn(column, vector) for this thread's vectors of a chunk.
+  // Calls fn(column, vector) for this thread's vectors of a tile.
   template <typename Fn>
-  __device__ __forceinline__ void for_vectors(const Share<T>& share, int chunk, int slot, Fn fn) {
+  __device__ __forceinline__ void for_vectors(const RowSlice<T>& slice, int tile, int slot, Fn fn) {
     wait(&ring.full[slot], ring.phase(slot));
 #pragma unroll
-    for (int k = 0; k < kVectorsAThread; ++k) {
-      const int in_chunk = k * computing + int(threadIdx.x), vector = chunk * computing * kVectorsAThread + in_chunk;
-      if (vector < share.own_vectors)
-        fn(share.column(vector), Vector<T>::unpack(load16(ring.at(slot) + in_chunk * kVectorBytes)));
+    for (int k = 0; k < kVectorsPerThread; ++k) {
+      const int in_tile = k * computing + int(threadIdx.x), vector = tile * computing * kVectorsPerThread + in_tile;
+      if (vector < slice.own_vectors)
+        fn(slice.column(vector), Vector<T>::unpack(load16(ring.at(slot) + in_tile * kVectorBytes)));
     }
   }
 
   __device__ void compute_row(int64_t row) {
-    const Share<T> share = share_of(row);
-    const Edge edge = edge_of(share);
-    if (!needed(row)) {
-      if (args.gradient.data) clear(row, share, edge);
+    const RowSlice<T> slice = slice_of(row);
+    const ScalarTail tail = scalar_tail_of(slice);
+    if (!row_active(row)) {
+      if (args.gradient.data) clear(row, slice, tail);
       if (args.statistics && is_writer()) store(row, {}, 0);
       return;
     }
-    const Order order = order_of(share);
+    const TileSchedule schedule = schedule_of(slice);
     const Transform f = transform(row);
     const int64_t target = static_cast<const int64_t*>(args.targets.data)[args.targets.offset(row, args.tokens)];
     const bool legal = target >= 0 && target < args.vocab;
     const RowResult result =
-        args.statistics ? statistics(row, share, order, edge, f, legal ? int(target) : -1) : saved(row);
-    if (args.gradient.data) write_gradient(row, share, order, edge, f, result, legal ? int(target) : -1);
-    ring.next = ring.behind(ring.next, order.through_ring() + (twice ? order.again() : 0));
+        args.statistics ? statistics(row, slice, schedule, tail, f, legal ? int(target) : -1) : saved(row);
+    if (args.gradient.data) write_gradient(row, slice, schedule, tail, f, result, legal ? int(target) : -1);
+    ring.next = ring.behind(ring.next, schedule.num_streamed() + (two_pass ? schedule.num_reloads() : 0));
   }
 
   __device__ bool is_writer() const { return threadIdx.x == 0 && rank == 0; }
 
-  __device__ Edge edge_of(const Share<T>& share) const {
-    const int column = rank == 0 ? share.row.edge(int(threadIdx.x)) : args.vocab;
-    return {column, column < args.vocab ? to_float(share.logits[column]) : 0.0f};
+  __device__ ScalarTail scalar_tail_of(const RowSlice<T>& slice) const {
+    const int column = rank == 0 ? slice.row.scalar_column(int(threadIdx.x)) : args.vocab;
+    return {column, column < args.vocab ? to_float(slice.logits[column]) : 0.0f};
   }
 
   __device__ Transform transform(int64_t row) const {
@@ -181,45 +182,46 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   }
 
   __device__ RowResult saved(int64_t row) const {
-    const float g_entropy = args.g_entropy ? args.g_entropy[row] : 0;
-    return {args.logps[row], args.entropy[row], args.max[row], args.log_sum[row], args.g_logps[row], g_entropy};
+    const float d_entropy = args.g_entropy ? args.g_entropy[row] : 0;
+    return {args.logps[row], args.entropy[row], args.max[row], args.log_sum[row], args.g_logps[row], d_entropy};
   }
 
-  __device__ RowResult statistics(int64_t row, const Share<T>& share, const Order& order, const Edge& edge,
-                                  const Transform& f, int target) {
-    // Read before the first barrier: after it another warp may overwrite it.
-    const float of_target = target >= 0 ? to_float(share.logits[target]) : NAN;
+  __device__ RowResult statistics(int64_t row, const RowSlice<T>& slice, const TileSchedule& schedule,
+                                  const ScalarTail& tail, const Transform& f, int target) {
+    // Read before the first barrier: afterwards another warp may overwrite it.
+    const float of_target = target >= 0 ? to_float(slice.logits[target]) : NAN;
     const Softmax<float> own =
-        args.sum_p2 ? first_sweep<true>(share, order, edge, f) : first_sweep<false>(share, order, edge, f);
+        args.sum_p2 ? first_sweep<true>(slice, schedule, tail, f) : first_sweep<false>(slice, schedule, tail, f);
     const Softmax<float> of_warp = lanes_merge(own, f.unit);
     if (lane_of_thread() == 0) control->of_warp[warp_of_thread()] = of_warp;
-    meet_computing();
+    sync_computing();
     if (warp_of_thread() == 0) {
-      Softmax<float> whole = merge_of(control->of_warp, computing / kWarp, f.unit);
-      if constexpr (kCluster) whole = cluster_merge(whole, f.unit);
-      finish(row, whole, f, of_target);
+      Softmax<float> total = merge_of(control->of_warp, computing / kWarp, f.unit);
+      if constexpr (kCluster) total = cluster_merge(total, f.unit);
+      finish(row, total, f, of_target);
     }
-    meet_computing();
+    sync_computing();
     return control->result;
   }
 
   template <bool kSquares>
-  __device__ Softmax<float> first_sweep(const Share<T>& share, const Order& order, const Edge& edge,
+  __device__ Softmax<float> first_sweep(const RowSlice<T>& slice, const TileSchedule& schedule, const ScalarTail& tail,
                                         const Transform& f) {
     Softmax<float> s;
     int cursor = ring.next;
-    for (int chunk = 0; chunk < order.chunks; ++chunk) {
-      const int slot = ring.slot_of(chunk, order, cursor);
-      for_vectors(share, chunk, slot,
+    for (int tile = 0; tile < schedule.num_tiles; ++tile) {
+      const int slot = ring.slot_of(tile, schedule, cursor);
+      for_vectors(slice, tile, slot,
                   [&](int, const Vector<T>& v) { add_statistics<kSoftcap, kSquares>(s, v.values, f); });
-      if (!twice || order.lost(chunk)) release(slot);
+      if (!two_pass || schedule.evicted(tile)) release(slot);
     }
-    const float alone[1] = {edge.logit};
-    if (edge.column < args.vocab) add_statistics<kSoftcap, kSquares>(s, alone, f);
+    const float alone[1] = {tail.logit};
+    if (tail.column < args.vocab) add_statistics<kSoftcap, kSquares>(s, alone, f);
     return s;
   }
 
-  // By one warp: every block tells every block, and all merge in the order of their ranks.
+  // Called by one warp: every block sends its statistics to every block, and all merge them in the order of their
+  // ranks.
   __device__ Softmax<float> cluster_merge(const Softmax<float>& own, float unit) {
     const int parity = exchanges % 2, phase = exchanges / 2 % 2;
     ++exchanges;
@@ -231,26 +233,26 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
     return merge_of(control->of_block[parity], cluster, unit);
   }
 
-  // By the same warp: the row's statistics, and what the loss pulls with.
+  // Called by the same warp: the row's statistics, and the epilogue.
   __device__ void finish(int64_t row, Softmax<float> s, const Transform& f, float of_target) {
     if (s.max == -INFINITY) s.sum = NAN;  // every logit is -inf: no distribution
     const float log_sum = s.log_sum(), logp = (z_of<kSoftcap>(of_target, f) - s.max) * f.natural - log_sum;
     RowResult result{min_(logp, 0.0f), s.entropy(), s.max, log_sum, 0, 0};
-    if (args.policy) pull(row, result);
+    if (args.policy) policy_epilogue(row, result);
     if (threadIdx.x > 0) return;
     control->result = result;
     if (rank == 0) store(row, result, s.sum_p2());
   }
 
-  __device__ void pull(int64_t row, RowResult& result) const {
+  __device__ void policy_epilogue(int64_t row, RowResult& result) const {
     const int64_t b = row / args.tokens, t = row % args.tokens;
-    TokenInputs<float> token = read_token(args.in, b, t, result.logp);
+    TokenInputs<float> in = read_token(args.in, b, t, result.logp);
     const Advantages made = args.in.form.advantages;
     if (made != Advantages::given)
-      token.adv = sample_advantage(WarpTeam{}, args.in.advantages, made, b, args.in.group_size, args.advantage_eps);
+      in.adv = sample_advantage(WarpTeam{}, args.in.advantages, made, b, args.in.group_size, args.advantage_eps);
     const Scalars<float> scalars = with_coefficients(args.scalars, args.in);
-    const TokenResult<float> pulls = token_result(args.in.form, token, result.logp, 0.0f, {}, scalars);
-    result.g_logp = pulls.g_logp, result.g_entropy = pulls.g_entropy;
+    const TokenResult<float> token = token_result(args.in.form, in, result.logp, 0.0f, {}, scalars);
+    result.d_logp = token.d_logp, result.d_entropy = token.d_entropy;
   }
 
   __device__ void store(int64_t row, const RowResult& result, float sum_p2) const {
@@ -263,27 +265,27 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
 
   // ---- the gradient ----
 
-  __device__ Output<T> output(int64_t row, const Share<T>& share, int target, float of_target) const {
+  __device__ Output<T> output(int64_t row, const RowSlice<T>& slice, int target, float of_target) const {
     const int64_t offset = args.gradient.offset(row, args.tokens);
-    const bool wide = (args.gradient_past + offset + share.row.head) % kPerVector<T> == 0;
+    const bool wide = (args.gradient_past + offset + slice.row.head) % kPerVector<T> == 0;
     return {static_cast<T*>(args.gradient.data) + offset, wide, target, of_target};
   }
 
-  __device__ void clear(int64_t row, const Share<T>& share, const Edge& edge) const {
-    const Output<T> out = output(row, share, -1, 0);
-    for (int v = int(threadIdx.x); v < share.own_vectors; v += computing) out.write(share.column(v), Vector<T>{});
-    if (edge.column < args.vocab) out.row[edge.column] = from_float(0, T{});
+  __device__ void clear(int64_t row, const RowSlice<T>& slice, const ScalarTail& tail) const {
+    const Output<T> out = output(row, slice, -1, 0);
+    for (int v = int(threadIdx.x); v < slice.own_vectors; v += computing) out.write(slice.column(v), Vector<T>{});
+    if (tail.column < args.vocab) out.row[tail.column] = from_float(0, T{});
   }
 
-  __device__ void write_gradient(int64_t row, const Share<T>& share, const Order& order, const Edge& edge,
-                                 const Transform& f, const RowResult& r, int target) {
-    const RowGradient<float> g = RowGradient<float>::of(r.g_logp, r.g_entropy, r.log_sum, r.entropy);
+  __device__ void write_gradient(int64_t row, const RowSlice<T>& slice, const TileSchedule& schedule,
+                                 const ScalarTail& tail, const Transform& f, const RowResult& r, int target) {
+    const LogitGradient<float> g = LogitGradient<float>::of(r.d_logp, r.d_entropy, r.log_sum, r.entropy);
     const Slopes slopes{r.max, g.a * f.slope, g.b * f.slope};
     const Output<T> out =
-        output(row, share, target, f.slope * target_gradient(r.g_logp, r.g_entropy, r.logp, r.entropy));
-    const auto sweep = [&](auto fn) { second_sweep(share, order, edge, f, out, fn); };
+        output(row, slice, target, f.slope * target_gradient(r.d_logp, r.d_entropy, r.logp, r.entropy));
+    const auto sweep = [&](auto fn) { second_sweep(slice, schedule, tail, f, out, fn); };
     if (r.none()) {
-      second_sweep(share, order, edge, f, output(row, share, -1, 0), [](auto& values) {
+      second_sweep(slice, schedule, tail, f, output(row, slice, -1, 0), [](auto& values) {
 #pragma unroll
         for (float& value : values) value = 0;
       });
@@ -295,21 +297,22 @@ template <typename T, bool kSoftcap, bool kCluster> class RowBlock {
   }
 
   template <typename Fn>
-  __device__ __forceinline__ void second_sweep(const Share<T>& share, const Order& order, const Edge& edge,
-                                               const Transform& f, const Output<T>& out, const Fn& fn) {
-    int cursor = ring.behind(ring.next, order.through_ring() - order.kept);
-    for (int i = 0; i < order.chunks; ++i) {
-      const int chunk = order.second_use(i), slot = ring.slot_of(chunk, order, cursor);
-      for_vectors(share, chunk, slot, [&](int column, Vector<T> v) {
+  __device__ __forceinline__ void second_sweep(const RowSlice<T>& slice, const TileSchedule& schedule,
+                                               const ScalarTail& tail, const Transform& f, const Output<T>& out,
+                                               const Fn& fn) {
+    int cursor = ring.behind(ring.next, schedule.num_streamed() - schedule.kept);
+    for (int i = 0; i < schedule.num_tiles; ++i) {
+      const int tile = schedule.second_pass_tile(i), slot = ring.slot_of(tile, schedule, cursor);
+      for_vectors(slice, tile, slot, [&](int column, Vector<T> v) {
         replace<kSoftcap>(v.values, column, f, out, fn);
         out.write(column, v);
       });
       release(slot);
     }
-    if (edge.column >= args.vocab) return;
-    float alone[1] = {edge.logit};
-    replace<kSoftcap>(alone, edge.column, f, out, fn);
-    out.row[edge.column] = from_float(alone[0], T{});
+    if (tail.column >= args.vocab) return;
+    float alone[1] = {tail.logit};
+    replace<kSoftcap>(alone, tail.column, f, out, fn);
+    out.row[tail.column] = from_float(alone[0], T{});
   }
 };
 
@@ -320,7 +323,7 @@ __global__ void __launch_bounds__(kMaxThreads + kWarp, 1) row_kernel(const __gri
 
 template <bool kCluster>
 void launch_kernel(const RowArgs& args, DType dtype, Grid grid, Stream stream, const char* name) {
-  const auto go = [&](auto softcap) {  // blocks: as many as run side by side, which take the rows in turn
+  const auto go = [&](auto softcap) {  // as many blocks as run at a time; they loop over the rows
     constexpr bool kSoftcap = decltype(softcap)::value;
     const auto kernel = dtype == DType::f32    ? row_kernel<float, kSoftcap, kCluster>
                         : dtype == DType::bf16 ? row_kernel<bf16, kSoftcap, kCluster>

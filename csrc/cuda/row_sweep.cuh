@@ -5,10 +5,11 @@
 
 namespace gk {
 
-// How a logit becomes z, the logit itself or cap * tanh(logit * inner), and a difference of z one of logarithms.
+// How a logit becomes z, which is the logit or cap * tanh(logit * inner), and how a difference of z becomes one of
+// logarithms.
 struct Transform {
   float natural, unit;  // logarithms of base e and of base 2
-  float slope;          // d z / d logit, softcap' apart
+  float slope;          // d z / d logit, without softcap'
   float inner, cap;
 };
 
@@ -20,13 +21,13 @@ template <bool kSoftcap> __device__ __forceinline__ float z_of(float logit, cons
 
 __device__ __forceinline__ float origin_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// One exponential an element: the vector's own maximum comes first, and the sums are rescaled where it is a new one.
+// One exponential per element: the vector's maximum is found first, and the sums are rescaled only if it is a new one.
 template <bool kSoftcap, bool kSquares, int kCount>
 __device__ __forceinline__ void add_statistics(Softmax<float>& s, const float (&logits)[kCount], const Transform& f) {
   float top = logits[0];
 #pragma unroll
   for (int i = 1; i < kCount; ++i) top = fmaxf(top, logits[i]);
-  top = z_of<kSoftcap>(top, f);  // monotonic: the cap of the maximum
+  top = z_of<kSoftcap>(top, f);  // softcap is monotonic
   if (top > s.max) s = s.relative_to(top, f.unit);
   const float origin = origin_of(s.max);
 #pragma unroll

@@ -30,8 +30,8 @@ void launch_rows(RowArgs args, DType dtype, Stream stream, const char* name) {
   if (args.rows == 0) return;
   dtype == DType::f32 ? align<float>(args) : align<bf16>(args);
   const Machine m = machine(name, row_kernel<float, false, false>);
-  const bool twice = args.statistics && args.gradient.data;
-  const RowPlan plan = row_plan(m, int64_t(args.vocab) * (dtype == DType::f32 ? 4 : 2), twice);
+  const bool two_pass = args.statistics && args.gradient.data;
+  const RowPlan plan = row_plan(m, int64_t(args.vocab) * (dtype == DType::f32 ? 4 : 2), two_pass);
   args.slots = plan.slots, args.resident = plan.resident, args.bulk_copies = m.bulk_copies;
   const Grid grid{0, plan.threads + kWarp, plan.shared_bytes(), plan.cluster};
   if (plan.cluster > 1)
@@ -60,7 +60,7 @@ void row_policy(const Rows& p, const RowStats& stats, const PolicyInputs& in, co
   RowArgs args = row_args(p, stats);
   args.statistics = args.policy = true;
   args.gradient = gradient;
-  args.in = in, args.scalars = real_scalars(in.scalars), args.advantage_eps = float(in.advantage_eps);
+  args.in = in, args.scalars = float_scalars(in.scalars), args.advantage_eps = float(in.advantage_eps);
   launch_rows(args, p.dtype, stream, "row_policy");
 }
 

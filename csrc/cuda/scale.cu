@@ -1,4 +1,4 @@
-// A gradient times the upstream one, which only the device knows: every block reads it, and ends where it is 1.
+// Multiplies a gradient by the upstream one, which only the device knows: every block reads it, and exits if it is 1.
 #include "launch.h"
 #include "vec.cuh"
 
@@ -6,7 +6,7 @@ namespace gk {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kColumns = 4096, kBlocks = 2048;  // a few blocks on each multiprocessor: many end within microseconds
+constexpr int64_t kColumns = 4096, kBlocks = 2048;  // a few blocks per multiprocessor, which exit within microseconds
 
 template <typename T> __device__ void scale_run(T* x, int count, float factor) {
   const Cut<T> cut(count, past_boundary<T>(x));
@@ -17,8 +17,8 @@ template <typename T> __device__ void scale_run(T* x, int count, float factor) {
     for (float& value : v.values) value *= factor;
     store16(at, v.packed());
   }
-  const int edge = cut.edge(int(threadIdx.x));
-  if (edge < count) x[edge] = from_float(to_float(x[edge]) * factor, T{});
+  const int scalar = cut.scalar_column(int(threadIdx.x));
+  if (scalar < count) x[scalar] = from_float(to_float(x[scalar]) * factor, T{});
 }
 
 template <typename T> __global__ void __launch_bounds__(kThreads) scale_kernel(ScaleParams p) {

@@ -1,9 +1,9 @@
 // The clipped value loss with its derivative and metrics, in one launch.
 #include "../math/value.h"
-#include "finish.cuh"
+#include "flat_tiles.cuh"
+#include "grid_sync.cuh"
 #include "launch.h"
 #include "policy_inputs.cuh"
-#include "spans.cuh"
 
 namespace gk {
 namespace {
@@ -21,7 +21,7 @@ static_assert(sizeof(ValueSums) == kValueSums * sizeof(float));
 struct ValueArgs {
   ValueParams p;
   float clip;
-  int64_t pieces;
+  int64_t tiles;
 };
 
 __device__ void store_metrics(const ValueParams& p, const ValueSums& t) {
@@ -34,9 +34,9 @@ __device__ void store_metrics(const ValueParams& p, const ValueSums& t) {
 
 __global__ void __launch_bounds__(kThreads) value_kernel(ValueArgs a) {
   const ValueParams& p = a.p;
-  ValueSums sums, *left = static_cast<ValueSums*>(p.scratch.partial);
+  ValueSums sums, *partials = static_cast<ValueSums*>(p.workspace.partials);
   float *per_token = static_cast<float*>(p.per_token), *g_values = static_cast<float*>(p.g_values);
-  for_each_in_piece(p.batch, p.tokens, [&](int64_t i, Place at) {
+  for_each_in_tile(p.batch, p.tokens, [&](int64_t i, Place at) {
     ValueTerm<float> term{0, 0, false};
     float weight = 0;
     if (is_active(p.active, at.row, at.t)) {
@@ -48,17 +48,17 @@ __global__ void __launch_bounds__(kThreads) value_kernel(ValueArgs a) {
     per_token[i] = term.value, g_values[i] = weight * term.d_value;
   });
   sums = block_merge(sums);
-  if (threadIdx.x == 0) left[blockIdx.x] = sums;
-  if (!arrive(p.scratch.counters, a.pieces)) return;
-  sums = sum_left(left, a.pieces);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sums;
+  if (!signal_done(p.workspace.counters, a.tiles)) return;
+  sums = sum_partials(partials, a.tiles);
   if (threadIdx.x == 0) store_metrics(p, sums);
 }
 
 }  // namespace
 
 void value_loss(const ValueParams& p, Stream stream) {
-  const ValueArgs args{p, float(p.clip), span_count(p.batch, p.tokens)};
-  launch("value_kernel", value_kernel, {args.pieces, kThreads}, stream, args);
+  const ValueArgs args{p, float(p.clip), flat_tile_count(p.batch, p.tokens)};
+  launch("value_kernel", value_kernel, {args.tiles, kThreads}, stream, args);
 }
 
 }  // namespace gk

@@ -1,4 +1,4 @@
-// 16-byte accesses and the conversions between float and what logits are stored as.
+// 16-byte accesses, and the conversions between float and the logits' storage dtypes.
 #pragma once
 #include <cstring>
 
@@ -27,7 +27,7 @@ __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(unsig
 inline float to_float(f16 x) { return half_to_float(x.bits); }
 inline unsigned pack(float low, float high, bf16) { return float_to_bf16(low) | unsigned(float_to_bf16(high)) << 16; }
 inline unsigned pack(float low, float high, f16) { return float_to_half(low) | unsigned(float_to_half(high)) << 16; }
-// As the instructions: denormals are flushed; a NaN stays.
+// Like the instruction: flushes denormals, keeps a NaN.
 inline float exp2_approx(float y) {
   const float e = std::exp2(y);
   return e < 1.17549435e-38f ? 0.0f : e;
@@ -59,7 +59,7 @@ __device__ __forceinline__ unsigned pack(float low, float high, f16) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }
-// 2^y to two units in the last place, denormals flushed.
+// 2^y to 2 ulp, denormals flushed.
 __device__ __forceinline__ float exp2_approx(float y) {
   float e;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(y));
@@ -111,19 +111,20 @@ template <typename T> struct Vector {
   }
 };
 
-// How many elements an address lies behind a boundary of 16 bytes.
+// An address's offset from a 16-byte boundary, in elements.
 template <typename T> GK_HD int past_boundary(const void* p) {
   return int(reinterpret_cast<uintptr_t>(p) % kVectorBytes) / int(sizeof(T));
 }
 
-// `count` elements, the first of them `past` behind a boundary: a scalar head, whole vectors, and a scalar tail.
+// Splits `count` elements, the first of them `past` elements after a boundary, into a scalar head, whole vectors and a
+// scalar tail.
 template <typename T> struct Cut {
   int count, head, vectors;
 
   __device__ Cut(int count, int past)
       : count(count), head(min_(past ? kPerVector<T> - past : 0, count)), vectors((count - head) / kPerVector<T>) {}
-  // Head and tail together are fewer than 2 vectors; one past the last: count.
-  __device__ int edge(int i) const {
+  // The i-th scalar of head and tail, which together are fewer than 2 vectors; `count` where there is none.
+  __device__ int scalar_column(int i) const {
     const int behind = head + vectors * kPerVector<T>;
     return i < head ? i : min_(behind + i - head, count);
   }

@@ -1,5 +1,5 @@
-// A wait for another block, or for a copy, that lasts for seconds will last for ever: it ends the grid with an error
-// that names the kernel, where it would have hung the process and taken the GPU with it.
+// A wait for another block, or for a copy, that lasts for seconds will never end: it stops the grid with an error that
+// names the kernel, instead of hanging the process and the GPU with it.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -7,7 +7,7 @@
 #include "launch.h"
 
 #ifndef GK_EMULATED
-// What CUDA's assert calls, which is not declared where NDEBUG is. The text goes to stderr; the launch ends with
+// What assert() calls in a kernel; CUDA does not declare it under NDEBUG. The text goes to stderr; the launch ends with
 // "device-side assert triggered".
 extern "C" __device__ __attribute__((noreturn)) void __assertfail(const char* message, const char* file, unsigned line,
                                                                   const char* function, size_t char_size);

@@ -1,15 +1,16 @@
 // Whitening: the moments of the active values in one launch, and x -> (x - shift) * factor + offset in another.
-#include "finish.cuh"
+#include "flat_tiles.cuh"
+#include "grid_sync.cuh"
 #include "launch.h"
 #include "policy_inputs.cuh"
-#include "spans.cuh"
 
 namespace gk {
 namespace {
 
-constexpr int kThreads = 256, kTokensAThread = int(kTokensAPiece) / kThreads;
+constexpr int kThreads = 256, kTokensPerThread = int(kTokensPerTile) / kThreads;
 
-// The mean is a sum of two: what `mean` has lost by rounding would be much beside a small spread on a large offset.
+// The mean is mean + rest: on a large offset with a small spread, the rounding error of `mean` alone would be large
+// compared with the spread.
 struct MaskedMoments {
   float count = 0, mean = 0, rest = 0, squares = 0, low = INFINITY, high = -INFINITY;  // squares: about the mean
 
@@ -29,13 +30,13 @@ struct MaskedMoments {
 };
 static_assert(sizeof(MaskedMoments) == kMomentSums * sizeof(float));
 
-struct Active {  // of a piece
+struct ActiveSums {  // of a tile
   float sum = 0, low = INFINITY, high = -INFINITY;
   int count = 0;
-  __device__ Active merge(const Active& o) const {
+  __device__ ActiveSums merge(const ActiveSums& o) const {
     return {sum + o.sum, fminf(low, o.low), fmaxf(high, o.high), count + o.count};
   }
-  // Of equal values exactly that value.
+  // Exactly that value if all are equal.
   __device__ float mean() const { return low <= high ? clamp_(sum / float(count), low, high) : sum / float(count); }
 };
 
@@ -46,41 +47,41 @@ struct Deviations {  // from the mean
 
 struct WhitenArgs {
   WhitenParams p;
-  int64_t pieces;
+  int64_t tiles;
 };
 
-// Of the block's piece: the values stay in registers for the second pass.
-__device__ MaskedMoments moments_of_piece(const WhitenParams& p) {
-  const int64_t begin = blockIdx.x * kTokensAPiece + threadIdx.x, end = p.batch * p.tokens;
-  float x[kTokensAThread];
-  unsigned on = 0;
-  Active active;
+// The moments of the block's tile; the values stay in registers for the second pass.
+__device__ MaskedMoments moments_of_tile(const WhitenParams& p) {
+  const int64_t begin = blockIdx.x * kTokensPerTile + threadIdx.x, end = p.batch * p.tokens;
+  float x[kTokensPerThread];
+  unsigned active_bits = 0;
+  ActiveSums sums;
 #pragma unroll
-  for (int k = 0; k < kTokensAThread; ++k) {
+  for (int k = 0; k < kTokensPerThread; ++k) {
     const int64_t i = begin + k * kThreads;
     const Place at = i < end ? place_of(i, p.tokens) : Place{0, 0};
     x[k] = 0;
     if (i >= end || !is_active(p.active, at.row, at.t)) continue;
-    x[k] = read(p.values, at.row, at.t, 0), on |= 1u << k;
-    active = active.merge({x[k], x[k], x[k], 1});
+    x[k] = read(p.values, at.row, at.t, 0), active_bits |= 1u << k;
+    sums = sums.merge({x[k], x[k], x[k], 1});
   }
-  active = block_merge(active);
-  if (active.count == 0) return {};
-  const float mean = active.mean();
+  sums = block_merge(sums);
+  if (sums.count == 0) return {};
+  const float mean = sums.mean();
   Deviations d;
 #pragma unroll
-  for (int k = 0; k < kTokensAThread; ++k)
-    if (on >> k & 1) d = d.merge({x[k] - mean, (x[k] - mean) * (x[k] - mean)});
+  for (int k = 0; k < kTokensPerThread; ++k)
+    if (active_bits >> k & 1) d = d.merge({x[k] - mean, (x[k] - mean) * (x[k] - mean)});
   d = block_merge(d);
-  const float n = float(active.count), rest = d.sum / n;
-  return {n, mean, rest, d.squares - rest * d.sum, active.low, active.high};
+  const float n = float(sums.count), rest = d.sum / n;
+  return {n, mean, rest, d.squares - rest * d.sum, sums.low, sums.high};
 }
 
 __global__ void __launch_bounds__(kThreads) moments_kernel(WhitenArgs a) {
-  MaskedMoments moments = moments_of_piece(a.p), *left = static_cast<MaskedMoments*>(a.p.scratch.partial);
-  if (threadIdx.x == 0) left[blockIdx.x] = moments;
-  if (!arrive(a.p.scratch.counters, a.pieces)) return;
-  moments = sum_left(left, a.pieces);
+  MaskedMoments moments = moments_of_tile(a.p), *partials = static_cast<MaskedMoments*>(a.p.workspace.partials);
+  if (threadIdx.x == 0) partials[blockIdx.x] = moments;
+  if (!signal_done(a.p.workspace.counters, a.tiles)) return;
+  moments = sum_partials(partials, a.tiles);
   if (threadIdx.x > 0) return;
   double* out = a.p.moments;
   out[0] = moments.count, out[1] = double(moments.mean) + moments.rest, out[2] = moments.squares;
@@ -91,22 +92,23 @@ __global__ void __launch_bounds__(kThreads) whiten_kernel(WhitenArgs a) {
   const WhitenParams& p = a.p;
   const double* c = p.coefficients;
   const float shift = float(c[0]), rest = float(c[0] - shift), factor = float(c[1]), offset = float(c[2]);
-  for_each_in_piece(p.batch, p.tokens, [&](int64_t i, Place at) {
-    const bool on = is_active(p.active, at.row, at.t);
-    static_cast<float*>(p.whitened)[i] = on ? ((read(p.values, at.row, at.t, 0) - shift) - rest) * factor + offset : 0;
+  for_each_in_tile(p.batch, p.tokens, [&](int64_t i, Place at) {
+    const bool active = is_active(p.active, at.row, at.t);
+    static_cast<float*>(p.whitened)[i] =
+        active ? ((read(p.values, at.row, at.t, 0) - shift) - rest) * factor + offset : 0;
   });
 }
 
 }  // namespace
 
 void masked_moments(const WhitenParams& p, Stream stream) {
-  const WhitenArgs args{p, span_count(p.batch, p.tokens)};
-  launch("moments_kernel", moments_kernel, {args.pieces, kThreads}, stream, args);
+  const WhitenArgs args{p, flat_tile_count(p.batch, p.tokens)};
+  launch("moments_kernel", moments_kernel, {args.tiles, kThreads}, stream, args);
 }
 
 void whiten(const WhitenParams& p, Stream stream) {
-  const WhitenArgs args{p, span_count(p.batch, p.tokens)};
-  launch("whiten_kernel", whiten_kernel, {args.pieces, kThreads}, stream, args);
+  const WhitenArgs args{p, flat_tile_count(p.batch, p.tokens)};
+  launch("whiten_kernel", whiten_kernel, {args.tiles, kThreads}, stream, args);
 }
 
 }  // namespace gk

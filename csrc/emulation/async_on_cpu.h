@@ -8,16 +8,16 @@ namespace gk {
 
 constexpr bool kSm90 = true;
 
-struct Mbarrier {  // 8 bytes, as there
+struct Mbarrier {  // 8 bytes, as on a GPU
   uint16_t arrivals, expected;
   int16_t phase;
   int16_t unused;
 };
 
 inline emulation::MbarrierState& state_of(const Mbarrier* barrier) {
-  const auto found = emulation::mbarriers().find(barrier);
-  emulation::check(found != emulation::mbarriers().end(), "a barrier not initialised, or of a block that has ended");
-  return found->second;
+  const auto entry = emulation::mbarriers().find(barrier);
+  emulation::check(entry != emulation::mbarriers().end(), "a barrier not initialised, or of a block that has ended");
+  return entry->second;
 }
 inline void complete_if_all_came(Mbarrier* barrier) {
   if (barrier->arrivals != barrier->expected || state_of(barrier).missing_bytes != 0) return;
@@ -90,7 +90,7 @@ inline void cluster_sync() {
   auto& cluster = emulation::cluster();
   emulation::arrive_and_wait(cluster.barrier, int(cluster.blocks.size() * cluster.blocks[0].threads.size()));
 }
-// To be used at once: whether the other block is still there is asked here.
+// The result is to be used at once: only here is it checked that the other block still exists.
 template <typename T> T* at_rank(T* own, int rank) {
   auto& cluster = emulation::cluster();
   emulation::Block& here = *emulation::self().block;

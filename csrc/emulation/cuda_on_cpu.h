@@ -1,12 +1,14 @@
-// CUDA C++ on the CPU, for tests: included before a .cu file, it makes it C++ that runs on emulator.h's machine.
+// CUDA C++ on the CPU, for tests: included before a .cu file, this header makes it C++ that runs on the machine of
+// emulator.h.
 //
-// Here: grids, blocks and clusters of any shape, static and dynamic shared memory, __syncthreads and named barriers,
-// shuffles and votes with any mask, atomics, mbarriers, cp.async and bulk copies (cuda/async.cuh), distributed shared
-// memory. Not here: what timing decides (memory ordering, L2, divergence inside a warp between its collectives), waits
-// on global memory (a grid-wide barrier never ends), textures, warp-level matrix instructions, double rounding of
-// approximate instructions (the CPU's are exact to the last bit or two). Static shared memory is one copy, not one a
-// block: a kernel that runs in clusters keeps all of its shared memory dynamic. What it held before is still in it, so
-// a read of what was never written is found only in dynamic shared memory, which is filled with NaNs.
+// Supported: grids, blocks and clusters of any shape, static and dynamic shared memory, __syncthreads and named
+// barriers, shuffles and votes with any mask, atomics, mbarriers, cp.async and bulk copies (cuda/async.cuh),
+// distributed shared memory. Not supported: what timing decides (memory ordering, L2, divergence inside a warp between
+// its collectives), waits on global memory (a grid-wide barrier never ends), textures, warp-level matrix instructions,
+// double rounding of approximate instructions (the CPU's are exact to the last bit or two). Static shared memory is one
+// copy, not one per block: a kernel that runs in clusters keeps all of its shared memory dynamic. It also keeps what an
+// earlier block wrote, so reads of memory that was never written are found only in dynamic shared memory, which is
+// filled with NaNs.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -39,7 +41,7 @@ struct alignas(16) float4 {
 
 namespace gk::emulation {
 
-// A CPU does not care, a GPU stops.
+// A CPU tolerates a misaligned access, a GPU faults.
 inline void check_aligned(const void* p) {
   check(reinterpret_cast<uintptr_t>(p) % 16 == 0, "an access of 16 bytes that are not aligned");
 }
@@ -51,18 +53,18 @@ inline void sync_warp(uint32_t mask) {
   arrive_and_wait(warp.barriers[mask], __builtin_popcount(mask));
 }
 
-// What each lane of the warp passed to the same collective. Two sets of slots: no lane can be two collectives ahead of
-// one that still reads.
-template <typename T>
-const unsigned char (*exchange(uint32_t mask, const T& value)) [kWidest] {
+using LaneBytes = unsigned char[kWidest];
+
+// The value that each lane of the warp passed to the same collective. Two sets of slots suffice: no lane can be two
+// collectives ahead of one that still reads.
+template <typename T> const LaneBytes* exchange(uint32_t mask, const T& value) {
   static_assert(sizeof(T) <= kWidest);
   auto& slots = self().warp().slots[self().collectives++ % 2];
   std::memcpy(slots[self().lane()], &value, sizeof(T));
   sync_warp(mask);
   return slots;
-} template <typename T>
-                                                               T
-    shuffle(uint32_t mask, T value, int source, int width) {
+}
+template <typename T> T shuffle(uint32_t mask, T value, int source, int width) {
   const auto* slots = exchange(mask, value);
   const int lane = int(self().lane()), first = lane / width * width;
   if (source < first || source >= first + width || !(self().warp().lanes >> source & 1)) return value;
@@ -155,7 +157,7 @@ inline unsigned atomicInc(unsigned* at, unsigned last) {
 
 template <typename T> T __ldg(const T* at) { return *at; }
 template <typename T> T __ldcg(const T* at) { return *at; }
-// Where a kernel would wait for a block that took an earlier ticket: here that one has ended.
+// Kernels sleep only while they wait for a block with an earlier ticket, and here that one has ended already.
 inline void __nanosleep(unsigned) { gk::emulation::check(false, "a wait for a block that has not run"); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }

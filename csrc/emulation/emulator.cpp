@@ -121,13 +121,13 @@ class Scheduler {
     } catch (...) {
       fail(std::current_exception());
     }
-    leave();
+    retire();
     running->done = true;
     suspend();
   }
 
-  // An exited thread is waited for no more; what its block has in shared memory goes with the last one.
-  void leave() {
+  // Barriers no longer wait for a thread that has exited; a block's shared memory goes with its last thread.
+  void retire() {
     Block& block = *running->block;
     if (--block.live == 0) end(block);
     for (auto& [name, barrier] : block.barriers)
@@ -140,7 +140,7 @@ class Scheduler {
   void end(Block& block) {
     const auto own = [&](const Copy& copy) { return copy.owner->block == &block; };
     if (std::any_of(pending.begin(), pending.end(), own)) fail("a block has ended before its copies");
-    // A block can tell that nobody is still on the way to its memory only from a barrier of them all, later than that.
+    // Only from a later barrier of the whole cluster can a block tell that nobody still accesses its memory.
     if (block.touched == cluster.barrier.phase + 1)
       fail("a block has ended without a cluster_sync behind remote accesses");
     block.ended = true;
@@ -267,12 +267,12 @@ void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, unsi
   const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   gridDim = grid, blockDim = block;
-  const bool backwards = machine().schedule != Schedule::round_robin;  // the order of blocks is not promised
+  const bool backwards = machine().schedule != Schedule::round_robin;  // CUDA promises no order of blocks
   try {
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     check(grid.x % cluster_size == 0, "the grid is not whole clusters");
-    check(cluster_size >= 1 && cluster_size <= kMostBlocksACluster, "a cluster of more blocks than every GPU has");
-    check(threads >= 1 && threads <= kMostThreads, "a block of no thread, or of more than 1024");
+    check(cluster_size >= 1 && cluster_size <= kMaxBlocksPerCluster, "a cluster of more blocks than every GPU has");
+    check(threads >= 1 && threads <= kMaxThreadsPerBlock, "a block of no thread, or of more than 1024");
     check(int64_t(shared_bytes) <= machine().shared_bytes, "more shared memory than the machine has");
     for (uint64_t i = 0; i < blocks; i += cluster_size) {
       Cluster started = cluster_at(grid, block, shared_bytes, cluster_size, backwards ? blocks - cluster_size - i : i);

@@ -19,10 +19,10 @@ struct dim3 {
 
 namespace gk::emulation {
 
-// Copies are eager, late, late, and at random.
+// In this order, copies are eager, late, late, and at random.
 enum class Schedule : int { round_robin, one_warp_ahead, shuffled, shuffled_copies };
 
-struct Machine {  // what cuda/launch.cuh finds in place of a GPU
+struct Machine {  // what cuda/launch.h finds in place of a GPU
   int multiprocessors = 2, threads = 64, shared_bytes = 10 << 10;
   bool bulk_copies = true;  // and clusters: sm_90
   Schedule schedule = Schedule::round_robin;
@@ -30,9 +30,9 @@ struct Machine {  // what cuda/launch.cuh finds in place of a GPU
 Machine& machine();
 
 constexpr int kWarp = 32;
-constexpr size_t kWidest = 64;  // bytes a shuffle moves
+constexpr size_t kWidest = 64;  // bytes that a shuffle can move
 constexpr size_t kSharedAlign = 128;
-constexpr unsigned kMostThreads = 1024, kMostBlocksACluster = 8;
+constexpr unsigned kMaxThreadsPerBlock = 1024, kMaxBlocksPerCluster = 8;
 
 struct Barrier {
   int arrived = 0;
@@ -41,7 +41,7 @@ struct Barrier {
   std::vector<uint32_t> lanes;  // of each warp, that have come to bar.sync
 };
 
-struct MbarrierState {  // beside what it counts itself
+struct MbarrierState {  // in addition to what the barrier counts itself
   int64_t missing_bytes = 0;
   bool published = false;
 };
@@ -105,10 +105,10 @@ void arrive(Barrier&, int expected);
 
 void sync_warps(int name, int threads);  // bar.sync
 
-// At once where copies are eager. `behind_own`: not before those that the thread has asked for so far.
+// Immediately if copies are eager. `behind_own`: not before the copies that the thread has issued so far.
 void copy_later(std::function<void()> copy, bool behind_own = false);
 
-// Those in shared memory that are initialised and whose block has not ended.
+// The initialised mbarriers in the shared memory of blocks that have not ended.
 std::map<const void*, MbarrierState>& mbarriers();
 
 void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_size,

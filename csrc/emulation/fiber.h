@@ -18,7 +18,7 @@ constexpr size_t kStackBytes = 128 << 10;
 
 #ifdef __x86_64__
 
-// What a call preserves goes on the stack; ucontext would make two system calls a switch.
+// Callee-saved registers go on the stack; ucontext would make two system calls per switch.
 asm(".text\n"
     ".type gk_switch_stack, @function\n"
     "gk_switch_stack:\n"

@@ -1,4 +1,4 @@
-// Group advantages, one sample's share; the same functions stand in grpo_kernels/reference/advantages.py.
+// The advantage of one sample in its group; grpo_kernels/reference/advantages.py has the same functions.
 #pragma once
 #include "numeric.h"
 
@@ -17,14 +17,13 @@ struct AdvantageForm {
   bool single_raw;                                 // a group of one valid sample keeps its reward instead of 0
 };
 
-template <typename T>
-struct GroupStatistics {  // of the valid rewards; shift: of the length-weighted mean from the plain
+template <typename T> struct GroupStatistics {  // of the valid rewards; shift: length-weighted mean minus plain mean
   T count, mean, shift;
   bool constant;
-  T residual = 0;  // added to the mean: what it has lost by rounding
+  T residual = 0;  // added to the mean: its rounding error
 };
 
-// A reward on its group's own baseline; exactly 0 where all are equal.
+// A reward minus its group's baseline; exactly 0 if all rewards are equal.
 template <typename T> GK_HD T centred(const AdvantageForm& form, T reward, const GroupStatistics<T>& group) {
   if (group.count == 1) return form.single_raw ? reward : T(0);
   if (form.baseline == Baseline::none) return reward;
@@ -33,7 +32,7 @@ template <typename T> GK_HD T centred(const AdvantageForm& form, T reward, const
   return form.baseline == Baseline::leave_one_out ? d * group.count / (group.count - 1) : d - group.shift;
 }
 
-// Blended with the critic's baseline where there is one (NaN: none), and scaled; a group of one is not. A scale of
+// Blended with the critic's baseline if there is one (NaN: none), then scaled, except in a group of one. A scale of
 // exactly 0 does not divide.
 template <typename T>
 GK_HD T advantage(const AdvantageForm& form, T reward, T critic, T std, const GroupStatistics<T>& group) {

@@ -10,7 +10,7 @@ GK_HD uint64_t mix(uint64_t x) {  // a bijection: single tokens never collide
   return x ^ x >> 32;
 }
 
-// Of n tokens that follow each other, each mixed.
+// The hash of n consecutive tokens, each already mixed.
 template <typename Hash> GK_HD Hash ngram_hash(const Hash* mixed, int64_t n) {
   Hash h = Hash(n);
   for (int64_t k = 0; k < n; ++k) h = h * 0x9e3779b97f4a7c15 + mixed[k];

@@ -1,4 +1,4 @@
-// Scalar vocabulary shared by host and device code.
+// Scalar helpers shared by host and device code.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -27,9 +27,9 @@ template <typename T> GK_HD T min_(T a, T b) { return b < a ? b : a; }
 template <typename T> GK_HD T max_(T a, T b) { return a < b ? b : a; }
 template <typename T> GK_HD T clamp_(T x, T low, T high) { return min_(max_(x, low), high); }
 
-// weight * x, and exactly 0 where the weight is: what is removed may be infinite or NaN.
+// weight * x, but exactly 0 for a weight of 0, even if x is infinite or NaN.
 template <typename T> GK_HD T weighted_(T weight, T x) { return weight == 0 ? T(0) : weight * x; }
-// a * b, where an a of exactly 0 removes an infinite b; a NaN stays one.
+// a * b, but 0 for an a of 0 and an infinite b; a NaN stays one.
 template <typename T> GK_HD T times_(T a, T b) { return a == 0 && b == b ? T(0) : a * b; }
 
 }  // namespace gk

@@ -1,5 +1,5 @@
-// Per-token policy maths, each piece as value and derivative. The same functions stand, in the same order and with the
-// same names, in grpo_kernels/reference (torch, differentiated by autograd); docs of the formulas are there.
+// Per-token policy maths; every function returns value and derivative. grpo_kernels/reference has the same functions,
+// under the same names and in the same order (torch, differentiated by autograd), and documents the formulas.
 #pragma once
 #include "numeric.h"
 
@@ -27,9 +27,9 @@ enum class Objective : int {
 enum class RatioLevel : int { token, sequence, sequence_token, sequence_product };
 enum class KlEstimator : int { none, k1, abs, k2, k3 };
 enum class KlGradient : int { pathwise, straight_through, importance_weighted, score_function, behaviour_weighted };
-enum class Pooling : int { none, mean, sum };  // of the log-ratios of a sequence
+enum class Pooling : int { none, mean, sum };  // how a sequence's log-ratios are pooled
 
-enum class Advantages : int { given, centred, normalised };  // the last two: made of rewards, per group
+enum class Advantages : int { given, centred, normalised };  // the last two: computed from rewards, per group
 
 struct Form {
   Objective objective;
@@ -45,7 +45,7 @@ struct Form {
   }
 };
 
-// Numbers that may change from step to step, in the order of Scalars in grpo_kernels/config.py. Infinity: no bound.
+// Scalars that may change from step to step, in the order of Scalars in grpo_kernels/config.py. Infinity: no bound.
 template <typename T> struct Scalars {
   T eps_low, eps_high, ratio_low, ratio_high, delta, dual_clip, cispo_low, cispo_high, sapo_tau_pos, sapo_tau_neg;
   T vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, ratio_cap, tv_low, tv_high, ratio_sq_coef, dro_beta;
@@ -53,23 +53,23 @@ template <typename T> struct Scalars {
 };
 constexpr int kScalars = 26;
 
-// What a sequence knows once its log-ratios are pooled.
+// What the objectives see of a sequence after pooling.
 template <typename T> struct Pooled {
   T log_ratio, adv, weight;  // weight: the geometric mean of the token weights
 };
 
 template <typename T> struct TokenValues {
-  T logp, old, log_ratio;  // the ratio at its level, clamped
+  T logp, old, log_ratio;  // log_ratio: at the ratio's level, clamped
   T adv, token_weight;
-  T selected;  // not 0: picked for its covariance
+  T selected;  // nonzero: selected by its covariance
   T ref, rollout;
-  Pooled<T> pooled;  // of the sequence, for the objectives that ask it
+  Pooled<T> pooled;  // for the objectives that use their sequence
 };
 
 enum ClipFlags : int { kClippedLow = 1, kClippedHigh = 2, kCapped = 4 };
 
-// A term of the loss, and its derivatives in the log-ratio, in the pooled one of the sequence, and directly in logp.
-// Their sum is -A weight for the policy term: what is left of the gradient.
+// A term of the loss with its derivatives in the log-ratio, in the sequence's pooled log-ratio, and directly in logp.
+// For the policy term these add up to -A weight: `weight` is what is left of the gradient.
 template <typename T> struct Term {
   T value = 0, d_log_ratio = 0, d_pooled = 0, d_logp = 0, weight = 0;
   int flags = 0;
@@ -79,8 +79,8 @@ GK_HD int clip_flags(bool low, bool high, bool capped) {
   return (low ? kClippedLow : 0) | (high ? kClippedHigh : 0) | (capped ? kCapped : 0);
 }
 
-// -min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that). By the sign of A each is -A times the
-// ratio under some bound, and passes the gradient where that is the ratio itself, at the bound too.
+// -min(min(r, delta) A, clip(r) A); with dual_clip c, for A < 0: min(-c A, that). For either sign of A this is -A times
+// a bounded ratio, and it passes the gradient where the bound leaves the ratio unchanged, including at the bound.
 template <typename T> GK_HD Term<T> clip_objective(T log_ratio, T adv, const Scalars<T>& s) {
   const T ratio = exp_(log_ratio), capped = min_(ratio, s.delta), clipped = clamp_(ratio, s.ratio_low, s.ratio_high);
   const T bounded = adv < 0 ? min_(max_(capped, clipped), s.dual_clip) : min_(capped, clipped);
@@ -91,7 +91,7 @@ template <typename T> GK_HD Term<T> clip_objective(T log_ratio, T adv, const Sca
           T(0),           weight,        clip_flags(below && adv < 0, above && adv > 0, above && adv < 0)};
 }
 
-// -weight A logp, the weight without gradient.
+// -weight A logp, with a weight that has no gradient.
 template <typename T> GK_HD Term<T> score_objective(T weight, T adv, T logp, int flags) {
   const T slope = times_(adv, -weight);
   return {times_(slope, logp), T(0), T(0), slope, weight, flags};
@@ -107,10 +107,10 @@ template <typename T> GK_HD Term<T> cispo_objective(const TokenValues<T>& t, con
 // -(4 / tau) sigmoid(tau (r - 1)) A.
 template <typename T> GK_HD Term<T> sapo_objective(T log_ratio, T adv, const Scalars<T>& s) {
   const T ratio = exp_(log_ratio), tau = adv > 0 ? s.sapo_tau_pos : s.sapo_tau_neg, x = tau * (ratio - 1);
-  const T small = exp_(x < 0 ? x : -x), open = (x < 0 ? small : T(1)) / (1 + small),
-          shut = (x < 0 ? T(1) : small) / (1 + small);
-  const T weight = shut == 0 ? T(0) : 4 * open * shut * ratio;  // an infinite ratio is shut
-  return {-4 / tau * open * adv, -weight * adv, T(0), T(0), weight, 0};
+  const T small = exp_(x < 0 ? x : -x), gate = (x < 0 ? small : T(1)) / (1 + small),
+          one_minus_gate = (x < 0 ? T(1) : small) / (1 + small);
+  const T weight = one_minus_gate == 0 ? T(0) : 4 * gate * one_minus_gate * ratio;  // 0 for an infinite ratio
+  return {-4 / tau * gate * adv, -weight * adv, T(0), T(0), weight, 0};
 }
 
 // A sequence's -exp(mean of its clipped log-ratios) * mean A * geometric mean of its token weights.
@@ -129,14 +129,14 @@ template <typename T> GK_HD Term<T> vespo_objective(const TokenValues<T>& t, con
   return score_objective(is_finite_(phi) ? phi : T(0), t.adv, t.logp, 0);
 }
 
-// KL between the two coins "this token" and "any other", of the old policy and the new.
+// KL(old || new) of the Bernoulli distributions "this token or any other".
 template <typename T> GK_HD T binary_kl(T old, T logp) {
   const T p_old = exp_(old), tiny = T(1e-8);
   return times_(p_old, old - logp) + (1 - p_old) * log_((1 - p_old + tiny) / (1 - exp_(logp) + tiny));
 }
 
-// The truncated ratio where the divergence from the old policy stays within its bound or shrinks. A NaN of the inputs
-// is kept; a divergence that is none, as beyond a log-prob of 0, is outside.
+// The truncated ratio, dropped where the divergence from the old policy exceeds its bound and grows. NaN inputs
+// propagate; an undefined divergence, as of a log-prob above 0, counts as out of bounds.
 template <typename T> GK_HD Term<T> dppo_objective(bool kl, const TokenValues<T>& t, const Scalars<T>& s) {
   const T moved = exp_(t.logp) - exp_(t.old);
   const bool up = t.adv > 0;
@@ -152,7 +152,7 @@ template <typename T> GK_HD Term<T> dppo_objective(bool kl, const TokenValues<T>
                          clip_flags(drop && !up, drop && up, !drop && ratio > s.ratio_cap));
 }
 
-// -A r where the probability stays within its bounds of the sampler's, where a NaN is kept, plus a squared log-ratio.
+// -A r where the probability stays within bounds of the sampler's (a NaN passes), plus a squared log-ratio.
 template <typename T>
 GK_HD Term<T> trust_region_objective(bool two_sided, const TokenValues<T>& t, const Scalars<T>& s) {
   const T moved = exp_(t.logp) - exp_(t.old);
@@ -166,18 +166,18 @@ GK_HD Term<T> trust_region_objective(bool two_sided, const TokenValues<T>& t, co
 
 // -(A logp - beta x^2 / 2).
 template <typename T> GK_HD Term<T> dro_objective(const TokenValues<T>& t, const Scalars<T>& s) {
-  const T pull = s.dro_beta * t.log_ratio;
-  return {times_(-t.adv, t.logp) + pull * t.log_ratio / 2, pull, T(0), -t.adv, T(1), 0};
+  const T slope = s.dro_beta * t.log_ratio;
+  return {times_(-t.adv, t.logp) + slope * t.log_ratio / 2, slope, T(0), -t.adv, T(1), 0};
 }
 
-// clip, without the tokens picked for their covariance.
+// clip, except on the tokens selected by their covariance.
 template <typename T> GK_HD Term<T> clip_cov_objective(const TokenValues<T>& t, const Scalars<T>& s) {
   Term<T> term = clip_objective(t.log_ratio, t.adv, s);
   if (t.selected != 0) term = {T(0), T(0), T(0), T(0), T(0), term.flags | kCapped};
   return term;
 }
 
-// -A r, and on the picked tokens cov_kl |x|.
+// -A r, plus cov_kl |x| on the selected tokens.
 template <typename T> GK_HD Term<T> kl_cov_objective(const TokenValues<T>& t, const Scalars<T>& s) {
   const T ratio = exp_(t.log_ratio), x = t.log_ratio, sign = x > 0 ? T(1) : x < 0 ? T(-1) : T(0);
   const T slope = t.selected != 0 ? s.cov_kl * sign : T(0), policy = times_(t.adv, -ratio);
@@ -220,29 +220,29 @@ template <typename T> GK_HD Term<T> policy_objective(const Form& form, const Tok
 // importance weight, which only vespo pools here.
 template <typename T> struct PooledTerm {
   T value;
-  bool open;
+  bool passes_grad;
 };
 
-// Whether a clamp passes the gradient: at its bounds it does, and a NaN is not held back.
-template <typename T> GK_HD bool inside(T raw, T clamped) { return !(raw < clamped || raw > clamped); }
+// Whether a clamp passes the gradient: also at its bounds, and for a NaN.
+template <typename T> GK_HD bool clamp_passes_grad(T raw, T clamped) { return !(raw < clamped || raw > clamped); }
 
 template <typename T>
 GK_HD PooledTerm<T> pooled_term(const Form& form, T raw_log_ratio, T adv, T weight, const Scalars<T>& s) {
   const T x = clamp_(raw_log_ratio, -s.log_ratio_clamp, s.log_ratio_clamp);
-  const bool open = inside(raw_log_ratio, x);
+  const bool passes_grad = clamp_passes_grad(raw_log_ratio, x);
   if (form.objective == Objective::vespo) {
     const T of_weight = clamp_(log_(weight), T(kVespoLogMin), T(kVespoLogMax));
     return {clamp_(x, -T(kVespoLogMax), T(kVespoLogMax)) + of_weight, false};
   }
-  if (form.objective == Objective::gmpo) {  // one-sided: a ratio that moves against A stays
+  if (form.objective == Objective::gmpo) {  // one-sided: a ratio that moves against A is not clipped
     if (adv == 0) return {T(0), false};
     const T kept = adv > 0 ? min_(x, s.eps_high) : max_(x, -s.eps_low);
-    return {kept, open && inside(x, kept)};
+    return {kept, passes_grad && clamp_passes_grad(x, kept)};
   }
-  return {x, open};
+  return {x, passes_grad};
 }
 
-// The bound on a pooled log-ratio; outside no gradient passes.
+// The bound on a pooled log-ratio; outside it no gradient passes.
 template <typename T> GK_HD T pooled_limit(const Form& form, T log_ratio, const Scalars<T>& s) {
   if (form.objective == Objective::vespo) return clamp_(log_ratio, T(kVespoLogMin), T(kVespoLogMax));
   return form.objective == Objective::gmpo ? log_ratio : min_(log_ratio, s.sequence_log_ratio_max);
@@ -274,8 +274,8 @@ template <typename T> GK_HD KlEstimate<T> kl_estimate(KlEstimator estimator, T u
 // The estimator under one of its gradient forms; log_ratio is the one at the ratio's level, before delta and clip.
 template <typename T>
 GK_HD Term<T> kl_penalty(const Form& form, T logp, T ref, T rollout, T log_ratio, const Scalars<T>& s) {
-  const T u = ref - logp, inside = clamp_(u, -s.kl_input_clamp, s.kl_input_clamp);
-  const KlEstimate<T> estimate = kl_estimate(form.kl_estimator, inside);
+  const T u = ref - logp, clamped = clamp_(u, -s.kl_input_clamp, s.kl_input_clamp);
+  const KlEstimate<T> estimate = kl_estimate(form.kl_estimator, clamped);
   Term<T> k{estimate.value, T(0), T(0), estimate.d_logp};
   switch (form.kl_gradient) {
     case KlGradient::importance_weighted: {
@@ -296,24 +296,24 @@ GK_HD Term<T> kl_penalty(const Form& form, T logp, T ref, T rollout, T log_ratio
       break;
   }
   const T value = clamp_(k.value, -s.kl_output_clamp, s.kl_output_clamp);
-  if (u < inside || u > inside || value < k.value || value > k.value) k.d_log_ratio = k.d_logp = 0;
+  if (u < clamped || u > clamped || value < k.value || value > k.value) k.d_log_ratio = k.d_logp = 0;
   if (form.kl_gradient == KlGradient::straight_through) k.d_logp = -u;
   return {value, k.d_log_ratio, T(0), k.d_logp};
 }
 
-// What one token adds to the loss before aggregation, entropy apart: token_weight * policy + kl_coef * kl.
-template <typename T> struct TokenLoss {
-  T policy, kl, d_log_ratio, d_pooled, d_logp;  // kl without its coefficient; the derivatives of the whole
+// What one token adds to the loss before aggregation, without the entropy bonus: token_weight * policy + kl_coef * kl.
+template <typename T> struct TokenTerm {
+  T policy, kl, d_log_ratio, d_pooled, d_logp;  // kl without its coefficient; the derivatives of both
   T gradient_weight;
   int flags;
   GK_HD T value(const Scalars<T>& s) const { return policy + weighted_(s.kl_coef, kl); }
 };
 
-template <typename T> GK_HD TokenLoss<T> token_loss(const Form& form, const TokenValues<T>& t, const Scalars<T>& s) {
+template <typename T> GK_HD TokenTerm<T> token_term(const Form& form, const TokenValues<T>& t, const Scalars<T>& s) {
   const Term<T> policy = policy_objective(form, t, s);
-  // gmpo's token weights say which tokens its means are of.
+  // gmpo's token weights weigh its means instead.
   const T w = form.objective == Objective::gmpo ? T(1) : t.token_weight;
-  TokenLoss<T> loss{weighted_(w, policy.value),
+  TokenTerm<T> term{weighted_(w, policy.value),
                     T(0),
                     weighted_(w, policy.d_log_ratio),
                     weighted_(w, policy.d_pooled),
@@ -322,11 +322,11 @@ template <typename T> GK_HD TokenLoss<T> token_loss(const Form& form, const Toke
                     policy.flags};
   if (form.kl_estimator != KlEstimator::none) {
     const Term<T> kl = kl_penalty(form, t.logp, t.ref, t.rollout, t.log_ratio, s);
-    loss.kl = kl.value;
-    loss.d_log_ratio += weighted_(s.kl_coef, kl.d_log_ratio);
-    loss.d_logp += weighted_(s.kl_coef, kl.d_logp);
+    term.kl = kl.value;
+    term.d_log_ratio += weighted_(s.kl_coef, kl.d_log_ratio);
+    term.d_logp += weighted_(s.kl_coef, kl.d_logp);
   }
-  return loss;
+  return term;
 }
 
 }  // namespace gk

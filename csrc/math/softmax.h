@@ -1,4 +1,4 @@
-// Online softmax statistics of a set of logits, and what a row's gradient is made of.
+// Online softmax statistics of a set of logits, and the coefficients of a row's gradient.
 #pragma once
 #include "numeric.h"
 
@@ -16,7 +16,8 @@ template <typename T> struct Softmax {
   // `unit` = log2(e) / temperature turns a difference of logits into y.
   GK_HD Softmax relative_to(T m, T unit) const {
     if (sum == 0) return {m, T(0), T(0), T(0)};
-    // Bounded, or finite logits far apart (finfo.min as a mask) would make it -inf, and 0 * -inf a NaN of all sums.
+    // Bounded: for finite logits far apart (finfo.min as a mask) it would be -inf, and 0 * -inf would make every sum
+    // NaN.
     const T shift = max_((max - m) * unit, T(kShiftFloor)), scale = exp_(shift * T(kLn2));
     return {m, scale * sum, scale * (dot + shift * sum), scale * scale * sum2};
   }
@@ -33,20 +34,20 @@ template <typename T> struct Softmax {
 
 // d loss / d logit_j = slope * 2^y (a + b y), except at the target, which also receives slope * g.
 // slope holds what lies between logit and z: logit_scale * softcap' / temperature.
-template <typename T> struct RowGradient {
+template <typename T> struct LogitGradient {
   T a = 0, b = 0;
 
   // From d loss / d logp, d loss / d entropy and the row's statistics:  -p (g + h (log p + H)).
-  GK_HD static RowGradient of(T g_logp, T g_entropy, T log_sum, T entropy) {
+  GK_HD static LogitGradient of(T d_logp, T d_entropy, T log_sum, T entropy) {
     const T inv_sum = exp_(-log_sum);
-    return {-inv_sum * (g_logp + weighted_(g_entropy, entropy - log_sum)), -inv_sum * g_entropy * T(kLn2)};
+    return {-inv_sum * (d_logp + weighted_(d_entropy, entropy - log_sum)), -inv_sum * d_entropy * T(kLn2)};
   }
 };
 
 // The target's entry without the slope. 1 - p is formed as -expm1(logp): exact for a peaked row.
-template <typename T> GK_HD T target_gradient(T g_logp, T g_entropy, T logp, T entropy) {
+template <typename T> GK_HD T target_gradient(T d_logp, T d_entropy, T logp, T entropy) {
   const T of_entropy = times_(exp_(logp), logp + entropy);  // p log p is 0 where p is
-  return -g_logp * expm1_(logp) - weighted_(g_entropy, of_entropy);
+  return -d_logp * expm1_(logp) - weighted_(d_entropy, of_entropy);
 }
 
 }  // namespace gk

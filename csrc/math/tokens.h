@@ -1,5 +1,4 @@
-// One token of the token kernel: what it is given, what it stores, and what it adds to the sums that the metrics are
-// made of.
+// One token of the token kernel: its inputs, its results, and what it adds to the sums behind the metrics.
 #pragma once
 #include "policy.h"
 
@@ -39,12 +38,12 @@ template <typename T> struct TokenInputs {
   T adv, weight, old, ref, rollout, token_weight, entropy_weight, entropy_mask, selected, pooled_weight;
 };
 
-// What a sequence's tokens share: the pooled log-ratio with the factor that takes its derivative back to each token,
-// whether the bound on it passes the gradient, and what gmpo asks of the sequence.
+// What a sequence's tokens have in common: its pooled values, the factor `share` that takes the derivative in the
+// pooled log-ratio back to each token, and whether the bound on the pooled log-ratio passes the gradient.
 template <typename T> struct Sequence {
   Pooled<T> pooled{0, 0, 1};
   T share = 0;
-  bool open = true;
+  bool passes_grad = true;
 };
 
 template <typename T> struct TokenSums {
@@ -82,9 +81,9 @@ template <typename T> struct TokenSums {
   }
 };
 
-// What the token kernel stores of a token; `pull`: its derivative in the sequence's pooled log-ratio.
+// The token kernel's results for one token; `d_pooled`: its derivative in the sequence's pooled log-ratio.
 template <typename T> struct TokenResult {
-  T value, g_logp, g_entropy, pull;
+  T value, d_logp, d_entropy, d_pooled;
   TokenSums<T> sums;
 };
 
@@ -100,17 +99,17 @@ GK_HD TokenValues<T> token_values(const TokenInputs<T>& t, T logp, T log_ratio, 
 
 template <typename T>
 GK_HD TokenSums<T> sums_of(const TokenInputs<T>& t, const Scalars<T>& s, T logp, T ratio, T entropy, T bonus,
-                           const TokenLoss<T>& loss) {
+                           const TokenTerm<T>& term) {
   const T moved = logp - t.old, drift = logp - t.rollout, w = t.token_weight * t.pooled_weight;
   TokenSums<T> one;
-  one.policy = weighted_(t.weight, loss.policy), one.kl = weighted_(t.weight * s.kl_coef, loss.kl);
+  one.policy = weighted_(t.weight, term.policy), one.kl = weighted_(t.weight * s.kl_coef, term.kl);
   one.entropy = weighted_(-bonus * t.entropy_weight, entropy);
-  one.tokens = 1, one.raw_entropy = entropy, one.raw_kl = loss.kl;
+  one.tokens = 1, one.raw_entropy = entropy, one.raw_kl = term.kl;
   one.approx_kl = -moved, one.approx_kl_k3 = expm1_(moved) - moved;
   one.ratio = one.ratio_min = one.ratio_max = ratio;
-  one.low = (loss.flags & kClippedLow) != 0, one.high = (loss.flags & kClippedHigh) != 0;
-  one.cap = (loss.flags & kCapped) != 0;
-  one.gradient_weight = loss.gradient_weight, one.rejected = w == 0;
+  one.low = (term.flags & kClippedLow) != 0, one.high = (term.flags & kClippedHigh) != 0;
+  one.cap = (term.flags & kCapped) != 0;
+  one.gradient_weight = term.gradient_weight, one.rejected = w == 0;
   one.weight = one.weight_min = one.weight_max = w, one.weight_squares = w * w;
   one.rollout_kl = -drift, one.rollout_kl_k3 = expm1_(drift) - drift, one.rollout_abs_diff = max_(drift, -drift);
   return one;
@@ -122,14 +121,14 @@ GK_HD TokenResult<T> token_result(const Form& form, const TokenInputs<T>& t, T l
   const RatioLevel level = form.ratio_level;
   const T raw = logp - t.old, clamped = clamp_log_ratio(raw, s);
   const T log_ratio = level == RatioLevel::token ? clamped : sequence.pooled.log_ratio;
-  const TokenLoss<T> loss = token_loss(form, token_values(t, logp, log_ratio, sequence.pooled), s);
-  const bool own =
-      level == RatioLevel::token ? inside(raw, clamped) : level == RatioLevel::sequence_token && sequence.open;
+  const TokenTerm<T> term = token_term(form, token_values(t, logp, log_ratio, sequence.pooled), s);
+  const bool own = level == RatioLevel::token ? clamp_passes_grad(raw, clamped)
+                                              : level == RatioLevel::sequence_token && sequence.passes_grad;
   const bool shared = level == RatioLevel::sequence || level == RatioLevel::sequence_product;
   const T bonus = s.entropy_coef * t.entropy_mask;
-  return {loss.value(s) - weighted_(bonus, entropy), weighted_(t.weight, loss.d_logp + (own ? loss.d_log_ratio : T(0))),
-          -bonus * t.entropy_weight, weighted_(t.weight, loss.d_pooled + (shared ? loss.d_log_ratio : T(0))),
-          sums_of(t, s, logp, exp_(log_ratio), entropy, bonus, loss)};
+  return {term.value(s) - weighted_(bonus, entropy), weighted_(t.weight, term.d_logp + (own ? term.d_log_ratio : T(0))),
+          -bonus * t.entropy_weight, weighted_(t.weight, term.d_pooled + (shared ? term.d_log_ratio : T(0))),
+          sums_of(t, s, logp, exp_(log_ratio), entropy, bonus, term)};
 }
 
 template <typename T> GK_HD T loss_of(const TokenSums<T>& t) { return t.policy + t.kl + t.entropy; }

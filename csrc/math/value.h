@@ -1,5 +1,4 @@
-// The value function's loss per token, as value and derivative; the same function stands in
-// grpo_kernels/reference/advantages.py.
+// The value loss of one token, with its derivative; grpo_kernels/reference/advantages.py has the same function.
 #pragma once
 #include "numeric.h"
 

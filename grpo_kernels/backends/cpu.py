@@ -10,11 +10,11 @@ from torch import Tensor
 
 from . import _cpu  # type: ignore[attr-defined]
 from .native import Kernels
-from .scratch import NoMemory
+from .workspace import NoWorkspace
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")  # in the order of gk::Isa
 
-HUGE_PAGE_WORTH = 4 << 20  # bytes
+MIN_HUGE_PAGE_BYTES = 4 << 20  # bytes
 
 
 def instruction_set() -> str:
@@ -39,9 +39,9 @@ def forced_instruction_set(name: str) -> Iterator[None]:
 
 
 def new_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory that may be as large as the logits: in huge pages, as faults would cost several copies."""
+    """Uninitialised memory that may be as large as the logits, in huge pages: page faults would cost several copies."""
     matrix = like.new_empty(shape, dtype=dtype or like.dtype)
-    if matrix.nbytes >= HUGE_PAGE_WORTH:
+    if matrix.nbytes >= MIN_HUGE_PAGE_BYTES:
         _cpu.prefer_huge_pages(matrix.data_ptr(), matrix.nbytes)
     return matrix
 
@@ -52,10 +52,10 @@ def launch(kernel: Callable[..., None], _: torch.device, *args: object) -> None:
 
 def scale(matrix: Tensor, factor: Tensor) -> None:
     if factor != 1:
-        matrix.mul_(factor)  # of a 0-d factor, which keeps its precision and the matrix's dtype
+        matrix.mul_(factor)  # a 0-d factor keeps its precision and the matrix its dtype
 
 
-KERNELS = Kernels(_cpu, launch, new_matrix, NoMemory())
+KERNELS = Kernels(_cpu, launch, new_matrix, NoWorkspace())
 row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
 token_policy, group_advantages, gae = KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
 value_loss, masked_moments, whiten = KERNELS.value_loss, KERNELS.masked_moments, KERNELS.whiten

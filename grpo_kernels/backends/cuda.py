@@ -10,7 +10,7 @@ import torch
 from . import _cuda  # type: ignore[attr-defined]
 from .gpu import index_of, refused_by_all, too_old
 from .native import Kernels, plain_matrix
-from .scratch import GpuMemory
+from .workspace import CudaWorkspace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,7 +44,7 @@ def _launch(kernel: Callable[..., None], device: torch.device, *args: object) ->
 
 
 new_matrix = plain_matrix
-KERNELS = Kernels(_cuda, _launch, plain_matrix, GpuMemory(_cuda))
+KERNELS = Kernels(_cuda, _launch, plain_matrix, CudaWorkspace(_cuda))
 row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
 scale, token_policy, group_advantages, gae = KERNELS.scale, KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
 value_loss, masked_moments, whiten = KERNELS.value_loss, KERNELS.masked_moments, KERNELS.whiten

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from . import _emulated, cpu  # type: ignore[attr-defined]
 from .native import Kernels, plain_matrix
-from .scratch import GpuMemory
+from .workspace import CudaWorkspace
 
 
 class RowPlan(NamedTuple):
@@ -21,8 +21,8 @@ class RowPlan(NamedTuple):
     shared_bytes: int
 
 
-def row_plan(shared_bytes: int, threads: int, bulk_copies: bool, row_bytes: int, twice: bool) -> RowPlan:
-    return RowPlan(*_emulated.row_plan(shared_bytes, threads, bulk_copies, row_bytes, twice))
+def row_plan(shared_bytes: int, threads: int, bulk_copies: bool, row_bytes: int, two_pass: bool) -> RowPlan:
+    return RowPlan(*_emulated.row_plan(shared_bytes, threads, bulk_copies, row_bytes, two_pass))
 
 
 SCHEDULES = ("round_robin", "one_warp_ahead", "shuffled", "shuffled_copies")  # as gk::emulation::Schedule
@@ -42,7 +42,7 @@ def machine(
 
 
 new_matrix = plain_matrix
-KERNELS = Kernels(_emulated, cpu.launch, plain_matrix, GpuMemory(_emulated))
+KERNELS = Kernels(_emulated, cpu.launch, plain_matrix, CudaWorkspace(_emulated))
 row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
 scale, token_policy, group_advantages, gae = KERNELS.scale, KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
 value_loss, masked_moments, whiten = KERNELS.value_loss, KERNELS.masked_moments, KERNELS.whiten

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import METRICS, Form
 from ..inputs.grouping import BASELINES, SCALES, VALUE_METRICS, AdvantageForm, Samples
 from ..inputs.layout import PolicyInputs, Rows, RowStats, real_dtype
-from .scratch import NoMemory, Scratch
+from .workspace import NoWorkspace, Workspace
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -39,9 +39,9 @@ def _addresses(stats: RowStats, sum_p2: Tensor | None = None) -> list[int]:
     return [*map(_address, stats), _address(sum_p2)]
 
 
-def _sequences(grid: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
-    """The boundaries, dense, and how many sequences there are: one a row without."""
-    return (None, grid.shape[0]) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.numel() - 1)
+def _sequences(tokens_bt: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
+    """Dense boundaries and the number of sequences; without boundaries, each row is one sequence."""
+    return (None, tokens_bt.shape[0]) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.numel() - 1)
 
 
 def _policy(p: PolicyInputs) -> tuple[list[View | None], tuple[int, float], list[int], list[int], list[float]]:
@@ -57,14 +57,14 @@ def plain_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch
 class Kernels:
     """The functions of a `Backend` on one native module.
 
-    `new_matrix` makes memory that may be as large as the logits; `launch(kernel, device, *arguments)` calls a kernel
-    with the stream behind its arguments; `memory` is what a GPU's kernels need beside.
+    `new_matrix` allocates memory that may be as large as the logits; `launch(kernel, device, *arguments)` calls a
+    kernel with the stream appended to its arguments; `workspaces` allocates what the GPU kernels need in addition.
     """
 
     def __init__(
-        self, module: Any, launch: Callable[..., None], new_matrix: Callable[..., Tensor], memory: NoMemory
+        self, module: Any, launch: Callable[..., None], new_matrix: Callable[..., Tensor], workspaces: NoWorkspace
     ) -> None:
-        self._module, self._launch, self.new_matrix, self._memory = module, launch, new_matrix, memory
+        self._module, self._launch, self.new_matrix, self._workspaces = module, launch, new_matrix, workspaces
 
     def _rows(self, r: Rows) -> Any:
         shape = (*r.targets.shape, r.logits.shape[-1])
@@ -126,11 +126,11 @@ class Kernels:
         g_entropy = _empty(logps, logps.shape if entropy is not None else (0,))
         cu_seqlens, sequences = _sequences(logps, cu_seqlens)
         outputs = [*map(_address, (loss, per_token, g_logps, None if entropy is None else g_entropy, metrics))]
-        scratch = self._memory.tokens(logps, cu_seqlens, sequences)
+        workspace = self._workspaces.tokens(logps, cu_seqlens, sequences)
         self._launch(
             self._module.token_policy, logps.device,
             *_policy(inputs), _view(logps), _view(entropy), _view(active), tuple(logps.shape), _address(cu_seqlens),
-            sequences, logps.dtype == torch.float64, outputs, torch.get_num_threads(), scratch.addresses,
+            sequences, logps.dtype == torch.float64, outputs, torch.get_num_threads(), workspace.addresses,
         )  # fmt: skip
         return loss, per_token, g_logps, g_entropy, metrics
 
@@ -138,10 +138,10 @@ class Kernels:
         dense = Samples(*(None if x is None else x.contiguous() for x in samples))  # type: ignore[arg-type]
         outputs = [_empty(dense.rewards, dense.rewards.shape[:1]) for _ in range(3)]
         informative = _empty(dense.rewards, dense.rewards.shape[:1], torch.bool)
-        beside = self._memory.advantages(dense.rewards, dense.group_ids)
+        extra = self._workspaces.advantages(dense.rewards, dense.group_ids)
         self._launch(
             self._module.group_advantages, dense.rewards.device,
-            [*map(_address, (*dense, *beside))], tuple(dense.rewards.shape), form.group_size,
+            [*map(_address, (*dense, *extra))], tuple(dense.rewards.shape), form.group_size,
             BASELINES.index(form.baseline), SCALES.index(form.scale), form.ddof,
             [form.eps, form.critic_weight, form.clip_low, form.clip_high], form.single_raw,
             dense.rewards.dtype == torch.float64, [*map(_address, (*outputs, informative))],
@@ -162,12 +162,12 @@ class Kernels:
         advantages = self.new_matrix(rewards, rewards.shape, dtype)
         returns = self.new_matrix(rewards, (0,) if values is None else rewards.shape, dtype)
         cu_seqlens, sequences = _sequences(rewards, cu_seqlens)
-        scratch = self._memory.gae(rewards, cu_seqlens)
+        workspace = self._workspaces.gae(rewards, cu_seqlens)
         self._launch(
             self._module.gae, rewards.device,
             [*map(_view, (rewards, values, active))], tuple(rewards.shape), _address(cu_seqlens), sequences, gamma, lam,
             dtype == torch.float64, [_address(advantages), _address(None if values is None else returns)],
-            torch.get_num_threads(), scratch.addresses,
+            torch.get_num_threads(), workspace.addresses,
         )  # fmt: skip
         return advantages, returns
 
@@ -176,18 +176,18 @@ class Kernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         loss, metrics = _empty(values, ()), _empty(values, (len(VALUE_METRICS),))
         per_token, g_values = (self.new_matrix(values, values.shape, real_dtype(values.dtype)) for _ in range(2))
-        scratch = self._memory.value_loss(values)
+        workspace = self._workspaces.value_loss(values)
         self._launch(
             self._module.value_loss, values.device,
             [*map(_view, (values, old_values, returns, weights, active))], tuple(values.shape), clip,
             values.dtype == torch.float64, [*map(_address, (loss, per_token, g_values, metrics))],
-            torch.get_num_threads(), scratch.addresses,
+            torch.get_num_threads(), workspace.addresses,
         )  # fmt: skip
         return loss, per_token, g_values, metrics
 
     def masked_moments(self, values: Tensor, active: Tensor) -> Tensor:
         moments = _empty(values, (5,), torch.float64)
-        self._whitening("masked_moments", values, active, [_address(moments), 0, 0], self._memory.moments(values))
+        self._whitening("masked_moments", values, active, [_address(moments), 0, 0], self._workspaces.moments(values))
         return moments
 
     def whiten(self, values: Tensor, active: Tensor, coefficients: Tensor) -> Tensor:
@@ -195,15 +195,15 @@ class Kernels:
             self.new_matrix(values, values.shape, real_dtype(values.dtype)),
             coefficients.contiguous(),
         )
-        self._whitening("whiten", values, active, [0, _address(coefficients), _address(whitened)], Scratch())
+        self._whitening("whiten", values, active, [0, _address(coefficients), _address(whitened)], Workspace())
         return whitened
 
-    def _whitening(self, kernel: str, values: Tensor, active: Tensor, data: list[int], scratch: Scratch) -> None:
+    def _whitening(self, kernel: str, values: Tensor, active: Tensor, data: list[int], workspace: Workspace) -> None:
         views = [_view(values), _view(active)]
         self._launch(
             getattr(self._module, kernel), values.device,
             views, tuple(values.shape), values.dtype == torch.float64, data, torch.get_num_threads(),
-            scratch.addresses,
+            workspace.addresses,
         )  # fmt: skip
 
     def group_diversity(
@@ -214,11 +214,11 @@ class Kernels:
         group_ids = None if group_ids is None else group_ids.contiguous()
         keep = _empty(token_ids, (samples,), torch.bool)
         similarity, weights = (_empty(token_ids, (samples,), torch.float32) for _ in range(2))
-        beside, scratch = self._memory.diversity(token_ids, samples, group_ids)
+        extra, workspace = self._workspaces.diversity(token_ids, samples, group_ids)
         self._launch(
             self._module.group_diversity, token_ids.device,
-            _view(token_ids), _view(active), [*map(_address, (cu_seqlens, group_ids, *beside))],
+            _view(token_ids), _view(active), [*map(_address, (cu_seqlens, group_ids, *extra))],
             token_ids.dtype == torch.int32, [samples, token_ids.shape[1], group_size, ngram], threshold,
-            [*map(_address, (keep, similarity, weights))], torch.get_num_threads(), scratch.addresses,
+            [*map(_address, (keep, similarity, weights))], torch.get_num_threads(), workspace.addresses,
         )  # fmt: skip
         return keep, similarity, weights

@@ -24,7 +24,7 @@ class _NativeModule:
 
     __name__ = "grpo_kernels.backends._cuda"
     TOKEN_SUMS = GAE_SUMS = VALUE_SUMS = MOMENT_SUMS = 8
-    TOKENS_A_PIECE = TOKENS_IN_TABLE = 2048
+    TOKENS_PER_TILE = TOKENS_IN_TABLE = 2048
 
     def __getattr__(self, name: str) -> str:
         if name.startswith("__"):

@@ -40,15 +40,15 @@ FIRST, SECOND, ALL = slice(0, 1), slice(1, 2), slice(None)
 
 CUDA = [
     Mutant("the fences of an arrival", "whiten", "moments_kernel", FENCE, "", ALL),
-    Mutant("the fences between pieces", "gae", "gae_kernel", FENCE, "", ALL),
+    Mutant("the fences between tiles", "gae", "gae_kernel", FENCE, "", ALL),
     Mutant("the barrier of a block's sum", "value", "value_kernel", BARRIER),
     Mutant(
         "the wait for a free slot", "loss with a tail", "row_kernel", f"{WAIT}(?={WATCHED}|{COPIES_NEXT})", OVER, ALL
     ),
-    Mutant("the waits for chunks", "loss in place", "row_kernel", f"{WAIT}(?!{COPIES_NEXT})", OVER, ALL),
+    Mutant("the waits for tiles", "loss in place", "row_kernel", f"{WAIT}(?!{COPIES_NEXT})", OVER, ALL),
     Mutant("the barrier before a row's result", "two passes", "row_kernel", NAMED_BARRIER),
     Mutant("the wait for the cluster", "loss of a cluster", "row_kernel", CLUSTER_WAIT, OVER),
-    Mutant("the fences of a sequence's pieces", "tokens of several pieces", "token_kernel", FENCE, "", ALL, soak=True),
+    Mutant("the fences of a sequence's tiles", "tokens of several tiles", "token_kernel", FENCE, "", ALL, soak=True),
     Mutant("the release of a slot", "loss with a tail", "row_kernel", ARRIVAL, "", ALL, soak=True),
     Mutant("the barrier behind a row's result", "two passes", "row_kernel", NAMED_BARRIER, "", SECOND, soak=True),
     Mutant("the first meeting of the cluster", "loss of a cluster", "row_kernel", MEETING, "", FIRST, 6, soak=True),

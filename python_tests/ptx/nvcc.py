@@ -23,7 +23,7 @@ import torch
 
 from grpo_kernels.backends import cpu
 from grpo_kernels.backends.native import Kernels, plain_matrix
-from grpo_kernels.backends.scratch import GpuMemory
+from grpo_kernels.backends.workspace import CudaWorkspace
 
 from .machine import Grid, Options, program
 from .text import entries
@@ -106,7 +106,7 @@ class CudaOnPtx:
         self._library = ctypes.PyDLL(str(folder / f"{MODULE}.so"))
         self._launched, self._arch = LAUNCHED(self._run), arch
         self.machine()
-        self.kernels = Kernels(module, self._launch, plain_matrix, GpuMemory(module))
+        self.kernels = Kernels(module, self._launch, plain_matrix, CudaWorkspace(module))
 
     def machine(
         self, shared_bytes: int = 227 << 10, multiprocessors: int = 2, blocks_at_once: int = 1, bulk_copies: bool = True

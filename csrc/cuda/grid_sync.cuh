@@ -1,13 +1,13 @@
-// How blocks of one launch wait for each other. A block may wait for those that took an earlier ticket: they run or
-// have run, so there is no deadlock, whatever the number of blocks that the device runs at a time. The counters are
-// zeros at the start of a launch.
+// How the blocks of one launch wait for each other. A block may wait for blocks with an earlier ticket: they are
+// running or have finished, so there is no deadlock, however many blocks run at a time. The counters are 0 at the start
+// of a launch.
 #pragma once
 #include "block.cuh"
 #include "watchdog.cuh"
 
 namespace gk {
 
-// Reads of what another block may write meanwhile: from the cache that they share, and not moved by the compiler.
+// Loads of memory that other blocks may be writing: from the cache that all share, and not reordered by the compiler.
 #ifdef GK_EMULATED
 
 inline float load_relaxed(const float* from) { return *from; }
@@ -36,11 +36,12 @@ __device__ inline int64_t take_ticket(int32_t* counter) {
   return ticket;
 }
 
-// Says that this block has written what others wait for; true in every thread of the last of `expected` to say so.
+// Signals that this block has written its results; true, in every thread, in the last of `expected` blocks to do so.
 //
-// One thread fences for the block: the barrier orders what the others wrote before its fence, and fences are
-// cumulative, so whoever sees its atomic sees their writes too. The same holds backwards for what is read afterwards.
-__device__ inline bool arrive(int32_t* counter, int64_t expected) {
+// One thread fences for the block: the barrier orders the other threads' writes before its fence, and fences are
+// cumulative, so whoever observes its atomic observes those writes too. The same holds in reverse for reads that
+// follow.
+__device__ inline bool signal_done(int32_t* counter, int64_t expected) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -52,8 +53,9 @@ __device__ inline bool arrive(int32_t* counter, int64_t expected) {
   return last;
 }
 
-// What is there once `expected` have said so; the calling thread then sees what they wrote. `kernel`: its name.
-__device__ __forceinline__ int32_t spin(const int32_t* counter, int64_t expected, const char* kernel) {
+// Waits until the counter is at least `expected`, and returns it; the calling thread then sees what the signalling
+// blocks wrote. `kernel`: its name.
+__device__ __forceinline__ int32_t spin_until(const int32_t* counter, int64_t expected, const char* kernel) {
   int32_t seen = load_acquire(counter);
   if (seen >= expected) return seen;
   const uint64_t begin = nanoseconds();
@@ -64,14 +66,14 @@ __device__ __forceinline__ int32_t spin(const int32_t* counter, int64_t expected
   return seen;
 }
 
-// The same for the whole block, of which one thread asks.
-__device__ __forceinline__ void wait_for(const int32_t* counter, int64_t expected, const char* kernel) {
-  if (threadIdx.x == 0) spin(counter, expected, kernel);
+// The same for the whole block; one thread polls.
+__device__ __forceinline__ void block_spin_until(const int32_t* counter, int64_t expected, const char* kernel) {
+  if (threadIdx.x == 0) spin_until(counter, expected, kernel);
   __syncthreads();
 }
 
-// What another block has left, once this thread knows that it has.
-template <typename T> __device__ T left_by_other(const T* from) {
+// Loads what another block has written, after synchronising with it.
+template <typename T> __device__ T load_from_other_block(const T* from) {
   static_assert(sizeof(T) % sizeof(float) == 0, "");
   T value;
   float words[sizeof(T) / sizeof(float)];
@@ -82,10 +84,10 @@ template <typename T> __device__ T left_by_other(const T* from) {
   return value;
 }
 
-// All that blocks left in [0, count), in their order.
-template <typename Sums> __device__ Sums sum_left(const Sums* left, int64_t count) {
+// The sum of the blocks' partials [0, count), in a fixed order.
+template <typename Sums> __device__ Sums sum_partials(const Sums* partials, int64_t count) {
   Sums sums;
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sums = sums.merge(left_by_other(left + i));
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sums = sums.merge(load_from_other_block(partials + i));
   return block_merge(sums);
 }
 

@@ -1,4 +1,4 @@
-// What the row kernel leaves in shared memory beside the row, and how a vector of its gradient is written.
+// What the row kernel keeps in shared memory in addition to the row, and how it writes a vector of the gradient.
 #pragma once
 #include "async.cuh"
 #include "block.cuh"
@@ -7,8 +7,8 @@
 
 namespace gk {
 
-// The statistics of a warp's lanes together, in every lane. The maximum goes round first, so that each lane scales its
-// own sums once; a + b is b + a, so that all lanes compute the same bits.
+// Merges the statistics of a warp's lanes, for every lane. The maximum is reduced first, so that each lane scales its
+// own sums once; a + b is b + a, so all lanes compute the same bits.
 __device__ __forceinline__ Softmax<float> lanes_merge(Softmax<float> s, float unit) {
   float max = s.max;
 #pragma unroll
@@ -22,17 +22,17 @@ __device__ __forceinline__ Softmax<float> lanes_merge(Softmax<float> s, float un
   }
   return s;
 }
-// Of `count` others, one a lane in their order.
+// Merges `count` others, one per lane, in their order.
 __device__ __forceinline__ Softmax<float> merge_of(const Softmax<float>* others, int count, float unit) {
   return lanes_merge(lane_of_thread() < count ? others[lane_of_thread()] : Softmax<float>{}, unit);
 }
 
-struct RowResult {  // what the epilogue says, and the statistics it is about
-  float logp, entropy, max, log_sum, g_logp, g_entropy;
-  __device__ bool none() const { return g_logp == 0 && g_entropy == 0; }  // a NaN is something
+struct RowResult {  // the row's statistics, and the derivatives from the epilogue
+  float logp, entropy, max, log_sum, d_logp, d_entropy;
+  __device__ bool none() const { return d_logp == 0 && d_entropy == 0; }  // a NaN is something
 };
 
-// Shared memory behind the slots and their barriers.
+// Shared memory after the slots and their barriers.
 struct Control {
   Mbarrier exchanged[2];
   Softmax<float> of_block[2][kMaxCluster];  // by the parity of the row: a block may be one row ahead of the others
@@ -43,9 +43,9 @@ static_assert(sizeof(Control) + 2 * kMaxSlots * sizeof(Mbarrier) <= kControlByte
 
 template <typename T> struct Output {
   T* row;
-  bool wide;  // its vectors are aligned as the logits' are
+  bool wide;  // its vectors are aligned like those of the logits
   int target;
-  float of_target;  // the gradient there, softcap' apart
+  float of_target;  // the gradient there, without softcap'
 
   __device__ __forceinline__ void write(int column, const Vector<T>& v) const {
     const uint4 packed = v.packed();
@@ -55,7 +55,7 @@ template <typename T> struct Output {
   }
 };
 
-// From logits to their gradient, by fn; the target's is put in its place before the vector is stored.
+// Replaces logits by their gradient, with fn; the target's entry is set in registers, before the vector is stored.
 template <bool kSoftcap, typename T, int kCount, typename Fn>
 __device__ __forceinline__ void replace(float (&values)[kCount], int column, const Transform& f, const Output<T>& out,
                                         const Fn& fn) {
