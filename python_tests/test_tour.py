@@ -61,7 +61,7 @@ def test_what_a_stop_names_is_there(file, text):
     else:
         source = re.sub(r"//[^\n]*", "", (ROOT / file).read_text())
         assert not [name for name in names for part in name.split("::") if not defines(source, part)]
-    if reads := re.search(r"(?:first read|rest of the row) is (.*)$", text):
+    if reads := re.search(r"(?:first|every other) read is (.*)$", text):
         assert all(code in (ROOT / file).read_text() for code in re.findall(r"`([^`]*)`", reads[1]))
 
 
