@@ -9,7 +9,8 @@ import grpo_kernels as gk
 from grpo_kernels.config import AGGREGATIONS, KL_ESTIMATORS, KL_GRADIENTS, METRICS, OBJECTIVES, RATIO_LEVELS
 from grpo_kernels.presets import PRESETS
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 CALLS = [
     (page.name, call)
@@ -17,6 +18,29 @@ CALLS = [
     for call in re.findall(r"`((?:LossConfig|CorrectionConfig)[.(][^`]*\))`", page.read_text())
     if "..." not in call
 ]  # fmt: skip
+EXAMPLES = {
+    page.name: blocks
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES)
+    if (blocks := re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+}
+
+
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_examples_run_as_pasted(page, tmp_path, monkeypatch):
+    """All of a page in one namespace, in order, with losses that are finite and of a plausible size."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for number, example in enumerate(EXAMPLES[page]):
+        namespace.pop("out", None)
+        exec(compile(example, f"{page}, example {number}", "exec"), namespace)
+        if "out" in namespace:
+            assert abs(namespace["out"].loss) < 1 and isinstance(namespace["out"], gk.LossOutput)
+
+
+def test_the_readme_shows_every_loss():
+    shown = "\n".join(EXAMPLES["README.md"])
+    assert all(f"{name}(" in shown for name in ("grpo_loss", "linear_grpo_loss", "token_logps", "rollout_correction"))
 
 
 @pytest.mark.parametrize(("page", "call"), CALLS)
