@@ -56,6 +56,9 @@ if TRAVELLING:
     BACKENDS_HERE = [*TRAVELLING, "reference"]
 elif (ROOT / "setup.py").exists() and Path(gk.__file__).parents[1] == ROOT:
     build_emulated()
+    import emulated
+
+    emulated.register()
     BACKENDS_HERE.append("emulated")
 KERNELS_HERE = [name for name in BACKENDS_HERE if name != "reference"]
 NO_FLOAT64 = ("cuda", "emulated")

@@ -7,7 +7,6 @@ are, and all of them come back: what a kernel writes in place, and what it shoul
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from grpo_kernels.backends import Backend
 
-STAYS = ("new_matrix",)  # makes memory beside its argument
+STAYS = ("new_matrix", "unavailable", "rejects")  # the first allocates next to its argument
 # Numbers that Python reads before the launch, by the field that holds them.
 ON_THE_HOST = ("scalars",)
 OWN_FILES = ("test_triton.py", "test_triton_token.py", "test_cuda_tokens.py")  # of the backends, by no fixture
@@ -71,7 +70,7 @@ def home(x: Any) -> Any:
 
 
 class OnDevice:
-    """`backend`, a module with the functions of `Backend`, for CPU tensors too; anything else is the module's own."""
+    """`backend` for CPU tensors too; what is no function of `Backend` is its own."""
 
     def __init__(self, backend: Any, device: str) -> None:
         self._backend, self._device = backend, device
@@ -81,8 +80,8 @@ class OnDevice:
         found = getattr(self._backend, name)
         return self._travelling(name, found) if name in FUNCTIONS else found
 
-    def runs_on(self, device: torch.device, *dtype: Any) -> bool:
-        return device.type == "cpu" or self._backend.runs_on(device, *dtype)
+    def rejects(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        return self._backend.rejects(torch.device(self._device) if device.type == "cpu" else device, dtype)
 
     def _travelling(self, name: str, run: Any) -> Any:
         @torch.no_grad()
@@ -102,8 +101,7 @@ def travel(names: list[str], device: str = "cuda") -> None:
 
     for name in names:
         proxy: Any = OnDevice(backends.implementation(name), device)
-        sys.modules[f"{backends.__name__}.{name}"] = proxy
-    backends.implementation.cache_clear()
+        backends.register(name, lambda proxy=proxy: proxy)
 
 
 def of_backends(items: list[Any], names: list[str]) -> tuple[list[Any], list[Any]]:

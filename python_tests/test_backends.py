@@ -18,7 +18,7 @@ from grpo_kernels.backends import cpu, gpu
 
 def test_available_backends_name_the_reason():
     found = gk.available_backends()
-    assert tuple(found) == backends.NAMES and found["cpu"] == found["reference"] == "ok"
+    assert tuple(found)[: len(backends.NAMES)] == backends.NAMES and found["cpu"] == found["reference"] == "ok"
     assert all(state == "ok" or len(state) > 20 for state in found.values())
 
 
@@ -67,12 +67,18 @@ def test_triton_is_what_a_gpu_gets():
 
 def test_a_gpu_gets_cuda_where_it_has_kernels(monkeypatch):
     """Built, the GPU new enough and the dtype there; inside a compiled graph too."""
-    cuda = SimpleNamespace(
-        runs_on=lambda device, dtype: device.index != 1 and dtype != torch.float64,
-        refusal=lambda index: "needs sm_80 or later; got cuda:1" if index == 1 else None,
-    )
-    others = SimpleNamespace(runs_on=lambda device: True)
-    monkeypatch.setattr(backends, "implementation", lambda name: cuda if name == "cuda" else others)
+
+    class Cuda:
+        def rejects(self, device, dtype):
+            if device.index == 1:
+                return "needs sm_80 or later; got cuda:1"
+            return "'cuda' has no float64; 'triton' and 'cpu' have" if dtype == torch.float64 else None
+
+    class Others:
+        def rejects(self, device, dtype):
+            return None
+
+    monkeypatch.setattr(backends, "implementation", lambda name: Cuda() if name == "cuda" else Others())
 
     def names():
         devices = torch.device("cuda"), torch.device("cuda:1")  # the second is too old
@@ -230,3 +236,42 @@ def test_importing_the_library_does_not_import_the_compiler():
     assert done.stdout.strip() == "False"
     marked = torch.compiler.assume_constant_result(lambda: 0)
     assert vars(marked).items() <= vars(backends._of_gpu).items() and vars(marked)
+
+
+def test_anybody_may_register_a_backend():
+    loaded = []
+
+    class Mine:
+        name, fuses_group_advantages, differentiable = "mine", False, False
+
+        def unavailable(self):
+            return None
+
+        def rejects(self, device, dtype):
+            return "backend 'mine' wants bfloat16" if dtype not in (None, torch.bfloat16) else None
+
+        def whiten(self, values, active, coefficients):
+            return values * 0 + 7
+
+        def masked_moments(self, values, active):
+            return torch.ones(5, dtype=torch.float64)
+
+    def load():
+        loaded.append(1)
+        return Mine()
+
+    try:
+        backends.register("mine", load)
+        assert not loaded and gk.available_backends()["mine"] == "ok"
+        assert (gk.whiten(torch.randn(2, 3), backend="mine") == 7).all() and loaded == [1]
+        with pytest.raises(TypeError, match="'mine' wants bfloat16"):
+            backends.resolve("mine", torch.device("cpu"), torch.float32)
+        backends.register("mine", lambda: SimpleNamespace(unavailable=lambda: "it is asleep"))
+        with pytest.raises(backends.BackendUnavailable, match="backend 'mine' is not here: it is asleep"):
+            gk.whiten(torch.randn(2, 3), backend="mine")
+        assert gk.available_backends()["mine"] == "it is asleep"
+    finally:
+        del backends._LOADERS["mine"]
+        backends.implementation.cache_clear()
+    with pytest.raises(ValueError, match="got 'mine'"):
+        backends.resolve("mine", torch.device("cpu"))

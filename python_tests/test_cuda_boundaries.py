@@ -107,7 +107,7 @@ class Guarded:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(torch, "empty", of_torch(False))
             patched.setattr(torch, "zeros", of_torch(True))
-            patched.setattr(implementation.KERNELS, "new_matrix", new_matrix)
+            patched.setattr(implementation, "new_matrix", new_matrix)
             yield
 
 
@@ -126,7 +126,7 @@ def unchecked(backend, boundaries):
 
     with pytest.MonkeyPatch.context() as patched:
         for name, place in PLACE.items():
-            patched.setattr(implementation, name, with_boundaries(getattr(implementation.KERNELS, name), place))
+            patched.setattr(implementation, name, with_boundaries(getattr(implementation, name), place))
         yield
     assert guarded.all
     guarded.check()

@@ -16,7 +16,7 @@ from grpo_kernels.testing.compare import assert_as_accurate
 if "emulated" not in BACKENDS_HERE:
     pytest.skip("needs the source tree, whose CUDA kernels the tests emulate", allow_module_level=True)
 
-from grpo_kernels.backends import emulated
+import emulated
 
 MACHINE = {"shared_bytes": 10 << 10, "threads": 64}
 # What a row of so many bf16 logits is on that machine: vectors and scalars, two blocks or one a multiprocessor, a tail

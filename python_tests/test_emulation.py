@@ -10,8 +10,9 @@ from probes import compiled_probe
 if "emulated" not in BACKENDS_HERE:
     pytest.skip("needs the source tree, whose CUDA kernels the tests emulate", allow_module_level=True)
 
+import emulated
+
 import grpo_kernels as gk
-from grpo_kernels.backends import emulated
 
 UNALIGNED = "an access of 16 bytes that are not aligned"
 UNPUBLISHED = "a barrier that is not published, by a copy or from another block"
@@ -80,7 +81,7 @@ WAITS = {  # what waits, whose workspace, the ticket that its first block gets: 
 @pytest.mark.parametrize("kernel", WAITS)
 def test_a_wait_that_never_ends_names_its_kernel(kernel, monkeypatch):
     call, name, first_ticket = WAITS[kernel]
-    make = getattr(emulated.KERNELS._workspaces, name)
+    make = getattr(emulated.BACKEND._workspaces, name)
 
     def without_the_first_blocks(*args):
         made = make(*args)
@@ -88,6 +89,6 @@ def test_a_wait_that_never_ends_names_its_kernel(kernel, monkeypatch):
         return made
 
     call()
-    monkeypatch.setattr(emulated.KERNELS._workspaces, name, without_the_first_blocks)
+    monkeypatch.setattr(emulated.BACKEND._workspaces, name, without_the_first_blocks)
     with pytest.raises(RuntimeError, match=f"kernel {kernel}: a wait for a block that has not run"):
         call()

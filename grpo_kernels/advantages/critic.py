@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..aggregation import aggregation_weights
-from ..backends import resolve
+from ..backends import differentiable, resolve
 from ..config import LossConfig
 from ..inputs.data_parallel import reduced
 from ..inputs.grouping import VALUE_METRICS, check_choice, check_ddof_eps, check_unread
@@ -104,7 +104,7 @@ def value_loss(
     old = layout.tokens(old_values, "old_values", dtype) if clip is not None else None
     inputs = (old, layout.tokens(returns, "returns", dtype), weights, active, math.inf if clip is None else float(clip))
     values_bt = values.to(dtype).reshape(layout.bt_shape)
-    if backend == "reference":
+    if differentiable(backend):
         loss, per_token, metrics = reference.value_loss(values_bt, *inputs)  # type: ignore[arg-type]
     else:
         loss, per_token, metrics = _ValueLoss.apply(values_bt, backend, *inputs)

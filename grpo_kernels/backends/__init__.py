@@ -1,23 +1,21 @@
-"""A backend is a module with the functions of `Backend` below, on [B, T] tensors; imported when it is first used."""
+"""A backend is an object with the functions of `Backend` below, on [B, T] tensors; it is loaded when first used."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..inputs.grouping import AdvantageForm, Samples
 from ..inputs.layout import PolicyInputs, Rows, RowStats
-from .gpu import index_of
 
+_Function = TypeVar("_Function", bound=Callable)
 NAMES = ("cuda", "triton", "cpu", "reference")
-# Where a launch costs more than to read a group's rewards again for each row, up to groups of this size.
-GROUPS_IN_LAUNCH = ("cuda", "triton", "emulated")
-LARGEST_GROUP_IN_LAUNCH = 1024
-TESTS_ONLY = ("emulated",)  # the CUDA kernels on CPU tensors, where a test has built them
+LARGEST_FUSED_GROUP = 1024  # samples: a fused launch reads a group's rewards again for each row
 NOT_IMPORTED = {
     "cpu": "its native module does not load ({error}); "
     "build it with `pip install .` (or `python setup.py build_ext --inplace`) where a C++ compiler is",
@@ -30,6 +28,12 @@ NOT_IMPORTED = {
 class Backend(Protocol):
     """Tensors have been checked; outputs are dense, and `gradient` may be the logits themselves."""
 
+    name: str
+    fuses_group_advantages: bool  # `row_policy` and `token_policy` take rewards and make advantages of them
+    differentiable: bool  # autograd goes through plain torch code: there are no row and policy kernels
+
+    def unavailable(self) -> str | None: ...  # why it cannot run on this machine
+    def rejects(self, device: torch.device, dtype: torch.dtype | None) -> str | None: ...  # why not these tensors
     def new_matrix(
         self, like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor: ...
@@ -70,23 +74,46 @@ class DtypeUnsupported(TypeError):
     """Asked for a backend that has no kernels for this dtype."""
 
 
-@functools.cache
-def implementation(name: str) -> Backend:
-    """The module of a backend.
-
-    Raises:
-        ValueError: for a name that is none of `NAMES`.
-        BackendUnavailable: if it cannot run here.
-    """
-    if name not in NAMES + TESTS_ONLY:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}; got {name!r}")
+def _built_in(name: str) -> Backend:
     try:
         module: Any = importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
         raise BackendUnavailable(name, NOT_IMPORTED.get(name, "{error}").format(error=error)) from error
-    if name in ("cuda", "triton") and (reason := module.missing()):
+    backend: Backend = module.BACKEND
+    return backend
+
+
+_LOADERS: dict[str, Callable[[], Backend]] = {name: functools.partial(_built_in, name) for name in NAMES}
+
+
+def register(name: str, load: Callable[[], Backend]) -> None:
+    """Adds a backend, or replaces one of this name. `load` is called when it is first asked for; it may raise
+    `BackendUnavailable`."""
+    _LOADERS[name] = load
+    implementation.cache_clear()
+
+
+@functools.cache
+def implementation(name: str) -> Backend:
+    """The backend of this name.
+
+    Raises:
+        ValueError: for a name that nobody has registered.
+        BackendUnavailable: if it cannot run here.
+    """
+    if name not in _LOADERS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, _LOADERS))}; got {name!r}")
+    backend = _LOADERS[name]()
+    if reason := backend.unavailable():
         raise BackendUnavailable(name, reason)
-    return module
+    return backend
+
+
+def _constant_in_graphs(function: _Function) -> _Function:
+    """torch.compile calls it while it traces and keeps what it returned. What torch.compiler.assume_constant_result
+    does, but for the import of torch._dynamo, which takes longer than torch's."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -99,48 +126,47 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None
         backend = (
             _of_gpu(device.index, dtype) if device.type == "cuda" else "cpu" if device.type == "cpu" else "reference"
         )
-    if not torch.compiler.is_compiling():  # a compiled graph finds out when it calls the operator
-        _check_runs_on(implementation(backend), backend, device, dtype)
-    if backend in ("cpu", "emulated") and device.type != "cpu":
-        raise ValueError(f"backend {backend!r} needs CPU tensors; got {device}")
+    if reason := _rejected(backend, device.type, device.index, None):
+        raise ValueError(reason)
+    if dtype is not None and (reason := _rejected(backend, device.type, device.index, dtype)):
+        raise DtypeUnsupported(reason)
     return backend
 
 
+@_constant_in_graphs
 def _of_gpu(index: int | None, dtype: torch.dtype | None) -> str:
     try:
-        module: Any = implementation("cuda")
+        cuda = implementation("cuda")
     except BackendUnavailable:
         return "triton"
-    return "cuda" if module.runs_on(torch.device("cuda" if index is None else f"cuda:{index}"), dtype) else "triton"
+    return "triton" if cuda.rejects(_device("cuda", index), dtype) else "cuda"
 
 
-# What torch.compiler.assume_constant_result does, but for the import of torch._dynamo, which takes longer than torch's.
-_of_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@_constant_in_graphs
+def _rejected(name: str, device_type: str, index: int | None, dtype: torch.dtype | None) -> str | None:
+    return implementation(name).rejects(_device(device_type, index), dtype)
 
 
-def _check_runs_on(module: Any, backend: str, device: torch.device, dtype: torch.dtype | None) -> None:
-    if backend == "triton" and not module.runs_on(device):
-        _check_gpu(module, backend, device)
-        raise ValueError(
-            f"backend 'triton' needs tensors on a GPU, or Triton's interpreter (TRITON_INTERPRET=1, set before "
-            f"Triton is imported); got {device}"
-        )
-    if backend == "cuda" and not module.runs_on(device, None):
-        _check_gpu(module, backend, device)
-        raise ValueError(f"backend 'cuda' needs tensors on an NVIDIA GPU of sm_80 or later; got {device}")
-    if backend in ("cuda", "emulated") and dtype == torch.float64:
-        raise DtypeUnsupported(f"backend {backend!r} has no float64; 'triton' and 'cpu' have")
+@_constant_in_graphs
+def fuses_group_advantages(name: str) -> bool:
+    """Whether this backend's losses take rewards; see `Backend`."""
+    return implementation(name).fuses_group_advantages
 
 
-def _check_gpu(module: Any, backend: str, device: torch.device) -> None:
-    if device.type == "cuda" and (reason := module.refusal(index_of(device))):
-        raise ValueError(f"backend {backend!r} does not run on {device}: {reason}")
+@_constant_in_graphs
+def differentiable(name: str) -> bool:
+    """Whether this backend is plain torch code, through which autograd goes; see `Backend`."""
+    return implementation(name).differentiable
+
+
+def _device(kind: str, index: int | None) -> torch.device:
+    return torch.device(kind if index is None else f"{kind}:{index}")
 
 
 def available_backends() -> dict[str, str]:
     """Every backend's name, with "ok" or the reason why it cannot run here."""
     found = {}
-    for name in NAMES:
+    for name in _LOADERS:
         try:
             implementation(name)
             found[name] = "ok"

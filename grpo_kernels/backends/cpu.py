@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from . import _cpu  # type: ignore[attr-defined]
-from .native import Kernels
+from . import Backend, _cpu  # type: ignore[attr-defined]
+from .native import NativeBackend
 from .workspace import NoWorkspace
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")  # in the order of gk::Isa
@@ -38,25 +38,22 @@ def forced_instruction_set(name: str) -> Iterator[None]:
         _cpu.use_isa(before)
 
 
-def new_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory that may be as large as the logits, in huge pages: page faults would cost several copies."""
-    matrix = like.new_empty(shape, dtype=dtype or like.dtype)
-    if matrix.nbytes >= MIN_HUGE_PAGE_BYTES:
-        _cpu.prefer_huge_pages(matrix.data_ptr(), matrix.nbytes)
-    return matrix
+class CpuBackend(NativeBackend):
+    name = "cpu"
+
+    def rejects(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        return None if device.type == "cpu" else f"backend 'cpu' needs CPU tensors; got {device}"
+
+    def new_matrix(self, like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """In huge pages, as page faults would cost several copies."""
+        matrix = super().new_matrix(like, shape, dtype)
+        if matrix.nbytes >= MIN_HUGE_PAGE_BYTES:
+            _cpu.prefer_huge_pages(matrix.data_ptr(), matrix.nbytes)
+        return matrix
+
+    def scale(self, matrix: Tensor, factor: Tensor) -> None:
+        if factor != 1:
+            matrix.mul_(factor)  # of a 0-d factor, which keeps its precision and the matrix's dtype
 
 
-def launch(kernel: Callable[..., None], _: torch.device, *args: object) -> None:
-    kernel(*args, 0)  # no stream
-
-
-def scale(matrix: Tensor, factor: Tensor) -> None:
-    if factor != 1:
-        matrix.mul_(factor)  # a 0-d factor keeps its precision and the matrix its dtype
-
-
-KERNELS = Kernels(_cpu, launch, new_matrix, NoWorkspace())
-row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
-token_policy, group_advantages, gae = KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
-value_loss, masked_moments, whiten = KERNELS.value_loss, KERNELS.masked_moments, KERNELS.whiten
-group_diversity = KERNELS.group_diversity
+BACKEND: Backend = CpuBackend(_cpu, NoWorkspace())

@@ -7,21 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from . import _cuda  # type: ignore[attr-defined]
+from . import Backend, _cuda  # type: ignore[attr-defined]
 from .gpu import index_of, refused_by_all, too_old
-from .native import Kernels, plain_matrix
+from .native import NativeBackend, no_float64
 from .workspace import CudaWorkspace
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def missing() -> str | None:
-    """Why the kernels cannot run here, or None."""
-    if torch.version.cuda is None:
-        return "this torch has no CUDA; use 'triton' (ROCm), 'cpu' or 'reference'"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device; use 'cpu' or 'reference'"
-    return refused_by_all(refusal)
 
 
 @functools.cache
@@ -34,18 +23,27 @@ def refusal(index: int) -> str | None:
     return f"the driver runs no kernel of its native module on cuda:{index} ({error}); use 'triton'" if error else None
 
 
-def runs_on(device: torch.device, dtype: torch.dtype | None) -> bool:
-    return device.type == "cuda" and (dtype is None or dtype in DTYPES) and refusal(index_of(device)) is None
+class CudaBackend(NativeBackend):
+    name = "cuda"
+    fuses_group_advantages = True
+
+    def unavailable(self) -> str | None:
+        if torch.version.cuda is None:
+            return "this torch has no CUDA; use 'triton' (ROCm), 'cpu' or 'reference'"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device; use 'cpu' or 'reference'"
+        return refused_by_all(refusal)
+
+    def rejects(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        if device.type != "cuda":
+            return f"backend 'cuda' needs tensors on an NVIDIA GPU of sm_80 or later; got {device}"
+        if reason := refusal(index_of(device)):
+            return f"backend 'cuda' does not run on {device}: {reason}"
+        return no_float64(self.name, dtype)
+
+    def _launch(self, kernel: Callable[..., None], device: torch.device, *args: object) -> None:
+        with torch.cuda.device(device):
+            kernel(*args, torch.cuda.current_stream(device).cuda_stream)
 
 
-def _launch(kernel: Callable[..., None], device: torch.device, *args: object) -> None:
-    with torch.cuda.device(device):
-        kernel(*args, torch.cuda.current_stream(device).cuda_stream)
-
-
-new_matrix = plain_matrix
-KERNELS = Kernels(_cuda, _launch, plain_matrix, CudaWorkspace(_cuda))
-row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
-scale, token_policy, group_advantages, gae = KERNELS.scale, KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
-value_loss, masked_moments, whiten = KERNELS.value_loss, KERNELS.masked_moments, KERNELS.whiten
-group_diversity = KERNELS.group_diversity
+BACKEND: Backend = CudaBackend(_cuda, CudaWorkspace(_cuda))

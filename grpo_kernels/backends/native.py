@@ -50,21 +50,35 @@ def _policy(p: PolicyInputs) -> tuple[list[View | None], tuple[int, float], list
     return [_view(x) for x in views], (group_size, eps), coefficients, Form(*form).codes, scalars.tolist()
 
 
-def plain_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty(shape, dtype=dtype or like.dtype)
+def no_float64(name: str, dtype: torch.dtype | None) -> str | None:
+    """Why the CUDA kernels reject this dtype, or None."""
+    return f"backend {name!r} has no float64; 'triton' and 'cpu' have" if dtype == torch.float64 else None
 
 
-class Kernels:
-    """The functions of a `Backend` on one native module.
+class NativeBackend:
+    """A `Backend` on one native module; a subclass says where it runs. `workspaces` allocates what GPU kernels need in
+    addition to the arguments."""
 
-    `new_matrix` allocates memory that may be as large as the logits; `launch(kernel, device, *arguments)` calls a
-    kernel with the stream appended to its arguments; `workspaces` allocates what the GPU kernels need in addition.
-    """
+    name: str
+    fuses_group_advantages = False
+    differentiable = False
 
-    def __init__(
-        self, module: Any, launch: Callable[..., None], new_matrix: Callable[..., Tensor], workspaces: NoWorkspace
-    ) -> None:
-        self._module, self._launch, self.new_matrix, self._workspaces = module, launch, new_matrix, workspaces
+    def __init__(self, module: Any, workspaces: NoWorkspace) -> None:
+        self._module, self._workspaces = module, workspaces
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def rejects(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        raise NotImplementedError
+
+    def new_matrix(self, like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised memory that may be as large as the logits."""
+        return like.new_empty(shape, dtype=dtype or like.dtype)
+
+    def _launch(self, kernel: Callable[..., None], device: torch.device, *args: object) -> None:
+        """Calls a kernel with the stream appended to its arguments; the CPU has none."""
+        kernel(*args, 0)
 
     def _rows(self, r: Rows) -> Any:
         shape = (*r.targets.shape, r.logits.shape[-1])

@@ -4,8 +4,30 @@
 Advantages, returns, whitening and diversity carry no gradient and are taken from there as they are.
 """
 
-from ..reference.advantages import gae as gae
-from ..reference.advantages import group_advantages as group_advantages
-from ..reference.advantages import masked_moments as masked_moments
-from ..reference.advantages import whiten as whiten
-from ..reference.diversity import group_diversity as group_diversity
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..reference import advantages, diversity
+
+
+class ReferenceBackend:
+    name = "reference"
+    fuses_group_advantages = False
+    differentiable = True
+    group_advantages = staticmethod(advantages.group_advantages)
+    gae = staticmethod(advantages.gae)
+    masked_moments = staticmethod(advantages.masked_moments)
+    whiten = staticmethod(advantages.whiten)
+    group_diversity = staticmethod(diversity.group_diversity)
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def rejects(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        return None
+
+
+BACKEND: Any = ReferenceBackend()  # its losses are no functions of a backend, but plain torch code: `differentiable`

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..advantages.group import EPS, group_advantages
-from ..backends import GROUPS_IN_LAUNCH, LARGEST_GROUP_IN_LAUNCH, implementation, resolve
+from ..backends import LARGEST_FUSED_GROUP, differentiable, fuses_group_advantages, implementation, resolve
 from ..config import DEFAULT, OBJECTIVES, LossConfig
 from ..inputs.grouping import check_ddof_eps, real_rewards
 from ..inputs.layout import Layout, PolicyInputs, Rows, layout_of, real_dtype, rows_of
@@ -177,7 +177,7 @@ class FromLogits:
 
     def __init__(self, rows: Rows, layout: Layout, validate: bool, inplace: bool, backend: str) -> None:
         self.rows, self.layout, self.backend = rows, layout, backend
-        self.fuses_group_advantages = backend in GROUPS_IN_LAUNCH
+        self.fuses_group_advantages = fuses_group_advantages(backend)
         self._validate, self._inplace = validate, inplace
 
     @property
@@ -213,7 +213,7 @@ def loss_from_rows(
     made = fused_advantages or advantages_of(advantages, rewards, backend)
     inputs = policy_inputs(layout, rows.active, dtype, config, made, given)
     entropy: Tensor | None
-    if single_pass and config.form.token_local and backend != "reference" and source.wants_grad:
+    if single_pass and config.form.token_local and not differentiable(backend) and source.wants_grad:
         loss, logps, entropy, per_token, metrics = source.fused(inputs)
     else:
         logps, entropy, _ = source.logps()
@@ -243,7 +243,7 @@ def _rewards_in_launch(rewards: Rewards, layout: Layout, dtype: torch.dtype, con
         return None
     if not (layout.padded and values.shape == layout.shape[:1]) or real_rewards(values).dtype != dtype:
         return None
-    if not 1 <= group_size <= LARGEST_GROUP_IN_LAUNCH or layout.shape[0] % group_size:
+    if not 1 <= group_size <= LARGEST_FUSED_GROUP or layout.shape[0] % group_size:
         return None
     if OBJECTIVES[config.objective].selects_tokens:  # by their advantages, before the launch
         return None

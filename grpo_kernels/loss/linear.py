@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import resolve
+from ..backends import differentiable, resolve
 from ..config import DEFAULT, LossConfig
 from ..inputs.layout import Layout, PolicyInputs, Rows, layout_of, rows_of
 from ..ops import loss as ops
@@ -145,7 +145,7 @@ class FromHidden:
 def _logps(
     rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int | None, sum_p2: bool, validate: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "reference":
+    if differentiable(backend):
         ops.check_targets(rows, weight.shape[0], validate)
         return reference.token_logps(torch.nn.functional.linear(rows.logits, weight, bias), rows)
     chunk = chunk_rows_for(weight, chunk_rows, rows.targets.numel(), torch.is_grad_enabled())

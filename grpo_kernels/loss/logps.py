@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import resolve
+from ..backends import differentiable, resolve
 from ..inputs.layout import Rows, check_rows_apart, rows_of
 from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
@@ -87,7 +87,7 @@ def row_logps(
     rows: Rows, *, sum_p2: bool, validate: bool, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, entropy and (maybe empty) sum p^2, [B, T]; differentiable in `rows.logits` but for the last."""
-    if backend == "reference":
+    if differentiable(backend):
         ops.check_targets(rows, rows.logits.shape[-1], validate)
         return reference.token_logps(rows.logits, rows)
     if inplace_backward:

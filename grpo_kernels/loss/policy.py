@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..aggregation import aggregation_weights
-from ..backends import resolve
+from ..backends import differentiable, resolve
 from ..coefficients import readable
 from ..config import DEFAULT, METRICS, OBJECTIVES, LossConfig, Scalars
 from ..inputs.layout import Layout, PolicyInputs, active_tokens, layout_of, real_dtype
@@ -201,7 +201,7 @@ def loss_from_logps(
     """Loss, per-token terms and metrics from [B, T] log-probs; differentiable in them and in the entropy."""
     if OBJECTIVES[config.objective].selects_tokens:
         inputs = inputs._replace(selected=covariance_selection(logps, active, inputs, config))
-    if backend == "reference":
+    if differentiable(backend):
         return reference.policy_loss(logps, entropy, active, layout, inputs)
     outputs: tuple[Tensor, Tensor, Tensor] = TokenPolicy.apply(
         logps, entropy, active, layout.cu_seqlens, backend, *inputs

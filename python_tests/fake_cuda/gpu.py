@@ -56,10 +56,10 @@ def install() -> None:
     FakeTensor.data_ptr = lambda self: 0  # type: ignore[method-assign]
     dry_run("cuda", 90)
     for name in ("cuda", "triton"):
-        importlib.import_module(f"grpo_kernels.backends.{name}").missing = lambda: None
+        importlib.import_module(f"grpo_kernels.backends.{name}").BACKEND.unavailable = lambda: None
     backends.implementation.cache_clear()
     kernels: Any = backends.implementation("cuda")
-    kernels.KERNELS._launch = lambda kernel, device, *args: _Launches.note(f"cuda.{kernel}")
+    kernels._launch = lambda kernel, device, *args: _Launches.note(f"cuda.{kernel}")
     JITFunction.run = lambda self, *args, **options: _Launches.note(f"triton.{self.fn.__name__}")
 
 

@@ -21,8 +21,7 @@ from typing import Any
 import pybind11
 import torch
 
-from grpo_kernels.backends import cpu
-from grpo_kernels.backends.native import Kernels, plain_matrix
+from grpo_kernels.backends.native import NativeBackend, no_float64
 from grpo_kernels.backends.workspace import CudaWorkspace
 
 from .machine import Grid, Options, program
@@ -92,21 +91,24 @@ def _call(command: list[Any]) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
 
 
-class CudaOnPtx:
-    """As a backend: its attributes are the functions of `grpo_kernels.backends.Backend`."""
+class CudaOnPtx(NativeBackend):
+    """The backend "cuda" with PTX for machine code, on CPU tensors."""
+
+    name = "cuda"
+    fuses_group_advantages = True
 
     def __init__(self, arch: int = 90):
         folder = build(arch)
         spec = importlib.util.spec_from_file_location(MODULE, folder / f"{MODULE}.so")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        super().__init__(module, CudaWorkspace(module))
         self.options, self.ran, self.edit = Options(), list[Ran](), lambda text, entry: text
         self._texts = {e: text for f in folder.glob("*.ptx") for text in [f.read_text()] for e in entries(text)}
         self._error: BaseException | None = None
         self._library = ctypes.PyDLL(str(folder / f"{MODULE}.so"))
         self._launched, self._arch = LAUNCHED(self._run), arch
         self.machine()
-        self.kernels = Kernels(module, self._launch, plain_matrix, CudaWorkspace(module))
 
     def machine(
         self, shared_bytes: int = 227 << 10, multiprocessors: int = 2, blocks_at_once: int = 1, bulk_copies: bool = True
@@ -115,17 +117,12 @@ class CudaOnPtx:
         version = self._arch if bulk_copies else 80
         self._library.ptx_machine(self._launched, shared_bytes, version, multiprocessors, blocks_at_once)
 
-    def missing(self) -> None: ...
-
-    def runs_on(self, device: torch.device, dtype: torch.dtype | None) -> bool:
-        return dtype != torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kernels, name)
+    def rejects(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        return no_float64(self.name, dtype)
 
     def _launch(self, kernel: Any, device: torch.device, *arguments: Any) -> None:
         self._spans = spans_of(tensors_of_the_callers(2))
-        cpu.launch(kernel, device, *arguments)
+        super()._launch(kernel, device, *arguments)
         error, self._error = self._error, None
         if error is not None:
             raise error

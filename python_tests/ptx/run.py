@@ -7,10 +7,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from grpo_kernels import backends
 
 from .cases import CASES, Case, Wrong, check, memory_filled_with_nans
 from .machine import Options
@@ -25,7 +26,8 @@ def backend_on_ptx(name: str) -> Any:
         return TritonOnPtx()
     from .nvcc import CudaOnPtx
 
-    sys.modules["grpo_kernels.backends.cuda"] = made = CudaOnPtx()
+    made = CudaOnPtx()
+    backends.register("cuda", lambda: made)
     return made
 
 

@@ -26,7 +26,7 @@ class TritonOnPtx:
         self.driver.launcher_cls = self._launcher()
         handles = iter(range(1, 1 << 30))
         self.driver.utils.load_binary = staticmethod(lambda *_: (0, next(handles), 0, 0, 1024))
-        backend.missing, backend.runs_on = lambda: None, lambda device: True
+        backend.BACKEND.unavailable, backend.BACKEND.rejects = lambda: None, lambda device, dtype: None
 
     def _launcher(outer: TritonOnPtx) -> type:
         class Launcher:

@@ -14,7 +14,7 @@ from ptx.text import parse
 from ptx.triton_launch import TritonOnPtx, leaves
 from torch import Tensor
 
-from grpo_kernels.backends import cpu
+from grpo_kernels.backends.native import NativeBackend
 
 PARAMETER = re.compile(r"\.param \.(\w+)\s+(\.ptr[^,]*?)?(\w+_param_\d+)")
 
@@ -126,7 +126,7 @@ class CudaCapture(Captured, CudaOnPtx):
 
     def _launch(self, kernel: Any, device: Any, *arguments: Any) -> None:
         self._tensors = tensors_of_the_callers(2)
-        cpu.launch(kernel, device, *arguments)
+        NativeBackend._launch(self, kernel, device, *arguments)
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -203,5 +203,5 @@ def backend_of(name: str) -> tuple[Any, Any]:
 
     if name == "cuda":
         capture = CudaCapture()
-        return capture.kernels, capture
+        return capture, capture
     return importlib.import_module("grpo_kernels.backends.triton"), TritonCapture()

@@ -11,42 +11,18 @@ import torch
 from torch import Tensor
 
 from ...inputs.layout import PolicyInputs, Rows, RowStats, real_dtype
-from ...reference.advantages import masked_moments as masked_moments
-from ...reference.advantages import whiten as whiten
+from ...reference.advantages import masked_moments, whiten
+from .. import Backend
 from ..gpu import index_of, refused_by_all, too_old
 from . import tuning
-from .advantages import group_advantages as group_advantages
-from .diversity import group_diversity as group_diversity
+from .advantages import group_advantages
+from .diversity import group_diversity
 from .launch import INTERPRETED, REALS, aligned, bits, on_device_of
 from .policy_inputs import form_args, policy_args, view_args
-from .returns import gae as gae
-from .returns import value_loss as value_loss
+from .returns import gae, value_loss
 from .row import gradient_kernel, policy_kernel, stats_kernel
-from .scale import scale as scale
-from .token import token_policy as token_policy
-
-
-def missing() -> str | None:
-    """Why the kernels cannot run here, or None."""
-    if INTERPRETED:
-        return None
-    if torch.cuda.is_available():
-        return refused_by_all(refusal)
-    return (
-        "Triton is installed but torch finds no CUDA or ROCm device; use 'cpu' or 'reference', "
-        "or its interpreter (TRITON_INTERPRET=1, set before Triton is imported) to try the kernels on CPU tensors"
-    )
-
-
-refusal = too_old
-
-
-def runs_on(device: torch.device) -> bool:
-    return INTERPRETED or (device.type == "cuda" and refusal(index_of(device)) is None)
-
-
-def new_matrix(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty(shape, dtype=dtype or like.dtype)
+from .scale import scale
+from .token import token_policy
 
 
 def row_forward(rows: Rows, sum_p2: bool) -> tuple[RowStats, Tensor]:
@@ -153,3 +129,47 @@ def _policy(
         *view_args(gradient), *policy_args(inputs), **form_args(inputs),
         PHASE="merge" if launch.split else "row", SEGMENT=launch.shape.SEGMENT,
     )  # fmt: skip
+
+
+class TritonBackend:
+    name = "triton"
+    fuses_group_advantages = True
+    differentiable = False
+    row_forward = staticmethod(row_forward)
+    row_backward = staticmethod(row_backward)
+    row_policy = staticmethod(row_policy)
+    scale = staticmethod(scale)
+    token_policy = staticmethod(token_policy)
+    group_advantages = staticmethod(group_advantages)
+    gae = staticmethod(gae)
+    value_loss = staticmethod(value_loss)
+    masked_moments = staticmethod(masked_moments)
+    whiten = staticmethod(whiten)
+    group_diversity = staticmethod(group_diversity)
+
+    def unavailable(self) -> str | None:
+        if INTERPRETED:
+            return None
+        if torch.cuda.is_available():
+            return refused_by_all(too_old)
+        return (
+            "Triton is installed but torch finds no CUDA or ROCm device; use 'cpu' or 'reference', "
+            "or its interpreter (TRITON_INTERPRET=1, set before Triton is imported) to try the kernels on CPU tensors"
+        )
+
+    def rejects(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        if INTERPRETED:
+            return None
+        if device.type != "cuda":
+            return (
+                f"backend 'triton' needs tensors on a GPU, or Triton's interpreter (TRITON_INTERPRET=1, set before "
+                f"Triton is imported); got {device}"
+            )
+        reason = too_old(index_of(device))
+        return reason and f"backend 'triton' does not run on {device}: {reason}"
+
+    def new_matrix(self, like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        return like.new_empty(shape, dtype=dtype or like.dtype)
+
+
+BACKEND: Backend = TritonBackend()

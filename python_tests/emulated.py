@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import runpy
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from . import _emulated, cpu  # type: ignore[attr-defined]
-from .native import Kernels, plain_matrix
-from .workspace import CudaWorkspace
+import torch
+
+from grpo_kernels import backends
+from grpo_kernels.backends import _emulated
+from grpo_kernels.backends.native import NativeBackend, no_float64
+from grpo_kernels.backends.workspace import CudaWorkspace
 
 
 class RowPlan(NamedTuple):
@@ -41,9 +46,24 @@ def machine(
         _emulated.use_machine(2, 64, 10 << 10, True, 0)
 
 
-new_matrix = plain_matrix
-KERNELS = Kernels(_emulated, cpu.launch, plain_matrix, CudaWorkspace(_emulated))
-row_forward, row_backward, row_policy = KERNELS.row_forward, KERNELS.row_backward, KERNELS.row_policy
-scale, token_policy, group_advantages, gae = KERNELS.scale, KERNELS.token_policy, KERNELS.group_advantages, KERNELS.gae
-value_loss, masked_moments, whiten = KERNELS.value_loss, KERNELS.masked_moments, KERNELS.whiten
-group_diversity = KERNELS.group_diversity
+class EmulatedBackend(NativeBackend):
+    name = "emulated"
+    fuses_group_advantages = True
+
+    def rejects(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        if device.type != "cpu":
+            return f"backend 'emulated' needs CPU tensors; got {device}"
+        return no_float64(self.name, dtype)
+
+
+BACKEND = EmulatedBackend(_emulated, CudaWorkspace(_emulated))
+
+
+def register() -> None:
+    """Makes `backend="emulated"` a name that the library knows."""
+    backends.register("emulated", lambda: BACKEND)
+
+
+if __name__ == "__main__":  # python -m emulated SCRIPT: a script that asks for it
+    register()
+    runpy.run_path(sys.argv[1], run_name="__main__")
