@@ -1,27 +1,23 @@
 """The CUDA kernels per token and per sample where the shared tests do not reach: sequences over several blocks, of one
 token and of none, groups of any size, and bits that hang on nothing but the values."""
 
-import contextlib
 import math
 
 import pytest
 import torch
+from conftest import BACKENDS_HERE
 from forms import FORMS, with_everything
 
 import grpo_kernels as gk
-from grpo_kernels.backends import BackendUnavailable, implementation
+from grpo_kernels.backends import implementation
 from grpo_kernels.testing.compare import assert_as_accurate
 
 TOKENS_PER_TILE = 2048  # tokens of a block
 
 
-def kernels_here():
-    for name in ("cuda", "emulated"):
-        with contextlib.suppress(BackendUnavailable):
-            yield name, implementation(name)
-
-
-HERE = dict(kernels_here())
+HERE = {name: implementation(name) for name in ("cuda", "emulated") if name in BACKENDS_HERE}
+if "emulated" in HERE:
+    import emulated
 pytestmark = pytest.mark.skipif(not HERE, reason="the CUDA kernels are neither built for a GPU nor emulated")
 
 
@@ -314,7 +310,7 @@ def test_diversity_of_completions_of_any_length(backend, grouping, length):
 
 
 @pytest.mark.skipif("emulated" not in HERE, reason="a GPU has its own schedule")
-@pytest.mark.parametrize("schedule", HERE["emulated"].SCHEDULES[1:] if "emulated" in HERE else ())
+@pytest.mark.parametrize("schedule", emulated.SCHEDULES[1:] if "emulated" in HERE else ())
 def test_bits_do_not_hang_on_the_schedule(schedule):
     """Neither threads of a block nor blocks of a grid run in a promised order."""
     logps, mask, others = tokens((3, TOKENS_PER_TILE + 70))
@@ -338,5 +334,5 @@ def test_bits_do_not_hang_on_the_schedule(schedule):
         yield from gk.group_diversity(ids, group_size=3, threshold=0.5, backend="emulated")
 
     plain = list(everything())
-    with HERE["emulated"].machine(schedule=schedule):
+    with emulated.machine(schedule=schedule):
         assert all(torch.equal(a, b) for a, b in zip(plain, everything(), strict=True))
