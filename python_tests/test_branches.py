@@ -255,3 +255,31 @@ def test_derivative_is_that_of_the_plain_formula(backend, real, options):
     (g,) = torch.autograd.grad(out.loss, x)
     torch.testing.assert_close(out.per_token_loss.double(), terms.detach(), **tolerance(real))
     torch.testing.assert_close(g.double(), expected, **tolerance(real))
+
+
+# ---- near 0, where a difference of two roundings would be all that is left ----
+
+
+def test_k3_of_a_policy_that_has_hardly_moved(backend):
+    """e^u - 1 - u is u^2 / 2 here: 5e-9, of which the difference of float32 numbers has three digits."""
+    if backend == "reference":
+        pytest.skip("eager torch in float32 forms the difference")
+    logps = torch.full((1, 4), -1.0, requires_grad=True)
+    u = torch.tensor([[1e-4, -1e-4, 3e-3, -0.4]])
+    ref = logps.detach() + u
+    exact = (ref.double() - logps.detach().double()).expm1() - (ref.double() - logps.detach().double())
+    out = gk.policy_loss(logps, torch.zeros(1), ref_logps=ref, config=gk.LossConfig(kl_coef=1.0), backend=backend)
+    torch.testing.assert_close(out.per_token_loss.double(), exact, rtol=1e-6, atol=0)
+    assert out.metrics["kl"].item() == pytest.approx(exact.mean().item(), rel=1e-6)
+
+
+def test_the_divergence_of_a_token_that_was_nearly_certain(backend):
+    """1 - p of old = -1e-6 is 1e-6, of which 1 - exp(old) in float32 is 1 % off: the bound lies in between."""
+    old, logp = torch.tensor([[-1e-6]]), torch.tensor([[-1e-3]], requires_grad=True)
+    o, n = old.double(), logp.detach().double()
+    other_old, other = -o.expm1(), -n.expm1()
+    divergence = (o.exp() * (o - n) + other_old * ((other_old + 1e-8) / (other + 1e-8)).log()).item()
+    for bound, dropped in ((divergence * (1 - 3e-5), True), (divergence * (1 + 3e-5), False)):
+        config = gk.LossConfig(objective="dppo_kl", eps_low=bound)
+        out = gk.policy_loss(logp, torch.tensor([-1.0]), old_logps=old, config=config, backend=backend)
+        assert (torch.autograd.grad(out.loss, logp)[0] == 0) == dropped, (bound, divergence)

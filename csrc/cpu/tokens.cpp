@@ -58,15 +58,14 @@ class TokenKernel {
   PooledTerm<double> term(int64_t r, const TokenInputs<double>& t) const {
     return pooled_term(form, logp(r) - t.old, t.adv, t.pooled_weight, s);
   }
-  // A token's weight in a pooled mean: gmpo leaves out the tokens that the entropy mask does.
-  double count_of(const TokenInputs<double>& t) const { return form.objective == Objective::gmpo ? t.token_weight : 1; }
 
   Sequence<double> pool(Segment segment) const {
     double sum = 0, counted = 0, tokens = 0, adv = 0, log_weight = 0;
     for (int64_t r = segment.begin; r < segment.end; ++r) {
       if (!active(r)) continue;
       const TokenInputs<double> t = inputs(r);
-      sum += weighted_(count_of(t), term(r, t).value), counted += count_of(t), ++tokens;
+      const double count = pooled_count(form, t.token_weight);
+      sum += weighted_(count, term(r, t).value), counted += count, ++tokens;
       adv += t.adv, log_weight += log_(t.pooled_weight + kGmpoWeightFloor);
     }
     const double share = pooling == Pooling::sum ? 1 : 1 / max_(counted, 1.0), n = max_(tokens, 1.0);
@@ -79,7 +78,8 @@ class TokenKernel {
   void scatter_pooled_grad(int64_t r, double d_pooled) const {
     const TokenInputs<double> t = inputs(r);
     if (term(r, t).passes_grad)
-      store(p.g_logps, r, load_acc(p.g_logps, r, p.is_double) + weighted_(count_of(t), d_pooled));
+      store(p.g_logps, r,
+            load_acc(p.g_logps, r, p.is_double) + weighted_(pooled_count(form, t.token_weight), d_pooled));
   }
 
   // Stores the token's results; returns what it adds to the derivative in the sequence's pooled log-ratio.

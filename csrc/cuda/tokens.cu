@@ -77,7 +77,7 @@ class TokenBlock {
     for_each_active([&](int64_t t) {
       const float logp = read(p.logps, tile.row, t, 0);
       const TokenInputs<float> in = inputs(t, logp);
-      const float count = count_of(in);
+      const float count = pooled_count(form, in.token_weight);
       sums = sums.merge(
           {weighted_(count, term(in, logp).value), count, 1, in.adv, log_(in.pooled_weight + float(kGmpoWeightFloor))});
     });
@@ -114,7 +114,7 @@ class TokenBlock {
       const TokenInputs<float> in = inputs(t, logp);
       if (!term(in, logp).passes_grad) return;
       float* g = static_cast<float*>(p.g_logps) + tile.row * p.tokens + t;
-      *g = load_from_other_block(g) + weighted_(count_of(in) * sequence.share, d_pooled.value);
+      *g = load_from_other_block(g) + weighted_(pooled_count(form, in.token_weight) * sequence.share, d_pooled.value);
     });
   }
 
@@ -142,10 +142,6 @@ class TokenBlock {
   }
   __device__ PooledTerm<float> term(const TokenInputs<float>& in, float logp) const {
     return pooled_term(form, logp - in.old, in.adv, in.pooled_weight, s);
-  }
-  // A token's weight in a pooled mean: gmpo leaves out the tokens that the entropy mask does.
-  __device__ float count_of(const TokenInputs<float>& in) const {
-    return form.objective == Objective::gmpo ? in.token_weight : 1;
   }
   __device__ void store(int64_t t, float value, float d_logp, float d_entropy) const {
     const int64_t at = tile.row * p.tokens + t;

@@ -21,6 +21,16 @@ GK_HD double expm1_(double x) { return ::expm1(x); }
 GK_HD float log_(float x) { return logf(x); }
 GK_HD double log_(double x) { return ::log(x); }
 
+// e^x - 1 - x without cancellation: near 0 its series x^2/2 (1 + x/3 (1 + x/4 (...))), to the type's last bit.
+template <typename T> GK_HD T expm1_minus_x_(T x) {
+  if (!(x < T(0.5) && x > T(-0.5))) return exp_(x) - 1 - x;
+  constexpr int kLast = sizeof(T) == 8 ? 17 : 10;
+  T series = 1;
+#pragma unroll
+  for (int k = kLast; k > 2; --k) series = 1 + x * series * (T(1) / k);
+  return x * x * T(0.5) * series;
+}
+
 template <typename T> GK_HD bool is_finite_(T x) { return x - x == 0; }
 
 template <typename T> GK_HD T min_(T a, T b) { return b < a ? b : a; }

@@ -131,8 +131,8 @@ template <typename T> GK_HD Term<T> vespo_objective(const TokenValues<T>& t, con
 
 // KL(old || new) of the Bernoulli distributions "this token or any other".
 template <typename T> GK_HD T binary_kl(T old, T logp) {
-  const T p_old = exp_(old), tiny = T(1e-8);
-  return times_(p_old, old - logp) + (1 - p_old) * log_((1 - p_old + tiny) / (1 - exp_(logp) + tiny));
+  const T other_old = -expm1_(old), other = -expm1_(logp), tiny = T(1e-8);
+  return times_(exp_(old), old - logp) + other_old * log_((other_old + tiny) / (other + tiny));
 }
 
 // The truncated ratio, dropped where the divergence from the old policy exceeds its bound and grows. NaN inputs
@@ -248,6 +248,11 @@ template <typename T> GK_HD T pooled_limit(const Form& form, T log_ratio, const 
   return form.objective == Objective::gmpo ? log_ratio : min_(log_ratio, s.sequence_log_ratio_max);
 }
 
+// How much a token counts in the pooled mean of its sequence: gmpo leaves out the tokens that the entropy mask does.
+template <typename T> GK_HD T pooled_count(const Form& form, T token_weight) {
+  return form.objective == Objective::gmpo ? token_weight : T(1);
+}
+
 // KL(policy || reference) from one sample, u = ref - logp: the estimator, its derivative in logp, and the two added up
 // without cancellation, which is the derivative of exp(logp - sg logp) times the estimator.
 template <typename T> struct KlEstimate {
@@ -265,7 +270,7 @@ template <typename T> GK_HD KlEstimate<T> kl_estimate(KlEstimator estimator, T u
     case KlEstimator::k2:
       return {u * u / 2, -u, u * (u / 2 - 1)};
     case KlEstimator::k3:
-      return {expm1_(u) - u, -expm1_(u), -u};
+      return {expm1_minus_x_(u), -expm1_(u), -u};
     default:
       return {};
   }

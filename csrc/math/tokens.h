@@ -105,13 +105,13 @@ GK_HD TokenSums<T> sums_of(const TokenInputs<T>& t, const Scalars<T>& s, T logp,
   one.policy = weighted_(t.weight, term.policy), one.kl = weighted_(t.weight * s.kl_coef, term.kl);
   one.entropy = weighted_(-bonus * t.entropy_weight, entropy);
   one.tokens = 1, one.raw_entropy = entropy, one.raw_kl = term.kl;
-  one.approx_kl = -moved, one.approx_kl_k3 = expm1_(moved) - moved;
+  one.approx_kl = -moved, one.approx_kl_k3 = expm1_minus_x_(moved);
   one.ratio = one.ratio_min = one.ratio_max = ratio;
   one.low = (term.flags & kClippedLow) != 0, one.high = (term.flags & kClippedHigh) != 0;
   one.cap = (term.flags & kCapped) != 0;
   one.gradient_weight = term.gradient_weight, one.rejected = w == 0;
   one.weight = one.weight_min = one.weight_max = w, one.weight_squares = w * w;
-  one.rollout_kl = -drift, one.rollout_kl_k3 = expm1_(drift) - drift, one.rollout_abs_diff = max_(drift, -drift);
+  one.rollout_kl = -drift, one.rollout_kl_k3 = expm1_minus_x_(drift), one.rollout_abs_diff = max_(drift, -drift);
   return one;
 }
 

@@ -139,8 +139,8 @@ def reinforce_objective(v: TokenValues, s: Scalars) -> Objective:
 
 def binary_kl(old: Tensor, logp: Tensor) -> Tensor:
     """KL between the two coins "this token" and "any other", of the old policy and the new."""
-    p_old = old.exp()
-    return times(p_old, old - logp) + (1 - p_old) * ((1 - p_old + 1e-8) / (1 - logp.exp() + 1e-8)).log()
+    other_old, other = -torch.expm1(old), -torch.expm1(logp)
+    return times(old.exp(), old - logp) + other_old * ((other_old + 1e-8) / (other + 1e-8)).log()
 
 
 def _dppo(above: Tensor, below: Tensor, v: TokenValues, s: Scalars) -> Objective:

@@ -162,7 +162,7 @@ def measured(backend: str) -> dict[str, Figure]:
 def table(pinned: dict[str, dict[str, list[float]]]) -> str:
     rows = list(dict.fromkeys(name for figures in pinned.values() for name in figures))
     lines = [
-        "| instructions of a thread, + of a warp beside | " + " | ".join(pinned) + " |",
+        "| instructions per thread + per warp | " + " | ".join(pinned) + " |",
         "|---" * (1 + len(pinned)) + "|",
     ]
     for row in rows:

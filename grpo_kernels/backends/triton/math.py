@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...config import Scalars
 from .launch import Constant
-from .numeric import clamp_, excess, expm1, is_finite, max_, min_, times, weighted
+from .numeric import clamp_, expm1, expm1_minus_x, is_finite, max_, min_, times, weighted
 
 (
     EPS_LOW, EPS_HIGH, RATIO_LOW, RATIO_HIGH, DELTA, DUAL_CLIP, CISPO_LOW, CISPO_HIGH, SAPO_TAU_POS, SAPO_TAU_NEG,
@@ -215,6 +215,15 @@ def pooled_limit(log_ratio, s, OBJECTIVE: tl.constexpr):
 
 
 @triton.jit
+def pooled_count(token_weight, OBJECTIVE: tl.constexpr):
+    """How much a token counts in the pooled mean of its sequence: gmpo leaves out what the entropy mask does."""
+    if OBJECTIVE == "gmpo":
+        return token_weight
+    else:
+        return tl.zeros_like(token_weight) + 1
+
+
+@triton.jit
 def kl_estimate(u, KL: tl.constexpr):
     """KL(policy || reference) from one sample, u = ref - logp: the estimator, its derivative in logp, and the two added
     up without cancellation, which is the derivative of exp(logp - sg logp) times the estimator."""
@@ -227,7 +236,7 @@ def kl_estimate(u, KL: tl.constexpr):
         return u * u / 2, -u, u * (u / 2 - 1)
     else:
         tl.static_assert(KL == "k3")
-        return excess(u), -expm1(u), -u
+        return expm1_minus_x(u), -expm1(u), -u
 
 
 @triton.jit

@@ -43,7 +43,7 @@ def times(a, b):
 
 
 @triton.jit
-def excess(x):
+def expm1_minus_x(x):
     """e^x - 1 - x without cancellation: near 0 its series, x^2/2 (1 + x/3 (1 + x/4 (...))), to the type's last bit."""
     LAST: tl.constexpr = 17 if x.dtype == tl.float64 else 10
     series = 1.0 + x * (1.0 / LAST)
@@ -55,7 +55,7 @@ def excess(x):
 @triton.jit
 def expm1(x):
     """By the same series; no backend's own library is asked."""
-    return tl.where(tl.abs(x) < 0.5, x + excess(x), tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.5, x + expm1_minus_x(x), tl.exp(x) - 1.0)
 
 
 @triton.jit

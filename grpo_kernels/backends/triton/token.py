@@ -22,6 +22,7 @@ from .math import (
     clamp_,
     inside,
     max_,
+    pooled_count,
     pooled_limit,
     pooled_term,
     token_loss,
@@ -63,15 +64,6 @@ def load_tokens(b, t, end, logps, active, views, REAL: tl.constexpr):
 
 
 @triton.jit
-def count_of(token, OBJECTIVE: tl.constexpr):
-    """How much a token counts in a pooled mean: gmpo leaves out what the entropy mask does."""
-    if OBJECTIVE == "gmpo":
-        return token[TOKEN_WEIGHT]
-    else:
-        return tl.zeros_like(token[TOKEN_WEIGHT]) + 1
-
-
-@triton.jit
 def pool(
     b, begin, end, logps, active, views, s,
     POOLING: tl.constexpr, OBJECTIVE: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
@@ -82,7 +74,7 @@ def pool(
     total, counted, tokens, advs, log_weights = zeros, zeros, zeros, zeros, zeros
     for start in range(begin, end, BLOCK):
         on, logp, token = load_tokens(b, start + tl.arange(0, BLOCK), end, logps, active, views, REAL)
-        count = count_of(token, OBJECTIVE)
+        count = pooled_count(token[TOKEN_WEIGHT], OBJECTIVE)
         value, _ = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
         total += tl.where(on, weighted(count, value), 0.0)
         counted += tl.where(on, count, 0.0)
@@ -108,7 +100,7 @@ def push_back(
         on, logp, token = load_tokens(b, t, end, logps, active, views, REAL)
         _, open = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
         at = g_logps + b * tokens + t
-        tl.store(at, tl.load(at, on, 0.0) + weighted(count_of(token, OBJECTIVE), pull), on & open)
+        tl.store(at, tl.load(at, on, 0.0) + weighted(pooled_count(token[TOKEN_WEIGHT], OBJECTIVE), pull), on & open)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ...config import METRICS
-from .math import ENTROPY_COEF, KL_COEF, excess, max_, min_
+from .math import ENTROPY_COEF, KL_COEF, expm1_minus_x, max_, min_
 from .numeric import quotient, weighted
 from .policy_inputs import ENTROPY_MASK, ENTROPY_WEIGHT, OLD, POOLED_WEIGHT, ROLLOUT, TOKEN_WEIGHT, WEIGHT
 
@@ -67,10 +67,10 @@ def token_sums(on, logp, entropy, log_ratio, token, loss, s):
     bonus = weighted(s[ENTROPY_COEF] * token[ENTROPY_MASK] * token[ENTROPY_WEIGHT], entropy)
     sums = (
         weighted(token[WEIGHT], policy), weighted(token[WEIGHT] * s[KL_COEF], kl), -bonus,
-        one, entropy, kl, -moved, excess(moved),
+        one, entropy, kl, -moved, expm1_minus_x(moved),
         ratio, tl.where(low, one, 0.0), tl.where(high, one, 0.0), tl.where(cap, one, 0.0),
         gradient_weight, tl.where(w == 0, one, 0.0), w, w * w,
-        -drift, excess(drift), tl.abs(drift),
+        -drift, expm1_minus_x(drift), tl.abs(drift),
         ratio, w,
         ratio, w,
     )  # fmt: skip
