@@ -11,7 +11,7 @@ import grpo_kernels as gk
 from grpo_kernels.backends import triton as backend
 from grpo_kernels.backends.triton import launch, tuning
 from grpo_kernels.backends.triton.row import gradient_kernel, policy_kernel, stats_kernel
-from grpo_kernels.inputs.layout import layout_of, real_dtype, rows_of
+from grpo_kernels.inputs.layout import acc_dtype, layout_of, rows_of
 from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
 from grpo_kernels.testing.dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
@@ -28,7 +28,7 @@ def arguments(dtype, batch, tokens, vocab, *, config=None, softcap=None, tempera
     rows = rows_of(
         logits, targets, None, temperature=temperature, logit_scale=1.0, softcap=softcap, ignore_index=-100
     )  # fmt: skip
-    real, per_token = real_dtype(dtype), torch.empty(1, 1, dtype=real_dtype(dtype)).expand(batch, tokens)
+    real, per_token = acc_dtype(dtype), torch.empty(1, 1, dtype=acc_dtype(dtype)).expand(batch, tokens)
     inputs = policy_inputs(
         layout_of(targets.shape, None), rows.active, real, config or gk.LossConfig(kl_coef=0.1),
         advantages or Advantages(per_token), LossArguments(per_token, per_token, per_token),

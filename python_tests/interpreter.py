@@ -157,12 +157,12 @@ def decode_each_number_once() -> None:
 
     decode, decoded = policy_inputs.scalar, {}
 
-    def scalar(scalars: Any, i: int, REAL: Any) -> Any:
-        if REAL != language.float64:
-            return decode(scalars, i, REAL)
+    def scalar(scalars: Any, i: int, ACC: Any) -> Any:
+        if ACC != language.float64:
+            return decode(scalars, i, ACC)
         parts = tuple(scalars[3 * i : 3 * i + 3])
         if parts not in decoded:
-            decoded[parts] = decode(scalars, i, REAL)
+            decoded[parts] = decode(scalars, i, ACC)
         return decoded[parts]
 
     policy_inputs.scalar = scalar

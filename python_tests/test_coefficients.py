@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import grpo_kernels as gk
 from grpo_kernels.config import Scalars
-from grpo_kernels.inputs.layout import layout_of, real_dtype
+from grpo_kernels.inputs.layout import acc_dtype, layout_of
 from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
 from grpo_kernels.testing.inputs import make_batch
 
@@ -53,7 +53,7 @@ WAYS = (single_pass, two_sweeps, gspo, from_logps, linear)
 def outcome(way, dtype, backend, kl_coef, entropy_coef):
     """Loss, terms, metrics and the logits' gradient."""
     batch = make_batch(3, 4, 40)
-    b, x = batch.to(real_dtype(dtype)), batch.logits.to(dtype).requires_grad_()
+    b, x = batch.to(acc_dtype(dtype)), batch.logits.to(dtype).requires_grad_()
     out = way(b, x, config=gk.LossConfig(kl_coef=kl_coef, entropy_coef=entropy_coef), backend=backend)
     return out.loss.detach(), out.per_token_loss, *out.metrics.values(), *torch.autograd.grad(out.loss, x)
 
@@ -66,7 +66,7 @@ def assert_same(these, those):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_tensor_is_its_number_and_is_followed(way, dtype, backend):
     """Numbers that the accumulation dtype holds: 0.1 itself would be rounded by the tensor."""
-    kl, entropy = torch.tensor(0.1, dtype=real_dtype(dtype)), torch.tensor([0.05], dtype=real_dtype(dtype))
+    kl, entropy = torch.tensor(0.1, dtype=acc_dtype(dtype)), torch.tensor([0.05], dtype=acc_dtype(dtype))
     first = outcome(way, dtype, backend, kl, entropy)
     assert_same(first, outcome(way, dtype, backend, kl.item(), entropy.item()))
     kl.fill_(0.75), entropy.mul_(4)

@@ -10,7 +10,7 @@ from forms import FORMS, OBJECTIVES, with_everything
 
 import grpo_kernels as gk
 from grpo_kernels.config import AGGREGATIONS, KL_ESTIMATORS, KL_GRADIENTS, METRICS, RATIO_LEVELS
-from grpo_kernels.inputs.layout import real_dtype
+from grpo_kernels.inputs.layout import acc_dtype
 from grpo_kernels.testing.compare import assert_as_accurate, relative_l2
 from grpo_kernels.testing.inputs import make_batch
 
@@ -138,7 +138,7 @@ def test_scale_over_several_blocks(backend, dtype):
 
     if dtype == torch.float64 and backend in NO_FLOAT64:
         pytest.skip("no float64 here")
-    factor = torch.tensor(1 / 3, dtype=real_dtype(dtype))
+    factor = torch.tensor(1 / 3, dtype=acc_dtype(dtype))
     whole = torch.randn(3, 3, 9001).to(dtype)
     rest = whole[:, 2].clone()
     for view in (whole[:, :2], whole[0, :2].clone().view(1, 1, -1), whole[1, 1].clone().view(1, 1, -1)):

@@ -6,7 +6,7 @@ from forms import FORMS
 from torch._dynamo.testing import CompileCounter
 
 import grpo_kernels as gk
-from grpo_kernels.inputs.layout import layout_of, real_dtype, rows_of
+from grpo_kernels.inputs.layout import acc_dtype, layout_of, rows_of
 from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
 from grpo_kernels.ops import loss as ops
 from grpo_kernels.testing.inputs import make_batch
@@ -20,7 +20,7 @@ def arguments(dtype=torch.float32, level="token"):
     rows = rows_of(b.logits, b.targets, b.mask, temperature=0.7, logit_scale=1.0, softcap=20.0, ignore_index=-100)
     layout = layout_of(b.targets.shape, None)
     inputs = policy_inputs(
-        layout, rows.active, real_dtype(dtype), gk.LossConfig(ratio_level=level, **FULL),
+        layout, rows.active, acc_dtype(dtype), gk.LossConfig(ratio_level=level, **FULL),
         Advantages(b.advantages), LossArguments(**b.keywords()),
     )  # fmt: skip
     *stats, _ = ops.row_forward(*rows, False, False, "cpu")

@@ -60,14 +60,14 @@ def every_backend(request):
     return request.param
 
 
-def real_of(backend):
+def acc_of(backend):
     return torch.float32 if backend in ("cuda", "emulated") else torch.float64
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_weight_of_0_removes_the_token(every_backend, name):
     """By weights of the token, the mask of the top entropies, weights of the sequence: as if it were a good one."""
-    config, real = gk.LossConfig(**LOSSES[name]), real_of(every_backend)
+    config, real = gk.LossConfig(**LOSSES[name]), acc_of(every_backend)
     pooled = {"gmpo": WAYS[1:], "vespo": WAYS[2:]}  # what they pool is not removed
     ways = pooled.get(name, WAYS)
     pairs = [pair for pair in BAD if name not in BY_COVARIANCE or pair[0] == -1.0]  # they look at every log-prob
@@ -84,7 +84,7 @@ def test_a_weight_of_0_removes_the_token(every_backend, name):
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("dro", "kl_cov")])
 def test_an_advantage_of_0_removes_the_token(every_backend, name):
     squares = {"ratio_sq_coef": 0.0} if name in ("tv_mask", "ipo") else {}
-    config, real = gk.LossConfig(**{**LOSSES[name], **squares}), real_of(every_backend)
+    config, real = gk.LossConfig(**{**LOSSES[name], **squares}), acc_of(every_backend)
     pairs = [(lp, old) for lp, old in FAR if lp == -1.0 or name not in (*BY_SEQUENCE, "clip_cov")]
     rest = [0.0, 0.0] if name == "vespo" else [1.0, -1.0]  # it pools the ratios of every token
     adv = [[0.0] * len(pairs) + rest]
@@ -112,7 +112,7 @@ BOUNDED = {  # options, A, and the loss of a token whose ratio overflows
 @pytest.mark.parametrize("old", [-2000.0, -INF])
 @pytest.mark.parametrize("name", BOUNDED)
 def test_a_bound_holds_a_ratio_that_overflows(every_backend, name, old):
-    (options, adv, value), real = BOUNDED[name], real_of(every_backend)
+    (options, adv, value), real = BOUNDED[name], acc_of(every_backend)
     out, g = run(gk.LossConfig(**options), [[-1.0]], [[old]], every_backend, real, adv=[adv])
     torch.testing.assert_close(out.loss, torch.tensor(value, dtype=real))
     assert g.item() == (-10.0 if name == "cispo" else 0.0)
@@ -122,7 +122,7 @@ def test_a_bound_holds_a_ratio_that_overflows(every_backend, name, old):
 @pytest.mark.parametrize("adv", [1.0, -1.0])
 def test_a_target_of_probability_0_weighs_nothing(every_backend, name, adv):
     options = {"cispo": {"objective": "cispo"}}.get(name, LOSSES[name])
-    real = real_of(every_backend)
+    real = acc_of(every_backend)
     if name == "kl_cov":
         options = {"objective": "tv_mask", "tv_low": 2.0}  # -A r without a bound: r = 0
     out, g = run(gk.LossConfig(**options), [[-INF]], [[-5.0]], every_backend, real, adv=[adv])
@@ -138,7 +138,7 @@ def test_a_target_of_probability_0_weighs_nothing(every_backend, name, adv):
 @pytest.mark.parametrize("adv", [1.0, -1.0])
 def test_a_nan_is_not_hidden(every_backend, name, adv):
     """Of the old log-probs; vespo takes a ratio that is none for 0, as TRL does, and reinforce reads none."""
-    real = real_of(every_backend)
+    real = acc_of(every_backend)
     out, g = run(gk.LossConfig(**LOSSES[name]), *columns([(-1.0, NAN)]), every_backend, real, adv=[adv])
     assert out.loss.isnan()
     if name not in BY_SEQUENCE and not name.startswith("dro"):
@@ -151,7 +151,7 @@ def test_a_nan_is_not_hidden(every_backend, name, adv):
 def test_a_kl_of_0_is_0_under_any_weight(every_backend, estimator, gradient):
     """logp = ref, where both weights overflow; k1 alone has a slope there, which they multiply."""
     config = gk.LossConfig(kl_coef=0.5, kl_estimator=estimator, kl_gradient=gradient)
-    real = real_of(every_backend)
+    real = acc_of(every_backend)
     ref = torch.tensor([[-1.0]], dtype=real)
     out, g = run(config, [[-1.0]], [[-2000.0]], every_backend, real, adv=[0.0], ref_logps=ref)
     assert out.loss == 0
@@ -166,7 +166,7 @@ def test_a_clamp_holds_a_kl_that_overflows(every_backend, gradient):
     if gradient == "straight_through":
         pytest.skip("its gradient is k2's, which no clamp bounds")
     config = gk.LossConfig(kl_coef=0.5, kl_gradient=gradient, kl_input_clamp=20.0, kl_output_clamp=10.0)
-    real = real_of(every_backend)
+    real = acc_of(every_backend)
     ref = torch.tensor([[999.0]], dtype=real)
     out, g = run(config, [[-1.0]], [[-2000.0]], every_backend, real, adv=[0.0], ref_logps=ref)
     assert out.loss == 5 and g.item() == 0
@@ -174,7 +174,7 @@ def test_a_clamp_holds_a_kl_that_overflows(every_backend, gradient):
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_an_entropy_without_a_coefficient_is_not_there(every_backend, bad):
-    real = real_of(every_backend)
+    real = acc_of(every_backend)
     entropy = torch.tensor([[bad, 1.0]], dtype=real, requires_grad=True)
     x, old, adv = torch.tensor([[-1.0, -1.0]], dtype=real), torch.tensor([[-1.0, -1.0]], dtype=real), torch.ones(1)
     none = gk.policy_loss(x, adv, old_logps=old, entropy=entropy, return_entropy=True, backend=every_backend)

@@ -14,7 +14,7 @@ from ..backends import differentiable, resolve
 from ..config import LossConfig
 from ..inputs.data_parallel import reduced
 from ..inputs.grouping import VALUE_METRICS, check_choice, check_ddof_eps, check_unread
-from ..inputs.layout import active_tokens, layout_of, real_dtype
+from ..inputs.layout import acc_dtype, active_tokens, layout_of
 from ..ops import advantages as ops
 from ..ops.library import none_for_unused_outputs
 from ..reference import advantages as reference
@@ -92,9 +92,9 @@ def value_loss(
     if clip is not None and old_values is None:
         raise ValueError(f"clip={clip!r} needs old_values; got None")
     backend, layout, dtype = (
-        resolve(backend, values.device, real_dtype(values.dtype)),
+        resolve(backend, values.device, acc_dtype(values.dtype)),
         layout_of(values.shape, cu_seqlens, values.device),
-        real_dtype(values.dtype),
+        acc_dtype(values.dtype),
     )
     active = active_tokens(mask, layout, values.device)
     config = LossConfig(aggregation=aggregation, max_length=max_length, count_empty_sequences=count_empty_sequences)
@@ -171,7 +171,7 @@ def whiten(
             check_unread(name, value, default, "with divide=False, which does not read it")
     if mask is not None and mask.shape != values.shape:
         raise ValueError(f"mask must have the shape of values, {tuple(values.shape)}; got {tuple(mask.shape)}")
-    x = values.detach().to(real_dtype(values.dtype))
+    x = values.detach().to(acc_dtype(values.dtype))
     active = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.to(torch.bool)
     if x.dim() != 2:
         x, active = x.reshape(1, -1), active.reshape(1, -1)

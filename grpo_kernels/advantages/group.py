@@ -17,12 +17,12 @@ from ..inputs.grouping import (
     SINGLES,
     AdvantageForm,
     Samples,
+    acc_rewards,
     check_choice,
     check_ddof_eps,
     check_groups,
     check_unread,
     per_sample,
-    real_rewards,
     reward_weights_of,
 )
 from ..ops import advantages as ops
@@ -103,7 +103,7 @@ def group_advantages(
         shared = samples.reward_weights  # by all samples, so not gathered
         samples = Samples(*map(ranks.gather, samples))._replace(reward_weights=shared)  # type: ignore[arg-type]
     check_groups(ranks.samples, group_size, samples.group_ids)
-    outputs = ops.group_advantages(*samples, *form, resolve(backend, rewards.device, real_rewards(rewards).dtype))
+    outputs = ops.group_advantages(*samples, *form, resolve(backend, rewards.device, acc_rewards(rewards).dtype))
     return GroupAdvantages(*map(ranks.own, outputs))
 
 
@@ -128,7 +128,7 @@ def _samples(
                 f"reward_weights must be [K] for rewards [S, K]; got {tuple(weights.shape)} for {tuple(rewards.shape)}"
             )
     return Samples(
-        real_rewards(rewards if rewards.dim() == 2 else rewards[:, None]),
+        acc_rewards(rewards if rewards.dim() == 2 else rewards[:, None]),
         weights,
         per_sample(valid, "valid", n, torch.bool),
         per_sample(group_ids, "group_ids", n, torch.int64),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import resolve
 from ..inputs.grouping import check_unread
-from ..inputs.layout import Layout, active_tokens, layout_of, real_dtype
+from ..inputs.layout import Layout, acc_dtype, active_tokens, layout_of
 from ..ops import advantages as ops
 from .critic import check_whitening, whitened_grid
 from .group import group_advantages
@@ -58,7 +58,7 @@ def tokens_of(like: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor |
     if not layout.knows_sequences:
         raise ValueError(f"flat tokens need cu_seqlens; got {name} of shape {tuple(like.shape)} without")
     active = active_tokens(mask, layout, like.device)
-    return Tokens(layout, active, real_dtype(like.dtype), resolve(backend, like.device, real_dtype(like.dtype)))
+    return Tokens(layout, active, acc_dtype(like.dtype), resolve(backend, like.device, acc_dtype(like.dtype)))
 
 
 def _check_unit(name: str, value: float) -> None:

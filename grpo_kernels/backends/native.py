@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import METRICS, Form
 from ..inputs.grouping import BASELINES, SCALES, VALUE_METRICS, AdvantageForm, Samples
-from ..inputs.layout import PolicyInputs, Rows, RowStats, real_dtype
+from ..inputs.layout import PolicyInputs, Rows, RowStats, acc_dtype
 from .workspace import NoWorkspace, Workspace
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -28,7 +28,7 @@ def _address(x: Tensor | None) -> int:
 
 
 def _empty(like: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or real_dtype(like.dtype), device=like.device)
+    return torch.empty(shape, dtype=dtype or acc_dtype(like.dtype), device=like.device)
 
 
 def _new_stats(rows: Rows) -> RowStats:
@@ -127,7 +127,7 @@ class NativeBackend:
         return stats
 
     def scale(self, matrix: Tensor, factor: Tensor) -> None:
-        factor, dtype = factor.to(real_dtype(matrix.dtype)), _DTYPES.index(matrix.dtype)
+        factor, dtype = factor.to(acc_dtype(matrix.dtype)), _DTYPES.index(matrix.dtype)
         self._launch(
             self._module.scale, matrix.device, _view(matrix), dtype, tuple(matrix.shape), _address(factor)
         )  # fmt: skip
@@ -172,7 +172,7 @@ class NativeBackend:
         gamma: float,
         lam: float,
     ) -> tuple[Tensor, Tensor]:
-        dtype = real_dtype(rewards.dtype)
+        dtype = acc_dtype(rewards.dtype)
         advantages = self.new_matrix(rewards, rewards.shape, dtype)
         returns = self.new_matrix(rewards, (0,) if values is None else rewards.shape, dtype)
         cu_seqlens, sequences = _sequences(rewards, cu_seqlens)
@@ -189,7 +189,7 @@ class NativeBackend:
         self, values: Tensor, old_values: Tensor | None, returns: Tensor, weights: Tensor, active: Tensor, clip: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         loss, metrics = _empty(values, ()), _empty(values, (len(VALUE_METRICS),))
-        per_token, g_values = (self.new_matrix(values, values.shape, real_dtype(values.dtype)) for _ in range(2))
+        per_token, g_values = (self.new_matrix(values, values.shape, acc_dtype(values.dtype)) for _ in range(2))
         workspace = self._workspaces.value_loss(values)
         self._launch(
             self._module.value_loss, values.device,
@@ -206,7 +206,7 @@ class NativeBackend:
 
     def whiten(self, values: Tensor, active: Tensor, coefficients: Tensor) -> Tensor:
         whitened, coefficients = (
-            self.new_matrix(values, values.shape, real_dtype(values.dtype)),
+            self.new_matrix(values, values.shape, acc_dtype(values.dtype)),
             coefficients.contiguous(),
         )
         self._whitening("whiten", values, active, [0, _address(coefficients), _address(whitened)], Workspace())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import KL_ESTIMATORS, KL_GRADIENTS, LossConfig
 from ..inputs.grouping import check_choice
-from ..inputs.layout import layout_of, real_dtype
+from ..inputs.layout import acc_dtype, layout_of
 from ..reference import loss as reference
 
 
@@ -61,7 +61,7 @@ def kl_divergence(
         kl_coef=1.0, kl_estimator=estimator, kl_gradient=gradient, kl_input_clamp=input_clamp,
         kl_output_clamp=output_clamp,
     )  # fmt: skip
-    layout, dtype = layout_of(logps.shape, None), real_dtype(logps.dtype)
+    layout, dtype = layout_of(logps.shape, None), acc_dtype(logps.dtype)
     active = layout.tokens(mask, "mask", torch.bool)
 
     def read(x: Tensor | None, name: str) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inputs.data_parallel import reduced
-from ..inputs.layout import Layout, active_tokens, layout_of, real_dtype
+from ..inputs.layout import Layout, acc_dtype, active_tokens, layout_of
 from ..reference import loss as reference
 from .config import CorrectionConfig, RejectionFilter
 
@@ -148,7 +148,7 @@ def rollout_correction(
     metrics = correction_metrics(d, missing, ratio, weights, keep, tokens, config)
     if config.batch_normalise:
         weights = normalised(weights, tokens, dp_group)
-    dtype, counted = real_dtype(old_logps.dtype), active & keep
+    dtype, counted = acc_dtype(old_logps.dtype), active & keep
     return RolloutCorrection(
         torch.where(counted, _spread(weights, layout), 0.0).to(dtype).reshape(layout.shape),
         (counted if config.renormalise else active).reshape(layout.shape),

@@ -17,7 +17,7 @@ VALUE_METRICS = ("tokens", "clip_fraction", "value_mean", "return_mean")  # in t
 class Samples(NamedTuple):
     """What group advantages read of each sample."""
 
-    rewards: Tensor  # real [S, K]; NaN: left out
+    rewards: Tensor  # acc dtype [S, K]; NaN: left out
     reward_weights: Tensor | None  # float64 [K]
     valid: Tensor | None  # bool [S]
     group_ids: Tensor | None  # int64 [S]; None: consecutive runs of AdvantageForm.group_size
@@ -77,7 +77,7 @@ def per_sample(values: Tensor | None, name: str, samples: int, dtype: torch.dtyp
     return values.detach().to(dtype)
 
 
-def real_rewards(rewards: Tensor) -> Tensor:
+def acc_rewards(rewards: Tensor) -> Tensor:
     """Detached, float64 as it is and everything else as float32."""
     return rewards.detach().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def real_dtype(dtype: torch.dtype) -> torch.dtype:
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The accumulation dtype, in which everything per token is: float64 for float64 logits, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -135,7 +135,7 @@ class Rows(NamedTuple):
     targets: Tensor  # int64
     active: Tensor  # bool
     temperature: float
-    temperatures: Tensor | None  # real; replaces temperature
+    temperatures: Tensor | None  # acc dtype; replaces temperature
     logit_scale: float
     softcap: float  # 0: none
 
@@ -198,7 +198,7 @@ class PolicyInputs(NamedTuple):
     pooled_weights: Tensor | None  # importance weights that enter a sequence's own instead of multiplying a term
     group_size: int  # batch rows of a group, and what is added to its deviation; read with rewards only
     advantage_eps: float
-    kl_coef: Tensor | None  # real, 0-d, read when the kernel runs; None: the number in scalars
+    kl_coef: Tensor | None  # acc dtype, 0-d, read when the kernel runs; None: the number in scalars
     entropy_coef: Tensor | None
     scalars: Tensor  # float64 on the CPU
     form: list[str]
@@ -256,7 +256,7 @@ def rows_of(
     active = active.reshape(grid)
     if layout is not None:
         active = within_sequences(active, layout)
-    number, tensor = _temperature(temperature, targets, real_dtype(logits.dtype), grid)
+    number, tensor = _temperature(temperature, targets, acc_dtype(logits.dtype), grid)
     return Rows(logits, targets.reshape(grid), active, number, tensor, float(logit_scale), float(softcap or 0))
 
 

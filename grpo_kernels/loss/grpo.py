@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from ..advantages.group import EPS, group_advantages
 from ..backends import LARGEST_FUSED_GROUP, differentiable, fuses_group_advantages, implementation, resolve
 from ..config import DEFAULT, OBJECTIVES, LossConfig
-from ..inputs.grouping import check_ddof_eps, real_rewards
-from ..inputs.layout import Layout, PolicyInputs, Rows, layout_of, real_dtype, rows_of
+from ..inputs.grouping import acc_rewards, check_ddof_eps
+from ..inputs.layout import Layout, PolicyInputs, Rows, acc_dtype, layout_of, rows_of
 from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
 from .logps import CONSUMED_ERROR, N_ROWS, check_inplace, row_logps, unsupported_group
@@ -206,7 +206,7 @@ def loss_from_rows(
 ) -> LossOutput:  # fmt: skip
     """What `grpo_loss` and `linear_grpo_loss` share: everything but where the logits come from."""
     rows, layout, backend = source.rows, source.layout, source.backend
-    dtype = real_dtype(rows.logits.dtype)
+    dtype = acc_dtype(rows.logits.dtype)
     fused_advantages = None
     if advantages is None and source.fuses_group_advantages:
         fused_advantages = _rewards_in_launch(rewards, layout, dtype, config)
@@ -241,7 +241,7 @@ def _rewards_in_launch(rewards: Rewards, layout: Layout, dtype: torch.dtype, con
     values, group_size, eps, scale = rewards
     if values is None or group_size is None:
         return None
-    if not (layout.padded and values.shape == layout.shape[:1]) or real_rewards(values).dtype != dtype:
+    if not (layout.padded and values.shape == layout.shape[:1]) or acc_rewards(values).dtype != dtype:
         return None
     if not 1 <= group_size <= LARGEST_FUSED_GROUP or layout.shape[0] % group_size:
         return None

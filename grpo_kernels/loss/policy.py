@@ -13,7 +13,7 @@ from ..aggregation import aggregation_weights
 from ..backends import differentiable, resolve
 from ..coefficients import readable
 from ..config import DEFAULT, METRICS, OBJECTIVES, LossConfig, Scalars
-from ..inputs.layout import Layout, PolicyInputs, active_tokens, layout_of, real_dtype
+from ..inputs.layout import Layout, PolicyInputs, acc_dtype, active_tokens, layout_of
 from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
 from ..reference import loss as reference
@@ -282,9 +282,9 @@ def policy_loss(
     """
     unsupported_group("cp_group", cp_group)
     config = config or DEFAULT
-    backend = resolve(backend, logps.device, real_dtype(logps.dtype))
+    backend = resolve(backend, logps.device, acc_dtype(logps.dtype))
     layout = layout_of(logps.shape, cu_seqlens, logps.device)
-    dtype = real_dtype(logps.dtype)
+    dtype = acc_dtype(logps.dtype)
     logps_bt = logps.to(dtype).reshape(layout.bt_shape)
     active = active_tokens(mask, layout, logps.device)
     if config.has_entropy and entropy is None:

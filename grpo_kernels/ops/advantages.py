@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import implementation
 from ..inputs.grouping import VALUE_METRICS, AdvantageForm, Samples
-from ..inputs.layout import check_boundaries, real_dtype
+from ..inputs.layout import acc_dtype, check_boundaries
 from .library import define
 
 
@@ -65,7 +65,7 @@ value_loss = define(
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _value_loss,
     lambda values, *_: tuple(
-        values.new_empty(shape, dtype=real_dtype(values.dtype))
+        values.new_empty(shape, dtype=acc_dtype(values.dtype))
         for shape in ((), values.shape, values.shape, (len(VALUE_METRICS),))
     ),
 )
@@ -89,7 +89,7 @@ def _whiten(values: Tensor, active: Tensor, coefficients: Tensor, backend: str) 
 whiten = define(
     "whiten(Tensor values, Tensor active, Tensor coefficients, str backend) -> Tensor",
     _whiten,
-    lambda values, *_: values.new_empty(values.shape, dtype=real_dtype(values.dtype)),
+    lambda values, *_: values.new_empty(values.shape, dtype=acc_dtype(values.dtype)),
 )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
-from ..inputs.layout import PolicyInputs, Rows, RowStats, real_dtype
+from ..inputs.layout import PolicyInputs, Rows, RowStats, acc_dtype
 
 CHUNK_BYTES = 128 << 20  # of logits at a time, unless chunk_rows says otherwise
 # On a GPU each chunk adds its product to d weight in float32, 8 bytes of traffic an element: with 4096 rows of a 128k
@@ -108,7 +108,7 @@ class _Gradients:
         self, backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], single: bool
     ):
         self._weight, self._needs, self._single = weight, needs, single
-        self._bias_dtype, self._wide = weight.dtype if bias is None else bias.dtype, real_dtype(weight.dtype)
+        self._bias_dtype, self._wide = weight.dtype if bias is None else bias.dtype, acc_dtype(weight.dtype)
         self.hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
         summed = needs[1] and not single
         self.weight = backend.new_matrix(weight, weight.shape if summed else (0,), self._wide).zero_()
@@ -146,7 +146,7 @@ class _Gradients:
 
 
 def _empty_stats(rows: Rows, count: int) -> list[Tensor]:
-    return [rows.logits.new_zeros(rows.targets.shape, dtype=real_dtype(rows.logits.dtype)) for _ in range(count)]
+    return [rows.logits.new_zeros(rows.targets.shape, dtype=acc_dtype(rows.logits.dtype)) for _ in range(count)]
 
 
 def forward(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import implementation
 from ..config import METRICS
-from ..inputs.layout import PolicyInputs, Rows, RowStats, check_boundaries, check_rows_apart, real_dtype
+from ..inputs.layout import PolicyInputs, Rows, RowStats, acc_dtype, check_boundaries, check_rows_apart
 from . import linear_chunks
 from .library import define
 
@@ -160,12 +160,12 @@ def _linear_policy(*args: Any) -> tuple[Tensor, ...]:
 # ---- shapes ----
 
 
-def _real(like: Tensor, shape: Any) -> Tensor:
-    return like.new_empty(shape, dtype=real_dtype(like.dtype))
+def _acc(like: Tensor, shape: Any) -> Tensor:
+    return like.new_empty(shape, dtype=acc_dtype(like.dtype))
 
 
 def _fake_stats(logits: Tensor, targets: Tensor, sum_p2: bool) -> tuple[Tensor, ...]:
-    return (*(_real(logits, targets.shape) for _ in range(_N_STATS)), _real(logits, targets.shape if sum_p2 else (0,)))
+    return (*(_acc(logits, targets.shape) for _ in range(_N_STATS)), _acc(logits, targets.shape if sum_p2 else (0,)))
 
 
 def _fake_gradients(args: tuple) -> tuple[Tensor, ...]:
@@ -176,13 +176,13 @@ def _fake_gradients(args: tuple) -> tuple[Tensor, ...]:
 
 
 def _fake_token_policy(logps: Tensor, entropy: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-    g_entropy = _real(logps, (0,) if entropy is None else logps.shape)
+    g_entropy = _acc(logps, (0,) if entropy is None else logps.shape)
     return (
-        _real(logps, ()),
-        _real(logps, logps.shape),
-        _real(logps, logps.shape),
+        _acc(logps, ()),
+        _acc(logps, logps.shape),
+        _acc(logps, logps.shape),
         g_entropy,
-        _real(logps, (len(METRICS),)),
+        _acc(logps, (len(METRICS),)),
     )
 
 
@@ -210,14 +210,14 @@ row_policy = define(
     _row_policy,
     lambda logits, targets, *_: (
         _in_phase(logits, Tensor.new_empty),
-        _real(logits, targets.shape),
-        _real(logits, targets.shape),
+        _acc(logits, targets.shape),
+        _acc(logits, targets.shape),
     ),
 )
 row_policy_ = define(
     f"row_policy_({_HEAD_INPLACE}, {_POLICY}, bool validate, str backend) -> (Tensor, Tensor)",
     _row_policy_,
-    lambda logits, targets, *_: (_real(logits, targets.shape), _real(logits, targets.shape)),
+    lambda logits, targets, *_: (_acc(logits, targets.shape), _acc(logits, targets.shape)),
 )
 token_policy = define(
     f"token_policy(Tensor logps, Tensor? entropy, Tensor active, Tensor? cu_seqlens, {_POLICY}, str backend) "
@@ -243,7 +243,7 @@ linear_policy = define(
     _linear_policy,
     lambda *args: (
         *_fake_gradients(args),
-        _real(args[0], args[1].shape),
-        _real(args[0], args[1].shape),
+        _acc(args[0], args[1].shape),
+        _acc(args[0], args[1].shape),
     ),
 )

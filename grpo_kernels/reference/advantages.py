@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inputs.grouping import AdvantageForm, Samples
-from ..inputs.layout import real_dtype
+from ..inputs.layout import acc_dtype
 
 # ---- group advantages ----
 
@@ -98,7 +98,7 @@ def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Ten
         advantages[chosen] = a.clamp(form.clip_low, form.clip_high)
         disagrees = v is not None and bool((~v.isnan() & (r != v)).any())
         informative[members] = (len(r) >= 2 and bool((r != r[0]).any())) or disagrees
-    dtype = real_dtype(samples.rewards.dtype)
+    dtype = acc_dtype(samples.rewards.dtype)
     return advantages.to(dtype), mean.to(dtype), std.to(dtype), informative
 
 
@@ -128,7 +128,7 @@ def gae(
         columns.append(torch.where(counts[:, t], running, zero))
     advantages = torch.stack(columns[::-1], 1) if columns else wide
     returns = torch.where(counts, advantages + v, 0.0) if values is not None else wide.new_zeros(0)
-    dtype = real_dtype(rewards.dtype)
+    dtype = acc_dtype(rewards.dtype)
     return advantages.to(dtype), returns.to(dtype)
 
 
@@ -164,7 +164,7 @@ def whiten(values: Tensor, active: Tensor, coefficients: Tensor) -> Tensor:
     """(x - shift) * factor + offset; 0 where not active."""
     shift, factor, offset = coefficients.unbind()
     whitened = (values.to(torch.float64) - shift) * factor + offset
-    return torch.where(active, whitened, 0.0).to(real_dtype(values.dtype))
+    return torch.where(active, whitened, 0.0).to(acc_dtype(values.dtype))
 
 
 # ---- the value function ----

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import OBJECTIVES, Form, Scalars
-from ..inputs.layout import Layout, PolicyInputs, Rows, real_dtype
+from ..inputs.layout import Layout, PolicyInputs, Rows, acc_dtype
 from .objectives import (
     Flags,
     TokenValues,
@@ -29,7 +29,7 @@ from .objectives import (
 def transformed(logits: Tensor, rows: Rows) -> Tensor:
     """z = softcap(logit_scale * logit) / temperature, [B, T, V], in float32 or wider, up to a constant of each row; 0
     at masked tokens."""
-    z = logits.to(real_dtype(logits.dtype))[:, : rows.targets.shape[1]]
+    z = logits.to(acc_dtype(logits.dtype))[:, : rows.targets.shape[1]]
     z = torch.where(rows.active[..., None], z, 0.0)
     if rows.softcap:
         z = rows.softcap * torch.tanh(z * rows.logit_scale / rows.softcap)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...inputs.layout import PolicyInputs, Rows, RowStats, real_dtype
+from ...inputs.layout import PolicyInputs, Rows, RowStats, acc_dtype
 from ...reference.advantages import masked_moments, whiten
 from .. import Backend
 from ..gpu import index_of, refused_by_all, too_old
 from . import tuning
 from .advantages import group_advantages
 from .diversity import group_diversity
-from .launch import INTERPRETED, REALS, aligned, bits, on_device_of
+from .launch import ACC_TYPES, INTERPRETED, aligned, on_device_of, scalar_bits
 from .policy_inputs import form_args, policy_args, view_args
 from .returns import gae, value_loss
 from .row import gradient_kernel, policy_kernel, stats_kernel
@@ -27,7 +27,7 @@ from .token import token_policy
 
 def row_forward(rows: Rows, sum_p2: bool) -> tuple[RowStats, Tensor]:
     stats = _new_stats(rows)
-    squares = _new_real(rows, rows.targets.shape if sum_p2 else (0,))
+    squares = _new_acc(rows, rows.targets.shape if sum_p2 else (0,))
     tuning.tune("row_forward", rows.logits, lambda config: _forward(rows, stats, squares if sum_p2 else None, config))
     _forward(rows, stats, squares if sum_p2 else None)
     return stats, squares
@@ -52,19 +52,19 @@ def row_policy(rows: Rows, inputs: PolicyInputs, gradient: Tensor) -> RowStats:
     return stats
 
 
-def _new_real(rows: Rows, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    return rows.logits.new_empty(shape, dtype=real_dtype(rows.logits.dtype))
+def _new_acc(rows: Rows, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    return rows.logits.new_empty(shape, dtype=acc_dtype(rows.logits.dtype))
 
 
 def _new_stats(rows: Rows) -> RowStats:
-    return RowStats(*(_new_real(rows, rows.targets.shape) for _ in RowStats._fields))
+    return RowStats(*(_new_acc(rows, rows.targets.shape) for _ in RowStats._fields))
 
 
 class _Launch:
     """What every launch on some rows has in common."""
 
     def __init__(self, rows: Rows, config: tuning.Config | None, gradient: Tensor | None = None):
-        r, real = rows, real_dtype(rows.logits.dtype)
+        r, acc = rows, acc_dtype(rows.logits.dtype)
         self.rows, self.vocab = r.targets.numel(), r.logits.shape[-1]
         self.shape = tuning.shape_for(r.logits, config)
         self.split = self.shape.splits(self.rows, self.vocab)
@@ -75,30 +75,30 @@ class _Launch:
         numbers = (1 / r.temperature, r.logit_scale, r.softcap)
         self._args = [
             *(arg for view in views for arg in view_args(view)),
-            r.targets.shape[1], self.vocab, *(bits(x, real) for x in numbers),
+            r.targets.shape[1], self.vocab, *(scalar_bits(x, acc) for x in numbers),
         ]  # fmt: skip
         self._constants: dict[str, Any] = {
-            "REAL": REALS[real], "SOFTCAP": r.softcap > 0,
+            "ACC": ACC_TYPES[acc], "SOFTCAP": r.softcap > 0,
             "ALIGNED": aligned(r.logits) if gradient is None else aligned(r.logits, gradient),
             "STEPS": self.shape.STEPS, "LANES": self.shape.LANES, **self.shape.options,
             # A product and a sum fused in one kernel and not in another would make two results of one row.
             "enable_fp_fusion": False,
         }  # fmt: skip
-        left = (self.rows, self.segments, 4) if self.split else (0,)
-        self.left, self.left_z = _new_real(rows, left), _new_real(rows, left[:1])
+        partials = (self.rows, self.segments, 4) if self.split else (0,)
+        self.partials, self.saved_z = _new_acc(rows, partials), _new_acc(rows, partials[:1])
 
     def __call__(self, kernel: Any, parts: int, *args: Any, **constants: Any) -> None:
         if self.rows:
             with on_device_of(self._device_of):
                 kernel[(self.rows, parts)](*self._args, *args, **self._constants, **constants)
 
-    def leave_segments(self, stats: RowStats, sum_p2: Tensor | None) -> None:
+    def store_segments(self, stats: RowStats, sum_p2: Tensor | None) -> None:
         self.stats(stats, sum_p2, "segments", self.segments)
 
     def stats(self, stats: RowStats, sum_p2: Tensor | None, phase: str, parts: int) -> None:
         squares = stats.logps if sum_p2 is None else sum_p2  # never written
         self(
-            stats_kernel, parts, *stats, squares, self.left, self.left_z, self.segments,
+            stats_kernel, parts, *stats, squares, self.partials, self.saved_z, self.segments,
             PHASE=phase, SUM_P2=sum_p2 is not None, SEGMENT=self.shape.SEGMENT,
         )  # fmt: skip
 
@@ -106,7 +106,7 @@ class _Launch:
 def _forward(rows: Rows, stats: RowStats, sum_p2: Tensor | None, config: tuning.Config | None = None) -> None:
     launch = _Launch(rows, config)
     if launch.split:
-        launch.leave_segments(stats, sum_p2)
+        launch.store_segments(stats, sum_p2)
     launch.stats(stats, sum_p2, "merge" if launch.split else "row", 1)
 
 
@@ -123,9 +123,9 @@ def _policy(
 ) -> None:
     launch = _Launch(rows, config, gradient)
     if launch.split:
-        launch.leave_segments(stats, None)
+        launch.store_segments(stats, None)
     launch(
-        policy_kernel, launch.tiles if launch.split else 1, *stats, launch.left, launch.left_z, launch.segments,
+        policy_kernel, launch.tiles if launch.split else 1, *stats, launch.partials, launch.saved_z, launch.segments,
         *view_args(gradient), *policy_args(inputs), **form_args(inputs),
         PHASE="merge" if launch.split else "row", SEGMENT=launch.shape.SEGMENT,
     )  # fmt: skip

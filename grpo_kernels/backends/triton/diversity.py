@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .launch import bits, kernel, on_device_of
+from .launch import kernel, on_device_of, scalar_bits
 
 COLUMNS = 2048  # of one product: that many ones still add up exactly in float16
 ELEMENTS = 1 << 28  # of the matrices in use at a time
@@ -200,7 +200,7 @@ def greedy(similar: Tensor, sizes: Tensor, threshold: float) -> tuple[Tensor, Te
     leader, best = (torch.zeros(shape, dtype=torch.int64, device=similar.device) for _ in range(2))
     with on_device_of(similar):
         greedy_kernel[(shape[0],)](
-            similar, sizes, keep, leader, best, shape[1], bits(threshold, torch.float64), BLOCK=BLOCK, num_warps=WARPS,
-            enable_fp_fusion=False,
+            similar, sizes, keep, leader, best, shape[1], scalar_bits(threshold, torch.float64), BLOCK=BLOCK,
+            num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return keep, leader, best

@@ -29,17 +29,17 @@ def sample_at(source, i, mask):
 
 
 @triton.jit
-def reward_at(source, i, mask, REAL: tl.constexpr):
+def reward_at(source, i, mask, ACC: tl.constexpr):
     """Of the i-th samples: the weighted sum of the components that are there; NaN where none is, or it does not count.
 
     `source`: rewards, their stride, number of components, weights, valid, order; None for the last three: not given."""
     at = sample_at(source, i, mask)
-    total, any = tl.zeros_like(i).to(REAL), i < 0
+    total, any = tl.zeros_like(i).to(ACC), i < 0
     for c in range(source[COMPONENTS]):
-        r = tl.load(source[REWARDS] + at * source[STRIDE] + c, mask, float("nan")).to(REAL)
+        r = tl.load(source[REWARDS] + at * source[STRIDE] + c, mask, float("nan")).to(ACC)
         there = r == r
         if source[WEIGHTS] is not None:
-            r = r * tl.load(source[WEIGHTS] + c).to(REAL)
+            r = r * tl.load(source[WEIGHTS] + c).to(ACC)
         total, any = total + tl.where(there, r, 0.0), any | there
     if source[VALID] is not None:
         any = any & (tl.load(source[VALID] + at, mask, 0) != 0)
@@ -70,32 +70,32 @@ def finite_range(low, high):
 
 
 @triton.jit
-def statistics(source, begin, end, ddof, REAL: tl.constexpr, BLOCK: tl.constexpr):
+def statistics(source, begin, end, ddof, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """(LOW, ABOVE, STD, COUNT, CONSTANT, SPAN) of the rewards [begin, end), centred before they are squared."""
-    zeros, counted = tl.zeros([BLOCK], REAL), tl.zeros([BLOCK], tl.int32)
+    zeros, counted = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], tl.int32)
     low, high = zeros + float("inf"), zeros - float("inf")
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        r = reward_at(source, i, i < end, REAL)
+        r = reward_at(source, i, i < end, ACC)
         counted += (r == r).to(tl.int32)
         low, high = tl.minimum(low, r), tl.maximum(high, r)  # a NaN is passed over
-    count, least, most = tl.sum(counted, 0).to(REAL), tl.min(low, 0), tl.max(high, 0)
+    count, least, most = tl.sum(counted, 0).to(ACC), tl.min(low, 0), tl.max(high, 0)
     constant = (least == most) | (count == 0)
     origin, span, finite = finite_range(least, most)
     scale, n = scale_for(count), max_(count, 1.0)
     total = tl.zeros([BLOCK], tl.int64)
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        r = reward_at(source, i, i < end, REAL)
+        r = reward_at(source, i, i < end, ACC)
         total += fixed((r - origin) / span, r == r, scale)
-    above = tl.where(finite, quotient(quotient(tl.sum(total, 0).to(REAL), scale), n) * span, least + most)
+    above = tl.where(finite, quotient(quotient(tl.sum(total, 0).to(ACC), scale), n) * span, least + most)
     squares = tl.zeros([BLOCK], tl.int64)
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        r = reward_at(source, i, i < end, REAL)
+        r = reward_at(source, i, i < end, ACC)
         d = ((r - origin) - above) / span
         squares += fixed(d * d, r == r, scale)
-    variance = quotient(quotient(tl.sum(squares, 0).to(REAL), scale), max_(count - ddof, 1.0))
+    variance = quotient(quotient(tl.sum(squares, 0).to(ACC), scale), max_(count - ddof, 1.0))
     std = tl.where(finite, tl.sqrt(variance) * span, float("nan"))
     some = count > 0
     return (
@@ -105,12 +105,12 @@ def statistics(source, begin, end, ddof, REAL: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def sample_advantage(rewards, stride, sample, on, group_size, eps, ADVANTAGES: tl.constexpr, REAL: tl.constexpr):
+def sample_advantage(rewards, stride, sample, on, group_size, eps, ADVANTAGES: tl.constexpr, ACC: tl.constexpr):
     """Of one sample, from its group's rewards: Form.advantages "centred" or "normalised". A NaN reward has none."""
     begin = sample // group_size * group_size
     end = tl.where(on, begin + group_size, begin)
-    group = statistics((rewards, stride, 1, None, None, None), begin, end, 1.0, REAL, GROUP_BLOCK)
-    r = tl.load(rewards + sample * stride, on, float("nan")).to(REAL)
+    group = statistics((rewards, stride, 1, None, None, None), begin, end, 1.0, ACC, GROUP_BLOCK)
+    r = tl.load(rewards + sample * stride, on, float("nan")).to(ACC)
     d = centred(r, group[LOW], group[ABOVE], 0.0, group[COUNT], group[CONSTANT], False, "mean")
     scale: tl.constexpr = "group" if ADVANTAGES == "normalised" else "none"
     a = advantage(r, d, r, group[LOW] + group[ABOVE], group[STD], group[COUNT], 0.0, eps, scale, False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # decided when the kernels below are made, and then for good
 
-REALS = {torch.float32: tl.float32, torch.float64: tl.float64}
+ACC_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 ALIGNMENT = 16  # bytes of the widest access
 
 
@@ -37,15 +37,15 @@ class Constant(tl.constexpr):
         return bool(self.value != getattr(other, "value", other))
 
 
-def bits(value: float, real: torch.dtype) -> int:
-    """A number as the integer that `number` turns back: a float argument would be rounded to float32."""
-    form = "<dq" if real == torch.float64 else "<fi"
+def scalar_bits(value: float, acc: torch.dtype) -> int:
+    """A number as the integer that `bits_to_float` turns back: a float argument would be rounded to float32."""
+    form = "<dq" if acc == torch.float64 else "<fi"
     return int(struct.unpack("<" + form[2], struct.pack(form[:2], value))[0])
 
 
 @triton.jit
-def number(value_bits, REAL: tl.constexpr):
-    if REAL == tl.float64:
+def bits_to_float(value_bits, ACC: tl.constexpr):
+    if ACC == tl.float64:
         return value_bits.to(tl.int64).to(tl.float64, bitcast=True)
     else:
         return value_bits.to(tl.int32).to(tl.float32, bitcast=True)

@@ -57,11 +57,11 @@ def sapo_objective(log_ratio, adv, s):
     ratio, tau = tl.exp(log_ratio), tl.where(adv > 0, s[SAPO_TAU_POS], s[SAPO_TAU_NEG])
     x = tau * (ratio - 1)
     small = tl.exp(-tl.abs(x))
-    open = tl.where(x < 0, small, 1.0) / (1 + small)
-    shut = tl.where(x < 0, 1.0, small) / (1 + small)
-    weight = tl.where(shut == 0, 0.0, 4 * open * shut * ratio)  # an infinite ratio is shut
+    gate = tl.where(x < 0, small, 1.0) / (1 + small)
+    one_minus_gate = tl.where(x < 0, 1.0, small) / (1 + small)
+    weight = tl.where(one_minus_gate == 0, 0.0, 4 * gate * one_minus_gate * ratio)  # an infinite ratio shuts it
     zero, never = tl.zeros_like(adv), adv < adv
-    return -4 / tau * open * adv, -weight * adv, zero, zero, weight, never, never, never
+    return -4 / tau * gate * adv, -weight * adv, zero, zero, weight, never, never, never
 
 
 @triton.jit
@@ -124,8 +124,8 @@ def trust_region_objective(logp, old, log_ratio, adv, s, TWO_SIDED: tl.constexpr
 @triton.jit
 def dro_objective(logp, log_ratio, adv, s):
     """-(A logp - beta x^2 / 2)."""
-    pull, zero, never = s[DRO_BETA] * log_ratio, tl.zeros_like(adv), adv < adv
-    return times(-adv, logp) + pull * log_ratio / 2, pull, zero, -adv, zero + 1, never, never, never
+    slope, zero, never = s[DRO_BETA] * log_ratio, tl.zeros_like(adv), adv < adv
+    return times(-adv, logp) + slope * log_ratio / 2, slope, zero, -adv, zero + 1, never, never, never
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def policy_objective(
 
 
 @triton.jit
-def inside(raw, clamped):
+def clamp_passes_grad(raw, clamped):
     """Whether a clamp passes the gradient: at its bounds it does, and a NaN is not held back."""
     return ~((raw < clamped) | (raw > clamped))
 
@@ -192,15 +192,15 @@ def pooled_term(raw_log_ratio, adv, weight, s, OBJECTIVE: tl.constexpr):
     """What a token adds to its sequence's pooled log-ratio, and whether that passes the gradient. `weight`: the
     token's importance weight, which only vespo pools here."""
     x = clamp_(raw_log_ratio, -s[LOG_RATIO_CLAMP], s[LOG_RATIO_CLAMP])
-    open = inside(raw_log_ratio, x)
+    passes_grad = clamp_passes_grad(raw_log_ratio, x)
     if OBJECTIVE == "vespo":
         of_weight = clamp_(tl.log(weight), VESPO_LOG_MIN, VESPO_LOG_MAX)
         return clamp_(x, -VESPO_LOG_MAX, VESPO_LOG_MAX) + of_weight, adv < adv
     elif OBJECTIVE == "gmpo":  # one-sided: a ratio that moves against A stays
         kept = tl.where(adv > 0, min_(x, s[EPS_HIGH]), max_(x, -s[EPS_LOW]))
-        return tl.where(adv == 0, 0.0, kept), open & inside(x, kept) & (adv != 0)
+        return tl.where(adv == 0, 0.0, kept), passes_grad & clamp_passes_grad(x, kept) & (adv != 0)
     else:
-        return x, open
+        return x, passes_grad
 
 
 @triton.jit
@@ -257,7 +257,7 @@ def kl_penalty(logp, ref, rollout, log_ratio, s, KL: tl.constexpr, KL_GRADIENT: 
     elif KL_GRADIENT == "score_function":
         d_logp = score
     value = clamp_(k, -s[KL_OUTPUT_CLAMP], s[KL_OUTPUT_CLAMP])
-    passes = inside(u, bounded) & inside(k, value)
+    passes = clamp_passes_grad(u, bounded) & clamp_passes_grad(k, value)
     d_log_ratio, d_logp = tl.where(passes, d_log_ratio, 0.0), tl.where(passes, d_logp, 0.0)
     if KL_GRADIENT == "straight_through":
         d_logp = -u
@@ -265,7 +265,7 @@ def kl_penalty(logp, ref, rollout, log_ratio, s, KL: tl.constexpr, KL_GRADIENT: 
 
 
 @triton.jit
-def token_loss(
+def token_term(
     logp, old, log_ratio, adv, token_weight, selected, ref, rollout, pooled_log_ratio, pooled_adv, pooled_weight, s,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
 ):  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...config import Form, Scalars
 from ...inputs.layout import PolicyInputs
-from .launch import Constant, bits
+from .launch import Constant, scalar_bits
 from .math import ENTROPY_COEF, KL_COEF
 
 SCALARS = Constant(len(Scalars._fields))
@@ -33,7 +33,7 @@ def policy_args(inputs: PolicyInputs) -> list[Any]:
     views: Any = inputs[: PolicyInputs._fields.index("group_size")]
     return [
         scalar_args(inputs.scalars, adv.dtype), inputs.kl_coef, inputs.entropy_coef,
-        inputs.group_size, bits(inputs.advantage_eps, adv.dtype),
+        inputs.group_size, scalar_bits(inputs.advantage_eps, adv.dtype),
         *(arg for x in views for arg in view_args(x)),
     ]  # fmt: skip
 
@@ -47,23 +47,23 @@ def form_args(inputs: PolicyInputs) -> dict[str, str]:
     }  # fmt: skip
 
 
-def scalar_args(scalars: Tensor, real: torch.dtype) -> tuple[float, ...]:
+def scalar_args(scalars: Tensor, acc: torch.dtype) -> tuple[float, ...]:
     """The numbers of config.Scalars by value, so that a CUDA graph holds them and nothing is copied to the device.
 
     One tuple of floats, which Triton binds at once, never specialises, and rounds to float32. A float64 therefore
     travels as its bits, in three parts that float32 holds exactly.
     """
-    if real == torch.float32:
-        return tuple(scalars.to(real).tolist())
+    if acc == torch.float32:
+        return tuple(scalars.to(acc).tolist())
     parts = [(scalars.view(torch.int64) >> shift) & 0x3FFFFF for shift in (0, 22, 44)]
-    return tuple(torch.stack(parts, 1).to(real).flatten().tolist())
+    return tuple(torch.stack(parts, 1).to(acc).flatten().tolist())
 
 
 @triton.jit
-def scalar(scalars, i: tl.constexpr, REAL: tl.constexpr):
+def scalar(scalars, i: tl.constexpr, ACC: tl.constexpr):
     """Number i of `scalar_args`."""
-    if REAL == tl.float32:
-        return tl.full([], scalars[i], REAL)
+    if ACC == tl.float32:
+        return tl.full([], scalars[i], ACC)
     else:
         value = tl.zeros([], tl.int64)
         for part in tl.static_range(3):
@@ -72,41 +72,41 @@ def scalar(scalars, i: tl.constexpr, REAL: tl.constexpr):
 
 
 @triton.jit
-def coefficient(given, scalars, i: tl.constexpr, REAL: tl.constexpr):
+def coefficient(given, scalars, i: tl.constexpr, ACC: tl.constexpr):
     """What the tensor holds by now, if there is one."""
     if given is None:
-        return scalar(scalars, i, REAL)
+        return scalar(scalars, i, ACC)
     else:
-        return tl.load(given).to(REAL)
+        return tl.load(given).to(ACC)
 
 
 @triton.jit
-def scalars_of(scalars, kl_coef, entropy_coef, REAL: tl.constexpr):
+def scalars_of(scalars, kl_coef, entropy_coef, ACC: tl.constexpr):
     """The numbers of config.Scalars, each by name: `s[EPS_LOW]`."""
     s = ()
     for i in tl.static_range(SCALARS):
         if i == KL_COEF:
-            value = coefficient(kl_coef, scalars, i, REAL)
+            value = coefficient(kl_coef, scalars, i, ACC)
         elif i == ENTROPY_COEF:
-            value = coefficient(entropy_coef, scalars, i, REAL)
+            value = coefficient(entropy_coef, scalars, i, ACC)
         else:
-            value = scalar(scalars, i, REAL)
+            value = scalar(scalars, i, ACC)
         s = s + (value,)  # type: ignore[assignment]  # noqa: RUF005 - kernels know no unpacking
     return s
 
 
 @triton.jit
-def read(view, b, t, mask, absent, REAL: tl.constexpr):
+def read(view, b, t, mask, absent, ACC: tl.constexpr):
     """Tokens (b, t), int64, of a view (address, strides); nothing is read where the mask is off. `absent` stands in for
     a view that is not given."""
     if view[0] is None:
         return absent
     else:
-        return tl.load(view[0] + b * view[1] + t * view[2], mask=mask, other=0.0).to(REAL)
+        return tl.load(view[0] + b * view[1] + t * view[2], mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def load_token(b, t, mask, logp, views, REAL: tl.constexpr):
+def load_token(b, t, mask, logp, views, ACC: tl.constexpr):
     """One token's share of each view, or a block's: (adv, weight, old, ...), by name `token[OLD]`.
 
     `views` holds the three arguments of each, one after the other, then an advantage and whether it is every token's.
@@ -115,17 +115,17 @@ def load_token(b, t, mask, logp, views, REAL: tl.constexpr):
     one = tl.zeros_like(logp) + 1
     adv = one - 1 + views[30]
     if not views[31]:
-        adv = read(views[0:3], b, t, mask, adv, REAL)
-    weight = read(views[3:6], b, t, mask, one, REAL)
+        adv = read(views[0:3], b, t, mask, adv, ACC)
+    weight = read(views[3:6], b, t, mask, one, ACC)
     return (
         adv,
         weight,
-        read(views[6:9], b, t, mask, logp, REAL),
-        read(views[9:12], b, t, mask, logp, REAL),
-        read(views[12:15], b, t, mask, logp, REAL),
-        read(views[15:18], b, t, mask, one, REAL),
-        read(views[18:21], b, t, mask, weight, REAL),
-        read(views[21:24], b, t, mask, one, REAL),
-        read(views[24:27], b, t, mask, one - 1, REAL),
-        read(views[27:30], b, t, mask, one, REAL),
+        read(views[6:9], b, t, mask, logp, ACC),
+        read(views[9:12], b, t, mask, logp, ACC),
+        read(views[12:15], b, t, mask, logp, ACC),
+        read(views[15:18], b, t, mask, one, ACC),
+        read(views[18:21], b, t, mask, weight, ACC),
+        read(views[21:24], b, t, mask, one, ACC),
+        read(views[24:27], b, t, mask, one - 1, ACC),
+        read(views[27:30], b, t, mask, one, ACC),
     )

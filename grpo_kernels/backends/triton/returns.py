@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...inputs.layout import real_dtype
-from .launch import REALS, bits, kernel, number, on_device_of, registers
+from ...inputs.layout import acc_dtype
+from .launch import ACC_TYPES, bits_to_float, kernel, on_device_of, registers, scalar_bits
 from .math import temporal_difference, value_term
 from .numeric import max_, quotient
 from .packed import first_of_tail, sequence_bounds
@@ -38,8 +38,8 @@ def first_of(x, t, begin):
 
 
 @triton.jit
-def store_tail(cu_seqlens, sequences, tokens, advantages, values, returns, REAL: tl.constexpr, BLOCK: tl.constexpr):
-    zeros = tl.zeros([BLOCK], REAL)
+def store_tail(cu_seqlens, sequences, tokens, advantages, values, returns, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    zeros = tl.zeros([BLOCK], ACC)
     for start in range(
         first_of_tail(cu_seqlens, sequences, tokens, BLOCK), tokens, tl.num_programs(0).to(tl.int64) * BLOCK
     ):
@@ -53,12 +53,12 @@ def store_tail(cu_seqlens, sequences, tokens, advantages, values, returns, REAL:
 def gae_kernel(
     rewards, rewards_b: tl.int64, rewards_t: tl.int64, values, values_b: tl.int64, values_t: tl.int64,
     active, active_b: tl.int64, active_t: tl.int64, cu_seqlens, tokens: tl.int64, sequences: tl.int64,
-    gamma_bits: tl.int64, decay_bits: tl.int64, advantages, returns, REAL: tl.constexpr, BLOCK: tl.constexpr,
+    gamma_bits: tl.int64, decay_bits: tl.int64, advantages, returns, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program a sequence, a block of its tokens at a time from the end; packed, at least one, and with it a share of
     what lies past the last boundary, which is zeros."""
     sequence = tl.program_id(0).to(tl.int64)
-    gamma, decay = number(gamma_bits, REAL), number(decay_bits, REAL)
+    gamma, decay = bits_to_float(gamma_bits, ACC), bits_to_float(decay_bits, ACC)
     if cu_seqlens is None:
         b, first, length, out = sequence, sequence * 0, tokens, sequence * tokens
     else:
@@ -69,51 +69,51 @@ def gae_kernel(
     for back in range(0, tl.cdiv(length, BLOCK)):
         begin = (tl.cdiv(length, BLOCK) - 1 - back) * BLOCK
         t = begin + tl.arange(0, BLOCK)
-        inside, follows = t < length, t + 1 < length
-        counts, next_counts = inside, follows
+        in_bounds, follows = t < length, t + 1 < length
+        is_active, next_is_active = in_bounds, follows
         if active is not None:
             at = active + b * active_b + (first + t) * active_t
-            counts = inside & (tl.load(at, mask=inside, other=0) != 0)
-            next_counts = follows & (tl.load(at + active_t, mask=follows, other=0) != 0)
-        zero = tl.zeros([BLOCK], REAL)
-        r = read((rewards, rewards_b, rewards_t), b, first + t, counts, zero, REAL)
-        v = read((values, values_b, values_t), b, first + t, counts, zero, REAL)
-        following = read((values, values_b, values_t), b, first + t + 1, next_counts, zero, REAL)
-        ahead, known = tl.associative_scan((following, next_counts.to(tl.int32)), 0, latest, reverse=True)
+            is_active = in_bounds & (tl.load(at, mask=in_bounds, other=0) != 0)
+            next_is_active = follows & (tl.load(at + active_t, mask=follows, other=0) != 0)
+        zero = tl.zeros([BLOCK], ACC)
+        r = read((rewards, rewards_b, rewards_t), b, first + t, is_active, zero, ACC)
+        v = read((values, values_b, values_t), b, first + t, is_active, zero, ACC)
+        following = read((values, values_b, values_t), b, first + t + 1, next_is_active, zero, ACC)
+        ahead, known = tl.associative_scan((following, next_is_active.to(tl.int32)), 0, latest, reverse=True)
         ahead = tl.where(known != 0, ahead, next_value)
-        delta = tl.where(counts, temporal_difference(r, v, ahead, gamma), 0.0)
-        factor, total = tl.associative_scan((tl.where(counts, decay, 1.0), delta), 0, chained, reverse=True)
+        delta = tl.where(is_active, temporal_difference(r, v, ahead, gamma), 0.0)
+        factor, total = tl.associative_scan((tl.where(is_active, decay, 1.0), delta), 0, chained, reverse=True)
         a = total + factor * running
-        tl.store(advantages + out + t, tl.where(counts, a, 0.0), mask=inside)
+        tl.store(advantages + out + t, tl.where(is_active, a, 0.0), mask=in_bounds)
         if values is not None:
-            tl.store(returns + out + t, tl.where(counts, a + v, 0.0), mask=inside)
+            tl.store(returns + out + t, tl.where(is_active, a + v, 0.0), mask=in_bounds)
         running, next_value = first_of(a, t, begin), first_of(ahead, t, begin)
     if cu_seqlens is not None:
-        store_tail(cu_seqlens, sequences, tokens, advantages, values, returns, REAL, BLOCK)
+        store_tail(cu_seqlens, sequences, tokens, advantages, values, returns, ACC, BLOCK)
 
 
 def gae(
     rewards: Tensor, values: Tensor | None, active: Tensor | None, cu_seqlens: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    real, (batch, tokens) = real_dtype(rewards.dtype), rewards.shape
-    advantages = rewards.new_empty(rewards.shape, dtype=real)
+    acc, (batch, tokens) = acc_dtype(rewards.dtype), rewards.shape
+    advantages = rewards.new_empty(rewards.shape, dtype=acc)
     returns = torch.empty_like(advantages) if values is not None else advantages.new_empty(0)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     if advantages.numel():
         with on_device_of(rewards):
             gae_kernel[(max(sequences, 1),)](
                 *view_args(rewards), *view_args(values), *view_args(active),
-                None if cu_seqlens is None else cu_seqlens.contiguous(), tokens, sequences, bits(gamma, real),
-                bits(gamma * lam, real), advantages, returns, REAL=REALS[real], BLOCK=BLOCK, num_warps=WARPS,
+                None if cu_seqlens is None else cu_seqlens.contiguous(), tokens, sequences, scalar_bits(gamma, acc),
+                scalar_bits(gamma * lam, acc), advantages, returns, ACC=ACC_TYPES[acc], BLOCK=BLOCK, num_warps=WARPS,
                 enable_fp_fusion=False, **registers(REGISTERS),
             )  # fmt: skip
     return advantages, returns
 
 
 @triton.jit
-def left_by_all(sums, programs, REAL: tl.constexpr, BLOCK: tl.constexpr):
+def left_by_all(sums, programs, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """A row of `sums`, added in the order of the programs. Read from the cache that they share."""
-    total = tl.zeros([BLOCK], REAL)
+    total = tl.zeros([BLOCK], ACC)
     for start in range(0, programs, BLOCK):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(sums + i, i < programs, 0.0, cache_modifier=".cg")
@@ -121,12 +121,12 @@ def left_by_all(sums, programs, REAL: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def reduce_values(sums, programs, loss, metrics, REAL: tl.constexpr, BLOCK: tl.constexpr):
-    tokens = left_by_all(sums + programs, programs, REAL, BLOCK)
-    tl.store(loss, left_by_all(sums, programs, REAL, BLOCK))
+def reduce_values(sums, programs, loss, metrics, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    tokens = left_by_all(sums + programs, programs, ACC, BLOCK)
+    tl.store(loss, left_by_all(sums, programs, ACC, BLOCK))
     tl.store(metrics, tokens)
     for k in tl.static_range(1, 4):
-        mean = quotient(left_by_all(sums + (k + 1) * programs, programs, REAL, BLOCK), max_(tokens, 1.0))
+        mean = quotient(left_by_all(sums + (k + 1) * programs, programs, ACC, BLOCK), max_(tokens, 1.0))
         tl.store(metrics + k, mean)
 
 
@@ -135,48 +135,48 @@ def value_kernel(
     values, values_b: tl.int64, values_t: tl.int64, old, old_b: tl.int64, old_t: tl.int64,
     targets, targets_b: tl.int64, targets_t: tl.int64, weights, weights_b: tl.int64, weights_t: tl.int64,
     active, active_b: tl.int64, active_t: tl.int64, tokens: tl.int64, count: tl.int64, clip: tl.int64,
-    loss, per_token, g_values, metrics, sums, done, REAL: tl.constexpr, BLOCK: tl.constexpr,
+    loss, per_token, g_values, metrics, sums, done, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens a program, which leaves `sums` [5, programs] behind: loss, tokens, clipped, values, targets.
     `done`, int32: how many programs have; the last one adds them up."""
     program = tl.program_id(0).to(tl.int64)
     i = program * BLOCK + tl.arange(0, BLOCK)
-    b, t, inside = i // tokens, i % tokens, i < count
-    on = inside & (tl.load(active + b * active_b + t * active_t, mask=inside, other=0) != 0)
-    zero = tl.zeros([BLOCK], REAL)
-    value = read((values, values_b, values_t), b, t, on, zero, REAL)
-    target = read((targets, targets_b, targets_t), b, t, on, zero, REAL)
-    weight = read((weights, weights_b, weights_t), b, t, on, zero, REAL)
+    b, t, in_bounds = i // tokens, i % tokens, i < count
+    is_active = in_bounds & (tl.load(active + b * active_b + t * active_t, mask=in_bounds, other=0) != 0)
+    zero = tl.zeros([BLOCK], ACC)
+    value = read((values, values_b, values_t), b, t, is_active, zero, ACC)
+    target = read((targets, targets_b, targets_t), b, t, is_active, zero, ACC)
+    weight = read((weights, weights_b, weights_t), b, t, is_active, zero, ACC)
     term, slope, clipped = value_term(
-        value, read((old, old_b, old_t), b, t, on, value, REAL), target, number(clip, REAL)
+        value, read((old, old_b, old_t), b, t, is_active, value, ACC), target, bits_to_float(clip, ACC)
     )
-    tl.store(per_token + i, tl.where(on, term, 0.0), mask=inside)
-    tl.store(g_values + i, tl.where(on, weight * slope, 0.0), mask=inside)
+    tl.store(per_token + i, tl.where(is_active, term, 0.0), mask=in_bounds)
+    tl.store(g_values + i, tl.where(is_active, weight * slope, 0.0), mask=in_bounds)
     programs, at = tl.num_programs(0).to(tl.int64), sums + program
-    tl.store(at, tl.sum(tl.where(on, weight * term, 0.0), 0))
-    tl.store(at + programs, tl.sum(on.to(REAL), 0))
-    tl.store(at + 2 * programs, tl.sum((on & clipped).to(REAL), 0))
+    tl.store(at, tl.sum(tl.where(is_active, weight * term, 0.0), 0))
+    tl.store(at + programs, tl.sum(is_active.to(ACC), 0))
+    tl.store(at + 2 * programs, tl.sum((is_active & clipped).to(ACC), 0))
     tl.store(at + 3 * programs, tl.sum(value, 0))
     tl.store(at + 4 * programs, tl.sum(target, 0))
     # One thread has stored them, the one that now says so: its release covers them.
     if tl.atomic_add(done, 1, sem="acq_rel") == programs - 1:
-        reduce_values(sums, programs, loss, metrics, REAL, BLOCK)
+        reduce_values(sums, programs, loss, metrics, ACC, BLOCK)
 
 
 def value_loss(
     values: Tensor, old_values: Tensor | None, returns: Tensor, weights: Tensor, active: Tensor, clip: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    real, count = real_dtype(values.dtype), values.numel()
-    per_token, g_values = (values.new_empty(values.shape, dtype=real) for _ in range(2))
+    acc, count = acc_dtype(values.dtype), values.numel()
+    per_token, g_values = (values.new_empty(values.shape, dtype=acc) for _ in range(2))
     if not count:
-        return values.new_zeros((), dtype=real), per_token, g_values, values.new_zeros(4, dtype=real)
+        return values.new_zeros((), dtype=acc), per_token, g_values, values.new_zeros(4, dtype=acc)
     programs = triton.cdiv(count, BLOCK)
-    loss, metrics, sums = (values.new_empty(shape, dtype=real) for shape in ((), 4, (5, programs)))
+    loss, metrics, sums = (values.new_empty(shape, dtype=acc) for shape in ((), 4, (5, programs)))
     views: list[Any] = [arg for x in (values, old_values, returns, weights, active) for arg in view_args(x)]
     done = torch.zeros(1, dtype=torch.int32, device=values.device)
     with on_device_of(values):
         value_kernel[(programs,)](
-            *views, values.shape[1], count, bits(clip, real), loss, per_token, g_values, metrics, sums, done,
-            REAL=REALS[real], BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+            *views, values.shape[1], count, scalar_bits(clip, acc), loss, per_token, g_values, metrics, sums, done,
+            ACC=ACC_TYPES[acc], BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return loss, per_token, g_values, metrics

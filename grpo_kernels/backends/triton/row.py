@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .group import sample_advantage
-from .launch import kernel, number
-from .math import ENTROPY_COEF, LOG_RATIO_CLAMP, inside, token_loss
+from .launch import bits_to_float, kernel
+from .math import ENTROPY_COEF, LOG_RATIO_CLAMP, clamp_passes_grad, token_term
 from .numeric import clamp_, quotient, weighted
 from .policy_inputs import (
     ADV,
@@ -40,13 +40,17 @@ def row_at(data, stride_b, stride_t, b, t, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def transform(numbers, temperature, b, t, REAL: tl.constexpr, SOFTCAP: tl.constexpr):
+def transform_of(scalar_bits, temperature, b, t, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
     """(natural, slope, inner, cap): what makes a difference of z one of logarithms, dz / dlogit without softcap', and
-    z = cap * tanh(logit * inner). `numbers` are the bits of 1 / temperature, logit_scale and softcap."""
-    inv_t, scale, cap = number(numbers[0], REAL), number(numbers[1], REAL), number(numbers[2], REAL)
+    z = cap * tanh(logit * inner). `scalar_bits` are the bits of 1 / temperature, logit_scale and softcap."""
+    inv_t, scale, cap = (
+        bits_to_float(scalar_bits[0], ACC),
+        bits_to_float(scalar_bits[1], ACC),
+        bits_to_float(scalar_bits[2], ACC),
+    )
     if temperature[0] is not None:
-        given = tl.load(temperature[0] + b * temperature[1] + t * temperature[2]).to(REAL)
-        inv_t = quotient(tl.full([], 1, REAL), given)  # to the bit what the host makes of the same number
+        given = tl.load(temperature[0] + b * temperature[1] + t * temperature[2]).to(ACC)
+        inv_t = quotient(tl.full([], 1, ACC), given)  # to the bit what the host makes of the same number
     if SOFTCAP:
         return inv_t, scale * inv_t, quotient(scale, cap), cap
     else:
@@ -54,9 +58,9 @@ def transform(numbers, temperature, b, t, REAL: tl.constexpr, SOFTCAP: tl.conste
 
 
 @triton.jit
-def open_row(views, tokens, vocab, numbers, REAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr):
-    """(row, b, t, data, live, target, vocab, maths) of this program; `views` are of logits, targets, active and
-    temperature, three arguments each, maths is what `transform` returns."""
+def open_row(views, tokens, vocab, scalar_bits, ACC: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr):
+    """(row, b, t, data, active, target, vocab, transform) of this program; `views` are of logits, targets, active and
+    temperature, three arguments each, transform is what `transform_of` returns."""
     row = tl.program_id(0).to(tl.int64)  # rows * vocab passes 2^31 at 14k tokens of a 152k vocabulary
     b, t = row // tokens, row % tokens
     vocab = vocab.to(tl.int32)
@@ -65,16 +69,16 @@ def open_row(views, tokens, vocab, numbers, REAL: tl.constexpr, SOFTCAP: tl.cons
         vocab = tl.multiple_of(vocab, COLUMNS)  # whole accesses: `aligned` knows no more
     target = tl.load(views[3] + b * views[4] + t * views[5])
     target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
-    live = tl.load(views[6] + b * views[7] + t * views[8]) != 0
-    maths = transform(numbers, views[9:12], b, t, REAL, SOFTCAP)
-    return row, b, t, row_at(views[0], views[1], views[2], b, t, ALIGNED), live, target, vocab, maths
+    is_active = tl.load(views[6] + b * views[7] + t * views[8]) != 0
+    transform = transform_of(scalar_bits, views[9:12], b, t, ACC, SOFTCAP)
+    return row, b, t, row_at(views[0], views[1], views[2], b, t, ALIGNED), is_active, target, vocab, transform
 
 
 @triton.jit
-def target_z(data, target, live, maths, REAL: tl.constexpr, SOFTCAP: tl.constexpr):
+def target_z(data, target, is_active, transform, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
     """NaN without a target: so is then the log-prob."""
-    logit = tl.load(data + target, mask=live & (target >= 0), other=float("nan")).to(REAL)
-    return z_of(logit, maths[2], maths[3], SOFTCAP)[0]
+    logit = tl.load(data + target, mask=is_active & (target >= 0), other=float("nan")).to(ACC)
+    return z_of(logit, transform[2], transform[3], SOFTCAP)[0]
 
 
 @triton.jit
@@ -86,17 +90,17 @@ def store_stats(row, stats, logps, entropy, max, log_sum):
 
 
 @triton.jit
-def pull_on_row(
-    data, out, begin, tiles, vocab, live, target, stats, g_logp, g_entropy, maths,
-    REAL: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+def write_row_gradient(
+    data, out, begin, tiles, vocab, is_active, target, stats, g_logp, g_entropy, transform,
+    ACC: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Writes `tiles` of the gradient from column `begin`, given the loss's pull on the row's log-prob and entropy."""
+    """Writes `tiles` of the gradient from column `begin`, given the derivatives in the log-prob and the entropy."""
     logp, entropy, max, log_sum = stats[0], stats[1], stats[2], stats[3]
-    live = live & ((g_logp != 0) | (g_entropy != 0))  # a NaN is something
+    is_active = is_active & ((g_logp != 0) | (g_entropy != 0))  # a NaN is something
     a, b = row_gradient(g_logp, g_entropy, log_sum, entropy)
     at_target = target_gradient(g_logp, g_entropy, logp, entropy)
     write_gradient(
-        data, out, begin, tiles, vocab, live, target, max, a, b, at_target, maths, REAL, SOFTCAP, STEPS, LANES
+        data, out, begin, tiles, vocab, is_active, target, max, a, b, at_target, transform, ACC, SOFTCAP, STEPS, LANES
     )  # fmt: skip
 
 
@@ -105,33 +109,33 @@ def stats_kernel(
     logits, logits_b: tl.int64, logits_t: tl.int64, targets, targets_b: tl.int64, targets_t: tl.int64,
     active, active_b: tl.int64, active_t: tl.int64, temperature, temperature_b: tl.int64, temperature_t: tl.int64,
     tokens: tl.int64, vocab: tl.int64, inv_temperature: tl.int64, logit_scale: tl.int64, softcap: tl.int64,
-    logps, entropy, max, log_sum, sum_p2, left, left_z, segments: tl.int64,
-    REAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, PHASE: tl.constexpr, SUM_P2: tl.constexpr,
+    logps, entropy, max, log_sum, sum_p2, partials, saved_z, segments: tl.int64,
+    ACC: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, PHASE: tl.constexpr, SUM_P2: tl.constexpr,
     STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """`left` [rows, segments, 4] and `left_z` [rows]: what the phase "segments" leaves behind."""
-    row, _, _, data, live, target, vocab, maths = open_row(
+    """`partials` [rows, segments, 4] and `saved_z` [rows]: what the phase "segments" stores."""
+    row, _, _, data, is_active, target, vocab, transform = open_row(
         (logits, logits_b, logits_t, targets, targets_b, targets_t, active, active_b, active_t,
          temperature, temperature_b, temperature_t),
-        tokens, vocab, (inv_temperature, logit_scale, softcap), REAL, SOFTCAP, ALIGNED,
+        tokens, vocab, (inv_temperature, logit_scale, softcap), ACC, SOFTCAP, ALIGNED,
     )  # fmt: skip
-    end = tl.where(live, vocab, 0)
+    end = tl.where(is_active, vocab, 0)
     if PHASE == "segments":
         part = tl.program_id(1)
-        s = segment_stats(data, part * SEGMENT, end, maths, REAL, SOFTCAP, SUM_P2, STEPS, LANES, SEGMENT)
-        at = left + 4 * (row * segments + part)
+        s = segment_stats(data, part * SEGMENT, end, transform, ACC, SOFTCAP, SUM_P2, STEPS, LANES, SEGMENT)
+        at = partials + 4 * (row * segments + part)
         for i in tl.static_range(4):
             tl.store(at + i, s[i])
         if part == 0:
-            tl.store(left_z + row, target_z(data, target, live, maths, REAL, SOFTCAP))
+            tl.store(saved_z + row, target_z(data, target, is_active, transform, ACC, SOFTCAP))
     else:
         if PHASE == "merge":
-            z = tl.load(left_z + row)
-            s = merged_segments(left + 4 * row * segments, segments, maths, REAL)
+            z = tl.load(saved_z + row)
+            s = merged_segments(partials + 4 * row * segments, segments, transform, ACC)
         else:
-            z = target_z(data, target, live, maths, REAL, SOFTCAP)
-            s = row_stats(data, end, maths, REAL, SOFTCAP, SUM_P2, STEPS, LANES, SEGMENT)
-        stats = finished(s, z, maths, live)
+            z = target_z(data, target, is_active, transform, ACC, SOFTCAP)
+            s = row_stats(data, end, transform, ACC, SOFTCAP, SUM_P2, STEPS, LANES, SEGMENT)
+        stats = finished(s, z, transform, is_active)
         store_stats(row, stats, logps, entropy, max, log_sum)
         if SUM_P2:
             tl.store(sum_p2 + row, stats[4])
@@ -143,22 +147,22 @@ def gradient_kernel(
     active, active_b: tl.int64, active_t: tl.int64, temperature, temperature_b: tl.int64, temperature_t: tl.int64,
     tokens: tl.int64, vocab: tl.int64, inv_temperature: tl.int64, logit_scale: tl.int64, softcap: tl.int64,
     logps, entropy, max, log_sum, g_logps, g_entropy, gradient, gradient_b: tl.int64, gradient_t: tl.int64,
-    REAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+    ACC: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The backward: one tile a program, along axis 1. `gradient` may be the logits."""
-    row, b, t, data, live, target, vocab, maths = open_row(
+    row, b, t, data, is_active, target, vocab, transform = open_row(
         (logits, logits_b, logits_t, targets, targets_b, targets_t, active, active_b, active_t,
          temperature, temperature_b, temperature_t),
-        tokens, vocab, (inv_temperature, logit_scale, softcap), REAL, SOFTCAP, ALIGNED,
+        tokens, vocab, (inv_temperature, logit_scale, softcap), ACC, SOFTCAP, ALIGNED,
     )  # fmt: skip
     stats = tl.load(logps + row), tl.load(entropy + row), tl.load(max + row), tl.load(log_sum + row)
-    on_entropy = tl.zeros([], REAL)
+    on_entropy = tl.zeros([], ACC)
     if g_entropy is not None:
         on_entropy = tl.load(g_entropy + row)
     begin, out = tl.program_id(1) * (STEPS * LANES), row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
-    pull_on_row(
-        data, out, begin, 1, vocab, live, target, stats, tl.load(g_logps + row), on_entropy, maths,
-        REAL, SOFTCAP, STEPS, LANES,
+    write_row_gradient(
+        data, out, begin, 1, vocab, is_active, target, stats, tl.load(g_logps + row), on_entropy, transform,
+        ACC, SOFTCAP, STEPS, LANES,
     )  # fmt: skip
 
 
@@ -167,11 +171,11 @@ def policy_pull(logp, token, s, OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GR
     """(d loss / d logp, d loss / d entropy): the loss of a token that asks no other."""
     raw, zero = logp - token[OLD], tl.zeros_like(logp)
     log_ratio = clamp_(raw, -s[LOG_RATIO_CLAMP], s[LOG_RATIO_CLAMP])
-    term = token_loss(
+    term = token_term(
         logp, token[OLD], log_ratio, token[ADV], token[TOKEN_WEIGHT], token[SELECTED], token[REF], token[ROLLOUT],
         zero, zero, zero, s, OBJECTIVE, KL, KL_GRADIENT,
     )  # fmt: skip
-    g_logp = weighted(token[WEIGHT], term[4] + tl.where(inside(raw, log_ratio), term[2], 0.0))
+    g_logp = weighted(token[WEIGHT], term[4] + tl.where(clamp_passes_grad(raw, log_ratio), term[2], 0.0))
     return g_logp, -s[ENTROPY_COEF] * token[ENTROPY_MASK] * token[ENTROPY_WEIGHT]
 
 
@@ -180,7 +184,7 @@ def policy_kernel(
     logits, logits_b: tl.int64, logits_t: tl.int64, targets, targets_b: tl.int64, targets_t: tl.int64,
     active, active_b: tl.int64, active_t: tl.int64, temperature, temperature_b: tl.int64, temperature_t: tl.int64,
     tokens: tl.int64, vocab: tl.int64, inv_temperature: tl.int64, logit_scale: tl.int64, softcap: tl.int64,
-    logps, entropy, max, log_sum, left, left_z, segments: tl.int64,
+    logps, entropy, max, log_sum, partials, saved_z, segments: tl.int64,
     gradient, gradient_b: tl.int64, gradient_t: tl.int64,
     scalars, kl_coef, entropy_coef, group_size: tl.int64, advantage_eps: tl.int64,
     adv, adv_b: tl.int64, adv_t: tl.int64, weight, weight_b: tl.int64, weight_t: tl.int64,
@@ -191,32 +195,32 @@ def policy_kernel(
     entropy_mask, entropy_mask_b: tl.int64, entropy_mask_t: tl.int64,
     selected, selected_b: tl.int64, selected_t: tl.int64,
     pooled_weight, pooled_weight_b: tl.int64, pooled_weight_t: tl.int64,
-    REAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, PHASE: tl.constexpr,
+    ACC: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, PHASE: tl.constexpr,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, ADVANTAGES: tl.constexpr,
     STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, the loss of the row's token and the gradient: in one launch ("row"), or after `stats_kernel` has left
-    its segments behind, one tile a program along axis 1 ("merge"). `gradient` may be the logits."""
-    row, b, t, data, live, target, vocab, maths = open_row(
+    """Statistics, the loss of the row's token and the gradient: in one launch ("row"), or after `stats_kernel` stored
+    its segments, one tile per program along axis 1 ("merge"). `gradient` may be the logits."""
+    row, b, t, data, is_active, target, vocab, transform = open_row(
         (logits, logits_b, logits_t, targets, targets_b, targets_t, active, active_b, active_t,
          temperature, temperature_b, temperature_t),
-        tokens, vocab, (inv_temperature, logit_scale, softcap), REAL, SOFTCAP, ALIGNED,
+        tokens, vocab, (inv_temperature, logit_scale, softcap), ACC, SOFTCAP, ALIGNED,
     )  # fmt: skip
     if PHASE == "merge":
         begin, tiles = tl.program_id(1) * (STEPS * LANES), 1
-        z = tl.load(left_z + row)  # the logit may be overwritten by now
-        s = merged_segments(left + 4 * row * segments, segments, maths, REAL)
+        z = tl.load(saved_z + row)  # the logit may be overwritten by now
+        s = merged_segments(partials + 4 * row * segments, segments, transform, ACC)
     else:
         begin, tiles = 0, tl.cdiv(vocab, STEPS * LANES)
-        z = target_z(data, target, live, maths, REAL, SOFTCAP)
-        s = row_stats(data, tl.where(live, vocab, 0), maths, REAL, SOFTCAP, False, STEPS, LANES, SEGMENT)
+        z = target_z(data, target, is_active, transform, ACC, SOFTCAP)
+        s = row_stats(data, tl.where(is_active, vocab, 0), transform, ACC, SOFTCAP, False, STEPS, LANES, SEGMENT)
         tl.debug_barrier()  # no thread may overwrite what another has yet to read
-    stats = finished(s, z, maths, live)
+    stats = finished(s, z, transform, is_active)
     if tl.program_id(1) == 0:
         store_stats(row, stats, logps, entropy, max, log_sum)
     own = 0.0
     if ADVANTAGES != "given":
-        own = sample_advantage(adv, adv_b, b, live, group_size, number(advantage_eps, REAL), ADVANTAGES, REAL)
+        own = sample_advantage(adv, adv_b, b, is_active, group_size, bits_to_float(advantage_eps, ACC), ADVANTAGES, ACC)
     views = (
         adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
         rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
@@ -224,10 +228,11 @@ def policy_kernel(
         selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t,
         own, ADVANTAGES != "given",
     )  # fmt: skip
-    token = load_token(b, t, live, stats[0], views, REAL)
-    s = scalars_of(scalars, kl_coef, entropy_coef, REAL)
+    token = load_token(b, t, is_active, stats[0], views, ACC)
+    s = scalars_of(scalars, kl_coef, entropy_coef, ACC)
     g_logp, g_entropy = policy_pull(stats[0], token, s, OBJECTIVE, KL, KL_GRADIENT)
     out = row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
-    pull_on_row(
-        data, out, begin, tiles, vocab, live, target, stats, g_logp, g_entropy, maths, REAL, SOFTCAP, STEPS, LANES
+    write_row_gradient(
+        data, out, begin, tiles, vocab, is_active, target, stats, g_logp, g_entropy, transform, ACC, SOFTCAP, STEPS,
+        LANES,
     )  # fmt: skip

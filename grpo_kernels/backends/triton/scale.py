@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...inputs.layout import real_dtype
-from .launch import ALIGNMENT, INTERPRETED, REALS, kernel, on_device_of
+from ...inputs.layout import acc_dtype
+from .launch import ACC_TYPES, ALIGNMENT, INTERPRETED, kernel, on_device_of
 from .policy_inputs import view_args
 from .row import row_at
 
@@ -25,9 +25,9 @@ def multiply(at, mask, f):
 @kernel
 def scale_kernel(
     matrix, stride_b: tl.int64, stride_t: tl.int64, factor, rows: tl.int64, tokens: tl.int64, columns: tl.int64,
-    REAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    f = tl.load(factor).to(REAL)
+    f = tl.load(factor).to(ACC)
     if f != 1:
         ACCESS: tl.constexpr = 128 // matrix.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
         whole = columns // ACCESS * ACCESS  # in accesses that no mask may split
@@ -65,6 +65,6 @@ def scale(matrix: Tensor, factor: Tensor) -> None:
     with on_device_of(matrix):
         scale_kernel[(min(PROGRAMS, rows * triton.cdiv(columns, BLOCK)),)](
             *view_args(matrix), factor, rows, tokens, columns,
-            REAL=REALS[real_dtype(matrix.dtype)], ALIGNED=rows_begin_aligned(matrix), BLOCK=BLOCK,
+            ACC=ACC_TYPES[acc_dtype(matrix.dtype)], ALIGNED=rows_begin_aligned(matrix), BLOCK=BLOCK,
             num_warps=1 if INTERPRETED else WARPS, enable_fp_fusion=False,
         )  # fmt: skip

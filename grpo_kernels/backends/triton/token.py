@@ -13,19 +13,19 @@ from triton.runtime import driver
 from ...config import METRICS, Form
 from ...inputs.layout import PolicyInputs
 from .group import sample_advantage
-from .launch import INTERPRETED, REALS, kernel, number, on_device_of
+from .launch import ACC_TYPES, INTERPRETED, bits_to_float, kernel, on_device_of
 from .math import (
     ENTROPY_COEF,
     GMPO_WEIGHT_FLOOR,
     KL_COEF,
     LOG_RATIO_CLAMP,
     clamp_,
-    inside,
+    clamp_passes_grad,
     max_,
     pooled_count,
     pooled_limit,
     pooled_term,
-    token_loss,
+    token_term,
     weighted,
 )  # fmt: skip
 from .numeric import quotient
@@ -48,7 +48,7 @@ from .policy_inputs import (
     scalars_of,
     view_args,
 )  # fmt: skip
-from .token_sums import SUMS, empty_sums, leave_sums, merge, reduce_programs, token_sums
+from .token_sums import SUMS, empty_sums, merge, reduce_programs, store_partials, token_sums
 
 # One token a thread: two dozen sums stay in registers from the first block to the last, without spills.
 BLOCK = 512
@@ -56,51 +56,55 @@ PROGRAMS = 512  # that long sequences are cut for; a constant, so that the sums 
 
 
 @triton.jit
-def load_tokens(b, t, end, logps, active, views, REAL: tl.constexpr):
+def load_tokens(b, t, end, logps, active, views, ACC: tl.constexpr):
     """Which of the tokens (b, t) count, their log-probs and their inputs. Of the others nothing is read."""
-    on = tl.load(active[0] + b * active[1] + t * active[2], mask=t < end, other=0) != 0
-    logp = read(logps, b, t, on, 0.0, REAL)
-    return on, logp, load_token(b, t, on, logp, views, REAL)
+    is_active = tl.load(active[0] + b * active[1] + t * active[2], mask=t < end, other=0) != 0
+    logp = read(logps, b, t, is_active, 0.0, ACC)
+    return is_active, logp, load_token(b, t, is_active, logp, views, ACC)
 
 
 @triton.jit
 def pool(
     b, begin, end, logps, active, views, s,
-    POOLING: tl.constexpr, OBJECTIVE: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+    POOLING: tl.constexpr, OBJECTIVE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What a sequence's tokens share: the pooled log-ratio, mean advantage and geometric mean of the token weights; the
     factor that takes the derivative back to each token, and 1 where the bound passes it, else 0."""
-    zeros = tl.zeros([BLOCK], REAL)
+    zeros = tl.zeros([BLOCK], ACC)
     total, counted, tokens, advs, log_weights = zeros, zeros, zeros, zeros, zeros
     for start in range(begin, end, BLOCK):
-        on, logp, token = load_tokens(b, start + tl.arange(0, BLOCK), end, logps, active, views, REAL)
+        is_active, logp, token = load_tokens(b, start + tl.arange(0, BLOCK), end, logps, active, views, ACC)
         count = pooled_count(token[TOKEN_WEIGHT], OBJECTIVE)
         value, _ = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
-        total += tl.where(on, weighted(count, value), 0.0)
-        counted += tl.where(on, count, 0.0)
-        tokens += tl.where(on, 1.0, 0.0)
-        advs += tl.where(on, token[ADV], 0.0)
-        log_weights += tl.where(on, tl.log(token[POOLED_WEIGHT] + GMPO_WEIGHT_FLOOR), 0.0)
+        total += tl.where(is_active, weighted(count, value), 0.0)
+        counted += tl.where(is_active, count, 0.0)
+        tokens += tl.where(is_active, 1.0, 0.0)
+        advs += tl.where(is_active, token[ADV], 0.0)
+        log_weights += tl.where(is_active, tl.log(token[POOLED_WEIGHT] + GMPO_WEIGHT_FLOOR), 0.0)
     n, one = max_(tl.sum(tokens, 0), 1.0), tl.sum(zeros, 0) + 1
     share = one if POOLING == "sum" else quotient(one, max_(tl.sum(counted, 0), 1.0))
     raw = tl.sum(total, 0) * share
     log_ratio = pooled_limit(raw, s, OBJECTIVE)
     weight = one if views[27] is None else tl.exp(quotient(tl.sum(log_weights, 0), n))
-    return log_ratio, quotient(tl.sum(advs, 0), n), weight, share, tl.where(inside(raw, log_ratio), one, 0.0)
+    return log_ratio, quotient(tl.sum(advs, 0), n), weight, share, tl.where(clamp_passes_grad(raw, log_ratio), one, 0.0)
 
 
 @triton.jit
-def push_back(
-    b, begin, end, logps, active, views, s, g_logps, tokens, pull,
-    OBJECTIVE: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+def scatter_pooled_grad(
+    b, begin, end, logps, active, views, s, g_logps, tokens, d_pooled,
+    OBJECTIVE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The derivative in the pooled log-ratio, back to each token that passes it."""
     for start in range(begin, end, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        on, logp, token = load_tokens(b, t, end, logps, active, views, REAL)
-        _, open = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
+        is_active, logp, token = load_tokens(b, t, end, logps, active, views, ACC)
+        _, passes_grad = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
         at = g_logps + b * tokens + t
-        tl.store(at, tl.load(at, on, 0.0) + weighted(pooled_count(token[TOKEN_WEIGHT], OBJECTIVE), pull), on & open)
+        tl.store(
+            at,
+            tl.load(at, is_active, 0.0) + weighted(pooled_count(token[TOKEN_WEIGHT], OBJECTIVE), d_pooled),
+            is_active & passes_grad,
+        )
 
 
 @triton.jit
@@ -130,20 +134,20 @@ def store_block(per_token, g_logps, g_entropy, at, mask, value, g_logp, g_bonus)
 def token_block(
     b, begin_t, end, tokens, logps, active, entropies, views, shared, s, per_token, g_logps, g_entropy,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, RATIO_LEVEL: tl.constexpr,
-    REAL: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stores a block of tokens' results; returns what they add to the sums and to the derivative in the sequence's
     pooled log-ratio."""
     t = begin_t + tl.arange(0, BLOCK)
-    on, logp, token = load_tokens(b, t, end, logps, active, views, REAL)
+    is_active, logp, token = load_tokens(b, t, end, logps, active, views, ACC)
     zero = tl.zeros_like(logp)
-    entropy = read(entropies, b, t, on, zero, REAL)
+    entropy = read(entropies, b, t, is_active, zero, ACC)
     raw, pooled = logp - token[OLD], zero + shared[0]
     log_ratio = clamp_(raw, -s[LOG_RATIO_CLAMP], s[LOG_RATIO_CLAMP])
-    own = inside(raw, log_ratio)
+    own = clamp_passes_grad(raw, log_ratio)
     if RATIO_LEVEL != "token":
         log_ratio, own = pooled, zero + shared[4] != 0
-    term = token_loss(
+    term = token_term(
         logp, token[OLD], log_ratio, token[ADV], token[TOKEN_WEIGHT], token[SELECTED], token[REF], token[ROLLOUT],
         pooled, zero + shared[1], zero + shared[2], s, OBJECTIVE, KL, KL_GRADIENT,
     )  # fmt: skip
@@ -154,11 +158,11 @@ def token_block(
     value = term[0] + weighted(s[KL_COEF], term[1]) - weighted(bonus, entropy)
     g_logp = weighted(token[WEIGHT], term[4] + d_own)
     store_block(
-        per_token, g_logps, g_entropy, b * tokens + t, t < end, tl.where(on, value, 0.0), tl.where(on, g_logp, 0.0),
-        tl.where(on, -bonus * token[ENTROPY_WEIGHT], 0.0),
+        per_token, g_logps, g_entropy, b * tokens + t, t < end, tl.where(is_active, value, 0.0),
+        tl.where(is_active, g_logp, 0.0), tl.where(is_active, -bonus * token[ENTROPY_WEIGHT], 0.0),
     )  # fmt: skip
-    pull = tl.where(on, weighted(token[WEIGHT], d_pooled), 0.0)
-    return token_sums(on, logp, entropy, log_ratio, token, term, s), pull
+    d_pooled = tl.where(is_active, weighted(token[WEIGHT], d_pooled), 0.0)
+    return token_sums(is_active, logp, entropy, log_ratio, token, term, s), d_pooled
 
 
 @kernel
@@ -177,16 +181,18 @@ def token_kernel(
     loss, per_token, g_logps, g_entropy, metrics, sums_ptr, counts_ptr,
     tokens: tl.int64, sequences: tl.int64, pieces: tl.int64,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, ADVANTAGES: tl.constexpr,
-    RATIO_LEVEL: tl.constexpr, POOLING: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+    RATIO_LEVEL: tl.constexpr, POOLING: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """counts: int32, zeros; how many programs are done, then each sequence's tokens, low and high clips."""
     logps, active = (logps, logps_b, logps_t), (active, active_b, active_t)
     entropies = (entropies, entropies_b, entropies_t)
-    program, s = tl.program_id(0).to(tl.int64), scalars_of(scalars, kl_coef, entropy_coef, REAL)
+    program, s = tl.program_id(0).to(tl.int64), scalars_of(scalars, kl_coef, entropy_coef, ACC)
     b, begin, end = segment(program, pieces, cu_seqlens, tokens, sequences, BLOCK)
     own = 0.0
     if ADVANTAGES != "given":
-        own = sample_advantage(adv, adv_b, b, begin < end, group_size, number(advantage_eps, REAL), ADVANTAGES, REAL)
+        own = sample_advantage(
+            adv, adv_b, b, begin < end, group_size, bits_to_float(advantage_eps, ACC), ADVANTAGES, ACC
+        )
     views = (
         adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
         rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
@@ -196,26 +202,26 @@ def token_kernel(
     )  # fmt: skip
     shared = (0.0, 0.0, 1.0, 1.0, 1.0)
     if POOLING != "none":
-        shared = pool(b, begin, end, logps, active, views, s, POOLING, OBJECTIVE, REAL, BLOCK)
-    sums, pull = empty_sums(BLOCK, REAL), tl.zeros([BLOCK], REAL)
+        shared = pool(b, begin, end, logps, active, views, s, POOLING, OBJECTIVE, ACC, BLOCK)
+    sums, d_pooled = empty_sums(BLOCK, ACC), tl.zeros([BLOCK], ACC)
     for start in range(begin, end, BLOCK):
-        of_block, pull_of_block = token_block(
+        of_block, d_pooled_of_block = token_block(
             b, start, end, tokens, logps, active, entropies, views, shared, s, per_token, g_logps, g_entropy,
-            OBJECTIVE, KL, KL_GRADIENT, RATIO_LEVEL, REAL, BLOCK,
+            OBJECTIVE, KL, KL_GRADIENT, RATIO_LEVEL, ACC, BLOCK,
         )  # fmt: skip
-        sums, pull = merge(sums, of_block), pull + pull_of_block
+        sums, d_pooled = merge(sums, of_block), d_pooled + d_pooled_of_block
     if POOLING != "none":
-        pulled = tl.sum(pull, 0) * shared[4]
-        if pulled != 0:  # a NaN is something
+        d_pooled_sum = tl.sum(d_pooled, 0) * shared[4]
+        if d_pooled_sum != 0:  # a NaN is something
             tl.debug_barrier()  # before this thread adds to what another has stored
-            push_back(
-                b, begin, end, logps, active, views, s, g_logps, tokens, shared[3] * pulled, OBJECTIVE, REAL, BLOCK
+            scatter_pooled_grad(
+                b, begin, end, logps, active, views, s, g_logps, tokens, shared[3] * d_pooled_sum, OBJECTIVE, ACC, BLOCK
             )
-    last = leave_sums(sums, sums_ptr, counts_ptr, program // pieces, sequences)
+    last = store_partials(sums, sums_ptr, counts_ptr, program // pieces, sequences)
     if last:
-        reduce_programs(sums_ptr, counts_ptr + 1, sequences, metrics, loss, REAL, BLOCK)
+        reduce_programs(sums_ptr, counts_ptr + 1, sequences, metrics, loss, ACC, BLOCK)
     if cu_seqlens is not None:
-        zeros = tl.zeros([BLOCK], REAL)
+        zeros = tl.zeros([BLOCK], ACC)
         for start in range(
             first_of_tail(cu_seqlens, sequences, tokens, BLOCK), tokens, tl.num_programs(0).to(tl.int64) * BLOCK
         ):
@@ -248,7 +254,7 @@ def token_policy(
             None if cu_seqlens is None else cu_seqlens.contiguous(), *policy_args(inputs),
             loss, per_token, g_logps, None if entropy is None else g_entropy, metrics, sums, counts,
             tokens, sequences, pieces,
-            **form_args(inputs), RATIO_LEVEL=form.ratio_level, POOLING=pooling, REAL=REALS[logps.dtype], BLOCK=block,
+            **form_args(inputs), RATIO_LEVEL=form.ratio_level, POOLING=pooling, ACC=ACC_TYPES[logps.dtype], BLOCK=block,
             num_warps=warps(block), enable_fp_fusion=False,
         )  # fmt: skip
     return loss, per_token, g_logps, g_entropy, metrics

@@ -27,10 +27,10 @@ def identity(i: tl.constexpr):
 
 
 @triton.jit
-def empty_sums(BLOCK: tl.constexpr, REAL: tl.constexpr):
+def empty_sums(BLOCK: tl.constexpr, ACC: tl.constexpr):
     sums = ()
     for i in tl.static_range(SUMS):
-        sums = sums + (tl.full([BLOCK], identity(i), REAL),)  # type: ignore[assignment]  # noqa: RUF005
+        sums = sums + (tl.full([BLOCK], identity(i), ACC),)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
 
@@ -81,7 +81,7 @@ def token_sums(on, logp, entropy, log_ratio, token, loss, s):
 
 
 @triton.jit
-def leave_sums(sums, sums_ptr, counts_ptr, sequence, sequences):
+def store_partials(sums, sums_ptr, counts_ptr, sequence, sequences):
     """What a program found, where the last one finds it; True for that one. Integers may be added in any order.
 
     Scalars are stored by one thread, the one that then says so: its release covers them on every device."""
@@ -120,10 +120,10 @@ def store_metrics(metrics, loss, t, low_min, high_max):
 
 
 @triton.jit
-def reduce_programs(sums_ptr, counts_ptr, sequences, metrics, loss, REAL: tl.constexpr, BLOCK: tl.constexpr):
+def reduce_programs(sums_ptr, counts_ptr, sequences, metrics, loss, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """Everything the programs left, in the order of the programs. Read from the cache that they share."""
     programs = tl.num_programs(0).to(tl.int64)
-    sums = empty_sums(BLOCK, REAL)
+    sums = empty_sums(BLOCK, ACC)
     for start in range(0, programs, BLOCK):
         i = start + tl.arange(0, BLOCK)
         one = ()
@@ -131,13 +131,13 @@ def reduce_programs(sums_ptr, counts_ptr, sequences, metrics, loss, REAL: tl.con
             sum = tl.load(sums_ptr + k * programs + i, i < programs, identity(k), cache_modifier=".cg")
             one = one + (sum,)  # type: ignore[assignment]  # noqa: RUF005
         sums = merge(sums, one)
-    low_min, high_max = tl.full([BLOCK], float("inf"), REAL), tl.full([BLOCK], float("-inf"), REAL)
+    low_min, high_max = tl.full([BLOCK], float("inf"), ACC), tl.full([BLOCK], float("-inf"), ACC)
     for start in range(0, sequences, BLOCK):
         i = start + tl.arange(0, BLOCK)
         at = counts_ptr + 3 * i
-        tokens = tl.load(at, i < sequences, 0, cache_modifier=".cg").to(REAL)
-        low = tl.load(at + 1, i < sequences, 0, cache_modifier=".cg").to(REAL)
-        high = tl.load(at + 2, i < sequences, 0, cache_modifier=".cg").to(REAL)
+        tokens = tl.load(at, i < sequences, 0, cache_modifier=".cg").to(ACC)
+        low = tl.load(at + 1, i < sequences, 0, cache_modifier=".cg").to(ACC)
+        high = tl.load(at + 2, i < sequences, 0, cache_modifier=".cg").to(ACC)
         low_min = min_(low_min, tl.where(tokens > 0, quotient(low, tokens), float("inf")))
         high_max = max_(high_max, tl.where(tokens > 0, quotient(high, tokens), float("-inf")))
     total = ()
