@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracles import assert_near, poisoned
+from oracle_cases import assert_near, poisoned
 from torch import Tensor
 
 import grpo_kernels as gk

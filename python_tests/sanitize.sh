@@ -17,6 +17,6 @@ GRPO_KERNELS_EMULATED=1 "$python" setup.py -q build_ext --inplace
 runtime=$(${CXX:-c++} -print-file-name=libasan.so):$(${CXX:-c++} -print-file-name=libubsan.so)
 # Leaks are off: the interpreter's own would drown ours.
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$work "$python" -m pytest -q -m "not slow" \
-  python_tests/test_logps.py python_tests/test_losses.py python_tests/test_linear.py python_tests/test_edges.py python_tests/test_advantages.py \
-  python_tests/test_diversity.py python_tests/test_returns.py python_tests/test_cuda_rows.py python_tests/test_cuda_tokens.py \
-  python_tests/test_cuda_boundaries.py
+  python_tests/loss/test_logps.py python_tests/loss/test_losses.py python_tests/loss/test_linear.py python_tests/loss/test_edges.py python_tests/advantages/test_advantages.py \
+  python_tests/advantages/test_diversity.py python_tests/advantages/test_returns.py python_tests/kernels/test_cuda_rows.py python_tests/kernels/test_cuda_tokens.py \
+  python_tests/kernels/test_cuda_boundaries.py

@@ -22,9 +22,9 @@ REFUSALS = (
 )  # fmt: skip
 # The shared tests by backend, the widest first. The others build, compile for other targets, or compare CPU libraries.
 TEST_FILES = (
-    "test_losses.py", "test_logps.py", "test_advantages.py", "test_returns.py", "test_diversity.py", "test_edges.py",
-    "test_triton.py", "test_cuda_tokens.py", "test_triton_token.py", "test_linear.py",
-    "test_ops.py", "test_properties.py",
+    "loss/test_losses.py", "loss/test_logps.py", "advantages/test_advantages.py", "advantages/test_returns.py",
+    "advantages/test_diversity.py", "loss/test_edges.py", "kernels/test_triton.py", "kernels/test_cuda_tokens.py",
+    "kernels/test_triton_token.py", "loss/test_linear.py", "kernels/test_ops.py", "loss/test_properties.py",
 )  # fmt: skip
 # torch's own kernels are not ours to check, and many; how older versions say that they know no such option.
 OURS_ALONE = ("--kernel-name-exclude", "kernel_substring=at::native")

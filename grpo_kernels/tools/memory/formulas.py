@@ -4,7 +4,7 @@
 and do not count, and ends with the loss and the gradients of both. "logits": it begins with the logits, which do not
 count either, and ends with the loss and their gradient. What is a few bytes a token is left out where anything is as
 large as a row of logits. The scratch memory of a BLAS is the processor's own and is not predicted. Every formula is
-held to the measurement within 2 % (``python_tests/test_predictions.py``).
+held to the measurement within 2 % (``python_tests/tools/test_predictions.py``).
 """
 
 from __future__ import annotations

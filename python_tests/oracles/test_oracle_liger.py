@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracles import DELTA, EPS_HIGH, EPS_LOW, PADDED, Variant, assert_near, make_batch, poisoned
-from oracles import one_thread as one_thread
+from oracle_cases import DELTA, EPS_HIGH, EPS_LOW, PADDED, Variant, assert_near, make_batch, poisoned
+from oracle_cases import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk
@@ -186,7 +186,7 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("level", "wrong"), list(itertools.product(("token", "sequence"), WRONG)))
-def test_teeth(level: str, wrong: str) -> None:
+def test_mutations(level: str, wrong: str) -> None:
     """One thing wrong, and the comparison says so."""
     row, case = LOSSES[f"grpo_{level}"], KLS["bias_corrected_kl"] | OPTIONS["chunks_of_4"] | OPTIONS["token_weights"]
     inputs, variant = make_inputs(level, case), Variant("cpu", torch.float32)

@@ -77,7 +77,7 @@ def test_a_changed_specification_is_noticed(monkeypatch, name):
         torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-4, atol=1e-6)
 
 
-FORGOTTEN = {  # an objective, and what its specification forgets
+MUTATIONS = {  # an objective, and what its specification forgets
     "cispo": lambda v: v._replace(log_ratio=v.log_ratio * 0.5),
     "sapo": lambda v: v._replace(adv=v.adv.abs()),
     "gmpo": lambda v: v._replace(pooled_adv=v.adv * 0.9),
@@ -93,7 +93,7 @@ FORGOTTEN = {  # an objective, and what its specification forgets
 }
 
 
-@pytest.mark.parametrize("name", FORGOTTEN)
+@pytest.mark.parametrize("name", MUTATIONS)
 def test_a_changed_objective_is_noticed(monkeypatch, name):
     b, config = make_batch(sequences=8, tokens=12), gk.LossConfig(**OBJECTIVES[name])
 
@@ -104,7 +104,7 @@ def test_a_changed_objective_is_noticed(monkeypatch, name):
 
     torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-10, atol=1e-12)
     original = reference_objectives.OBJECTIVES[name]
-    monkeypatch.setitem(reference_objectives.OBJECTIVES, name, lambda v, s: original(FORGOTTEN[name](v), s))
+    monkeypatch.setitem(reference_objectives.OBJECTIVES, name, lambda v, s: original(MUTATIONS[name](v), s))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-4, atol=1e-6)
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from correction_oracles import VARIANTS, Batch, assert_matches, mismatch, ours
-from oracles import assert_near
-from oracles import one_thread as one_thread
+from oracle_cases import assert_near
+from oracle_cases import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk

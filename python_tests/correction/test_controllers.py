@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from oracles import make_batch
-from oracles import one_thread as one_thread
+from oracle_cases import make_batch
+from oracle_cases import one_thread as one_thread
 
 import grpo_kernels as gk
 

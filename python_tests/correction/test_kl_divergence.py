@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import assert_near, make_batch, poisoned
-from oracles import one_thread as one_thread
+from oracle_cases import assert_near, make_batch, poisoned
+from oracle_cases import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk

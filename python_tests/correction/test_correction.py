@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from correction_inputs import FILTERS, FULL, METRICS, WEIGHTS, batch_of, packed
-from oracles import one_thread as one_thread
+from oracle_cases import one_thread as one_thread
 
 import grpo_kernels as gk
 from grpo_kernels.correction.config import LEVELS, NANS, REDUCTIONS

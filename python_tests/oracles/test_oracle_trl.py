@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import (
+from oracle_cases import (
     ADVANTAGES,
     DELTA,
     EPS_HIGH,
@@ -28,7 +28,7 @@ from oracles import (
     make_batch,
     ours,
 )
-from oracles import one_thread as one_thread
+from oracle_cases import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk
@@ -376,7 +376,7 @@ def _changed(call: dict[str, Any], **changes: Any) -> gk.LossConfig:
 
 
 @pytest.mark.parametrize(("level", "wrong"), list(itertools.product(LEVELS, WRONG)))
-def test_teeth(level: str, wrong: str) -> None:
+def test_mutations(level: str, wrong: str) -> None:
     """One thing wrong, and the comparison says so."""
     case = Case(**KLS["bias_corrected_kl"], **OPTIONS["everything"])
     batch = make_batch(level, holes=True)

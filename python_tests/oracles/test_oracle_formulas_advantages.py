@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import assert_near
-from oracles import one_thread as one_thread
+from oracle_cases import assert_near
+from oracle_cases import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk

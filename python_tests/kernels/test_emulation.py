@@ -45,7 +45,7 @@ LATE = ("one_warp_ahead", "shuffled")  # schedules that find what is still open 
 
 
 def test_what_a_gpu_leaves_undefined_is_refused(tmp_path):
-    probe = compiled_probe(ROOT / "python_tests/emulation_probe.cpp", ROOT / "csrc", tmp_path)
+    probe = compiled_probe(ROOT / "python_tests/kernels/emulation_probe.cpp", ROOT / "csrc", tmp_path)
     probe.name_of.restype = probe.run.restype = ctypes.c_char_p
     names = [probe.name_of(i).decode() for i in range(probe.count())]
     assert {n for n in names if not n.startswith("fine: ")} == set(REFUSED)

@@ -310,7 +310,7 @@ def test_a_file_that_is_no_snapshot_is_refused_and_not_run(tmp_path, content, ca
 
 def test_the_example_of_the_document_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    page = Path(__file__).parent.parent / "docs" / "profiling.md"
+    page = Path(__file__).parents[2] / "docs" / "profiling.md"
     example = page.read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     exec(compile(example, str(page), "exec"), {})

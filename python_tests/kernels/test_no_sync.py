@@ -19,7 +19,7 @@ from fake_cuda import library
 
 import grpo_kernels as gk
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 LINEAR = ("linear_token_logps", "linear_grpo_loss", "LinearGRPOLoss")
 # They turn a number of the GPU's into a coefficient, and say so.
 WAIT_BY_DESIGN = {("AdaptiveKLController", "update"), ("AdaptiveEntropyController", "update")}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import (
+from oracle_cases import (
     DUAL_CLIP,
     EPS_HIGH,
     EPS_LOW,
@@ -23,7 +23,7 @@ from oracles import (
     ours,
     poisoned,
 )
-from oracles import one_thread as one_thread
+from oracle_cases import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk
@@ -385,7 +385,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_teeth(wrong: str) -> None:
+def test_mutations(wrong: str) -> None:
     """One thing wrong, and the comparison says so."""
     batch, changes = kl_batch(), WRONG[wrong]
     mode = "seq-mean-token-sum" if wrong == "empty_sequences_counted" else "token-mean"

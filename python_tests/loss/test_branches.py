@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from forms import OBJECTIVES
-from oracles import one_thread as one_thread  # torch's float64 exp on two threads is sometimes off by 3e-9
+from oracle_cases import one_thread as one_thread  # torch's float64 exp on two threads is sometimes off by 3e-9
 
 import grpo_kernels as gk
 from grpo_kernels.config import KL_ESTIMATORS, KL_GRADIENTS, RATIO_LEVELS

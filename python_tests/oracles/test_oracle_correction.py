@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from correction_oracles import LENGTHS, VARIANTS, Batch, assert_matches, mismatch, ours
-from oracles import assert_matches as assert_loss_matches
-from oracles import assert_near, differentiated, make_batch
-from oracles import one_thread as one_thread
+from oracle_cases import assert_matches as assert_loss_matches
+from oracle_cases import assert_near, differentiated, make_batch
+from oracle_cases import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk
@@ -249,7 +249,7 @@ TEETH = {
 
 
 @pytest.mark.parametrize("wrong", TEETH)
-def test_teeth(wrong: str) -> None:
+def test_mutations(wrong: str) -> None:
     """One thing wrong, and the comparison says so."""
     b = mismatch()
     options = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import (
+from oracle_cases import (
     DUAL_CLIP,
     EMPTY_ROW,
     EPS_HIGH,
@@ -24,7 +24,7 @@ from oracles import (
     make_batch,
     ours,
 )
-from oracles import one_thread as one_thread
+from oracle_cases import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk
@@ -444,7 +444,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_teeth(wrong: str) -> None:
+def test_mutations(wrong: str) -> None:
     """One thing wrong, and the comparison says so."""
     batch, valid = make_batch(holes=True, large=FAR), torch.tensor(TOKENS_TIMES_STEPS)
     exact: Result = differentiated(nemo(batch, "k3", "score_function", (20.0, 10.0), valid), batch.logps)

@@ -36,7 +36,7 @@ from grpo_kernels.tools.providers.batch import produced, tokens_batch
 from grpo_kernels.tools.providers.plain import Eager
 from grpo_kernels.tools.shapes import SHAPES, shape_named
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = Options(seconds=0.0, compile=False, strict=True)
 OURS = provider_named("ours-cpu")
 

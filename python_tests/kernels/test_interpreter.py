@@ -22,7 +22,7 @@ if not INTERPRETED or "triton" not in BACKENDS_HERE:
 import triton
 import triton.language as tl
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.05, "delta": 1.6, "dual_clip": 1.4}
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy
 import pytest
 import torch
-from oracles import assert_near, poisoned
-from oracles import one_thread as one_thread
+from oracle_cases import assert_near, poisoned
+from oracle_cases import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk
@@ -331,7 +331,7 @@ def test_value_loss(layout: str, backend: str, dtype: torch.dtype, mode: str, cl
 # ---- teeth ----
 
 
-def test_teeth() -> None:
+def test_mutations() -> None:
     """One thing wrong, and the comparison says so."""
     wrong = {
         "ddof": {"eps": 1e-6, "single": "raw", "ddof": 0}, "single": {"eps": 1e-6}, "eps": {"single": "raw"},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import environment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="installed without the benchmarks")
 sys.path.insert(0, str(ROOT))
 if (ROOT / "benchmarks").is_dir():

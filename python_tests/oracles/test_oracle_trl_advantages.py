@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracles import assert_near
-from oracles import one_thread as one_thread
+from oracle_cases import assert_near
+from oracle_cases import one_thread as one_thread
 from torch import Tensor
 
 import grpo_kernels as gk
@@ -136,7 +136,7 @@ def test_rloo(backend: str, normalise: bool) -> None:
     assert_near(advantages, names["advantages"], 1e-9, "advantages")
 
 
-def test_teeth() -> None:
+def test_mutations() -> None:
     rewards, weights = several(), [2.0, 0.25, -0.5]
     exact = trl_advantages(rewards, weights, 4, "group", "sum_then_normalize")
     wrong = [

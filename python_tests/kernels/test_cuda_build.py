@@ -88,7 +88,7 @@ def check_waits(ptx, bulk, clusters):
 def test_a_launch_asks_for_the_most_shared_memory_whatever_it_needs(tmp_path):
     """Or two threads that launch one kernel with different sizes would make each other's launch fail."""
     flags = ["-std=c++17", "-arch=sm_90", "-cudart", "none", "-I", ROOT / "csrc", "-o", tmp_path / "probe"]
-    sources = [ROOT / "python_tests" / name for name in ("launch_probe.cu", "launch_runtime.cpp")]
+    sources = [ROOT / "python_tests/kernels" / name for name in ("launch_probe.cu", "launch_runtime.cpp")]
     done = subprocess.run(["nvcc", *flags, *sources], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = subprocess.run([tmp_path / "probe"], capture_output=True, text=True, check=True).stdout.splitlines()

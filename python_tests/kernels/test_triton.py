@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BACKENDS_HERE, DTYPES, dtype_name
-from test_logps import check, ours, run
+from eager_logps import check, ours, run
 
 import grpo_kernels as gk
 from grpo_kernels.testing.inputs import make_batch

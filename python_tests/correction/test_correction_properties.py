@@ -11,8 +11,8 @@ import torch
 from correction_inputs import FILTERS, FULL, METRICS, WEIGHTS, batch_of, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import one_thread as one_thread
-from oracles import poisoned
+from oracle_cases import one_thread as one_thread
+from oracle_cases import poisoned
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from forms import FORMS, with_everything
-from oracles import one_thread as one_thread  # torch's float64 exp on two threads is sometimes off by 3e-9
+from oracle_cases import one_thread as one_thread  # torch's float64 exp on two threads is sometimes off by 3e-9
 
 import grpo_kernels as gk
 

@@ -120,7 +120,7 @@ def test_memory_that_is_shared_stays_shared_and_what_is_written_comes_back():
 
 def test_the_suite_through_the_proxy_runs_tests_of_that_backend_alone():
     """As on a machine with a GPU, where conftest.py takes the backends from the environment."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "python_tests/test_losses.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "python_tests/loss/test_losses.py"]
     env = environment(GRPO_KERNELS_TEST_BACKENDS="cpu")
     done = subprocess.run(
         [*command, "-k", "upstream or several or dtypes", "-vv"], cwd=ROOT, env=env, capture_output=True, text=True

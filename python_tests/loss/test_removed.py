@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BACKENDS_HERE
 from forms import OBJECTIVES
-from oracles import one_thread as one_thread  # small tensors wait for a second thread longer than they compute
+from oracle_cases import one_thread as one_thread  # small tensors wait for a second thread longer than they compute
 
 import grpo_kernels as gk
 from grpo_kernels import config
