@@ -99,33 +99,36 @@ def scalars_of(scalars, kl_coef, entropy_coef, ACC: tl.constexpr):
 def read(view, b, t, mask, absent, ACC: tl.constexpr):
     """Tokens (b, t), int64, of a view (address, strides); nothing is read where the mask is off. `absent` stands in for
     a view that is not given."""
-    if view[0] is None:
+    address, stride_b, stride_t = view
+    if address is None:
         return absent
     else:
-        return tl.load(view[0] + b * view[1] + t * view[2], mask=mask, other=0.0).to(ACC)
+        return tl.load(address + b * stride_b + t * stride_t, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
 def load_token(b, t, mask, logp, views, ACC: tl.constexpr):
     """One token's share of each view, or a block's: (adv, weight, old, ...), by name `token[OLD]`.
 
-    `views` holds the three arguments of each, one after the other, then an advantage and whether it is every token's.
-    `logp` stands in for what is not given: on-policy, a ratio of 1.
+    `views` holds (address, stride over b, over t) of each, then an advantage and whether it is every token's. `logp`
+    stands in for what is not given: on-policy, a ratio of 1.
     """
+    advs, weights, olds, refs, rollouts, token_weights, entropy_weights, entropy_masks, picks, pooled, own = views
+    own_advantage, every = own
     one = tl.zeros_like(logp) + 1
-    adv = one - 1 + views[30]
-    if not views[31]:
-        adv = read(views[0:3], b, t, mask, adv, ACC)
-    weight = read(views[3:6], b, t, mask, one, ACC)
+    adv = one - 1 + own_advantage
+    if not every:
+        adv = read(advs, b, t, mask, adv, ACC)
+    weight = read(weights, b, t, mask, one, ACC)
     return (
         adv,
         weight,
-        read(views[6:9], b, t, mask, logp, ACC),
-        read(views[9:12], b, t, mask, logp, ACC),
-        read(views[12:15], b, t, mask, logp, ACC),
-        read(views[15:18], b, t, mask, one, ACC),
-        read(views[18:21], b, t, mask, weight, ACC),
-        read(views[21:24], b, t, mask, one, ACC),
-        read(views[24:27], b, t, mask, one - 1, ACC),
-        read(views[27:30], b, t, mask, one, ACC),
+        read(olds, b, t, mask, logp, ACC),
+        read(refs, b, t, mask, logp, ACC),
+        read(rollouts, b, t, mask, logp, ACC),
+        read(token_weights, b, t, mask, one, ACC),
+        read(entropy_weights, b, t, mask, weight, ACC),
+        read(entropy_masks, b, t, mask, one, ACC),
+        read(picks, b, t, mask, one - 1, ACC),
+        read(pooled, b, t, mask, one, ACC),
     )

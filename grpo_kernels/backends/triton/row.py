@@ -43,13 +43,12 @@ def row_at(data, stride_b, stride_t, b, t, ALIGNED: tl.constexpr):
 def transform_of(scalar_bits, temperature, b, t, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
     """(natural, slope, inner, cap): what makes a difference of z one of logarithms, dz / dlogit without softcap', and
     z = cap * tanh(logit * inner). `scalar_bits` are the bits of 1 / temperature, logit_scale and softcap."""
-    inv_t, scale, cap = (
-        bits_to_float(scalar_bits[0], ACC),
-        bits_to_float(scalar_bits[1], ACC),
-        bits_to_float(scalar_bits[2], ACC),
-    )
-    if temperature[0] is not None:
-        given = tl.load(temperature[0] + b * temperature[1] + t * temperature[2]).to(ACC)
+    inv_temperature, logit_scale, softcap = scalar_bits
+    inv_t, scale = bits_to_float(inv_temperature, ACC), bits_to_float(logit_scale, ACC)
+    cap = bits_to_float(softcap, ACC)
+    address, stride_b, stride_t = temperature
+    if address is not None:
+        given = tl.load(address + b * stride_b + t * stride_t).to(ACC)
         inv_t = quotient(tl.full([], 1, ACC), given)  # to the bit what the host makes of the same number
     if SOFTCAP:
         return inv_t, scale * inv_t, quotient(scale, cap), cap
@@ -58,44 +57,52 @@ def transform_of(scalar_bits, temperature, b, t, ACC: tl.constexpr, SOFTCAP: tl.
 
 
 @triton.jit
-def open_row(views, tokens, vocab, scalar_bits, ACC: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr):
-    """(row, b, t, data, active, target, vocab, transform) of this program; `views` are of logits, targets, active and
-    temperature, three arguments each, transform is what `transform_of` returns."""
+def open_row(
+    logits, targets, active, temperature, tokens, vocab, scalar_bits,
+    ACC: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """(row, b, t, data, is_active, target, vocab, transform) of this program; views are (address, stride over b, over
+    t), transform is what `transform_of` returns."""
+    data, data_b, data_t = logits
+    at_target, target_b, target_t = targets
+    at_active, active_b, active_t = active
     row = tl.program_id(0).to(tl.int64)  # rows * vocab passes 2^31 at 14k tokens of a 152k vocabulary
     b, t = row // tokens, row % tokens
     vocab = vocab.to(tl.int32)
     if ALIGNED:  # a mask that may end anywhere would split every access
-        COLUMNS: tl.constexpr = 128 // views[0].dtype.element_ty.primitive_bitwidth
+        COLUMNS: tl.constexpr = 128 // data.dtype.element_ty.primitive_bitwidth
         vocab = tl.multiple_of(vocab, COLUMNS)  # whole accesses: `aligned` knows no more
-    target = tl.load(views[3] + b * views[4] + t * views[5])
+    target = tl.load(at_target + b * target_b + t * target_t)
     target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
-    is_active = tl.load(views[6] + b * views[7] + t * views[8]) != 0
-    transform = transform_of(scalar_bits, views[9:12], b, t, ACC, SOFTCAP)
-    return row, b, t, row_at(views[0], views[1], views[2], b, t, ALIGNED), is_active, target, vocab, transform
+    is_active = tl.load(at_active + b * active_b + t * active_t) != 0
+    transform = transform_of(scalar_bits, temperature, b, t, ACC, SOFTCAP)
+    return row, b, t, row_at(data, data_b, data_t, b, t, ALIGNED), is_active, target, vocab, transform
 
 
 @triton.jit
 def target_z(data, target, is_active, transform, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
     """NaN without a target: so is then the log-prob."""
     logit = tl.load(data + target, mask=is_active & (target >= 0), other=float("nan")).to(ACC)
-    return z_of(logit, transform[2], transform[3], SOFTCAP)[0]
+    _, _, inner, cap = transform
+    z, _ = z_of(logit, inner, cap, SOFTCAP)
+    return z
 
 
 @triton.jit
-def store_stats(row, stats, logps, entropy, max, log_sum):
-    tl.store(logps + row, stats[0])
-    tl.store(entropy + row, stats[1])
-    tl.store(max + row, stats[2])
-    tl.store(log_sum + row, stats[3])
+def store_stats(row, stats, logps, entropies, maxima, log_sums):
+    logp, entropy, max, log_sum, _ = stats
+    tl.store(logps + row, logp)
+    tl.store(entropies + row, entropy)
+    tl.store(maxima + row, max)
+    tl.store(log_sums + row, log_sum)
 
 
 @triton.jit
 def write_row_gradient(
-    data, out, begin, tiles, vocab, is_active, target, stats, g_logp, g_entropy, transform,
+    data, out, begin, tiles, vocab, is_active, target, logp, entropy, max, log_sum, g_logp, g_entropy, transform,
     ACC: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Writes `tiles` of the gradient from column `begin`, given the derivatives in the log-prob and the entropy."""
-    logp, entropy, max, log_sum = stats[0], stats[1], stats[2], stats[3]
     is_active = is_active & ((g_logp != 0) | (g_entropy != 0))  # a NaN is something
     a, b = row_gradient(g_logp, g_entropy, log_sum, entropy)
     at_target = target_gradient(g_logp, g_entropy, logp, entropy)
@@ -115,8 +122,8 @@ def stats_kernel(
 ):  # fmt: skip
     """`partials` [rows, segments, 4] and `saved_z` [rows]: what the phase "segments" stores."""
     row, _, _, data, is_active, target, vocab, transform = open_row(
-        (logits, logits_b, logits_t, targets, targets_b, targets_t, active, active_b, active_t,
-         temperature, temperature_b, temperature_t),
+        (logits, logits_b, logits_t), (targets, targets_b, targets_t), (active, active_b, active_t),
+        (temperature, temperature_b, temperature_t),
         tokens, vocab, (inv_temperature, logit_scale, softcap), ACC, SOFTCAP, ALIGNED,
     )  # fmt: skip
     end = tl.where(is_active, vocab, 0)
@@ -138,7 +145,8 @@ def stats_kernel(
         stats = finished(s, z, transform, is_active)
         store_stats(row, stats, logps, entropy, max, log_sum)
         if SUM_P2:
-            tl.store(sum_p2 + row, stats[4])
+            _, _, _, _, squares = stats
+            tl.store(sum_p2 + row, squares)
 
 
 @kernel
@@ -151,31 +159,31 @@ def gradient_kernel(
 ):  # fmt: skip
     """The backward: one tile a program, along axis 1. `gradient` may be the logits."""
     row, b, t, data, is_active, target, vocab, transform = open_row(
-        (logits, logits_b, logits_t, targets, targets_b, targets_t, active, active_b, active_t,
-         temperature, temperature_b, temperature_t),
+        (logits, logits_b, logits_t), (targets, targets_b, targets_t), (active, active_b, active_t),
+        (temperature, temperature_b, temperature_t),
         tokens, vocab, (inv_temperature, logit_scale, softcap), ACC, SOFTCAP, ALIGNED,
     )  # fmt: skip
-    stats = tl.load(logps + row), tl.load(entropy + row), tl.load(max + row), tl.load(log_sum + row)
     on_entropy = tl.zeros([], ACC)
     if g_entropy is not None:
         on_entropy = tl.load(g_entropy + row)
     begin, out = tl.program_id(1) * (STEPS * LANES), row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
     write_row_gradient(
-        data, out, begin, 1, vocab, is_active, target, stats, tl.load(g_logps + row), on_entropy, transform,
-        ACC, SOFTCAP, STEPS, LANES,
+        data, out, begin, 1, vocab, is_active, target,
+        tl.load(logps + row), tl.load(entropy + row), tl.load(max + row), tl.load(log_sum + row),
+        tl.load(g_logps + row), on_entropy, transform, ACC, SOFTCAP, STEPS, LANES,
     )  # fmt: skip
 
 
 @triton.jit
-def policy_pull(logp, token, s, OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr):
+def policy_gradient(logp, token, s, OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr):
     """(d loss / d logp, d loss / d entropy): the loss of a token that asks no other."""
     raw, zero = logp - token[OLD], tl.zeros_like(logp)
     log_ratio = clamp_(raw, -s[LOG_RATIO_CLAMP], s[LOG_RATIO_CLAMP])
-    term = token_term(
+    _, _, d_log_ratio, _, d_logp, _, _, _, _ = token_term(
         logp, token[OLD], log_ratio, token[ADV], token[TOKEN_WEIGHT], token[SELECTED], token[REF], token[ROLLOUT],
         zero, zero, zero, s, OBJECTIVE, KL, KL_GRADIENT,
     )  # fmt: skip
-    g_logp = weighted(token[WEIGHT], term[4] + tl.where(clamp_passes_grad(raw, log_ratio), term[2], 0.0))
+    g_logp = weighted(token[WEIGHT], d_logp + tl.where(clamp_passes_grad(raw, log_ratio), d_log_ratio, 0.0))
     return g_logp, -s[ENTROPY_COEF] * token[ENTROPY_MASK] * token[ENTROPY_WEIGHT]
 
 
@@ -202,8 +210,8 @@ def policy_kernel(
     """Statistics, the loss of the row's token and the gradient: in one launch ("row"), or after `stats_kernel` stored
     its segments, one tile per program along axis 1 ("merge"). `gradient` may be the logits."""
     row, b, t, data, is_active, target, vocab, transform = open_row(
-        (logits, logits_b, logits_t, targets, targets_b, targets_t, active, active_b, active_t,
-         temperature, temperature_b, temperature_t),
+        (logits, logits_b, logits_t), (targets, targets_b, targets_t), (active, active_b, active_t),
+        (temperature, temperature_b, temperature_t),
         tokens, vocab, (inv_temperature, logit_scale, softcap), ACC, SOFTCAP, ALIGNED,
     )  # fmt: skip
     if PHASE == "merge":
@@ -222,17 +230,18 @@ def policy_kernel(
     if ADVANTAGES != "given":
         own = sample_advantage(adv, adv_b, b, is_active, group_size, bits_to_float(advantage_eps, ACC), ADVANTAGES, ACC)
     views = (
-        adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
-        rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
-        entropy_weight, entropy_weight_b, entropy_weight_t, entropy_mask, entropy_mask_b, entropy_mask_t,
-        selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t,
-        own, ADVANTAGES != "given",
+        (adv, adv_b, adv_t), (weight, weight_b, weight_t), (old, old_b, old_t), (ref, ref_b, ref_t),
+        (rollout, rollout_b, rollout_t), (token_weight, token_weight_b, token_weight_t),
+        (entropy_weight, entropy_weight_b, entropy_weight_t), (entropy_mask, entropy_mask_b, entropy_mask_t),
+        (selected, selected_b, selected_t), (pooled_weight, pooled_weight_b, pooled_weight_t),
+        (own, ADVANTAGES != "given"),
     )  # fmt: skip
-    token = load_token(b, t, is_active, stats[0], views, ACC)
+    logp, row_entropy, row_max, row_log_sum, _ = stats
+    token = load_token(b, t, is_active, logp, views, ACC)
     s = scalars_of(scalars, kl_coef, entropy_coef, ACC)
-    g_logp, g_entropy = policy_pull(stats[0], token, s, OBJECTIVE, KL, KL_GRADIENT)
+    g_logp, g_entropy = policy_gradient(logp, token, s, OBJECTIVE, KL, KL_GRADIENT)
     out = row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
     write_row_gradient(
-        data, out, begin, tiles, vocab, is_active, target, stats, g_logp, g_entropy, transform, ACC, SOFTCAP, STEPS,
-        LANES,
+        data, out, begin, tiles, vocab, is_active, target, logp, row_entropy, row_max, row_log_sum, g_logp, g_entropy,
+        transform, ACC, SOFTCAP, STEPS, LANES,
     )  # fmt: skip

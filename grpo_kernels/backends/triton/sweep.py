@@ -43,14 +43,15 @@ def segment_stats(
     STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """(max, sum, dot, sum2) of the columns [begin, begin + SEGMENT) below `end`."""
-    unit = transform[0] * LOG2E
+    natural, _, inner, cap = transform
+    unit = natural * LOG2E
     max, sum = tl.full([LANES], float("-inf"), ACC), tl.zeros([LANES], ACC)
     dot, sum2 = sum, sum
     for start in range(begin, tl.minimum(begin + SEGMENT, end), STEPS * LANES):
         columns = start + columns_of(STEPS, LANES)
         in_bounds = columns < end
         logit = tl.load(data + columns, mask=in_bounds, other=float("-inf")).to(ACC)
-        z = z_of(logit, transform[2], transform[3], SOFTCAP)[0]
+        z, _ = z_of(logit, inner, cap, SOFTCAP)
         if SOFTCAP:  # -inf has become -cap
             z = tl.where(in_bounds, z, float("-inf"))
         max, sum, dot, sum2 = add_tile(max, sum, dot, sum2, z, unit, SUM_P2)
@@ -62,33 +63,36 @@ def row_stats(
     data, end, transform, ACC: tl.constexpr, SOFTCAP: tl.constexpr, SUM_P2: tl.constexpr,
     STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
+    natural, _, _, _ = transform
     max, sum = tl.full([], float("-inf"), ACC), tl.zeros([], ACC)
     dot, sum2 = sum, sum
     for begin in range(0, end, SEGMENT):
         a, b, c, d = segment_stats(data, begin, end, transform, ACC, SOFTCAP, SUM_P2, STEPS, LANES, SEGMENT)
-        max, sum, dot, sum2 = merge(max, sum, dot, sum2, a, b, c, d, transform[0] * LOG2E)
+        max, sum, dot, sum2 = merge(max, sum, dot, sum2, a, b, c, d, natural * LOG2E)
     return max, sum, dot, sum2
 
 
 @triton.jit
 def merged_segments(partials, segments, transform, ACC: tl.constexpr):
     """The same from what the segments stored, [segments, 4]."""
+    natural, _, _, _ = transform
     max, sum = tl.full([], float("-inf"), ACC), tl.zeros([], ACC)
     dot, sum2 = sum, sum
     for i in range(0, segments):
         at = partials + 4 * i
         a, b, c, d = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-        max, sum, dot, sum2 = merge(max, sum, dot, sum2, a, b, c, d, transform[0] * LOG2E)
+        max, sum, dot, sum2 = merge(max, sum, dot, sum2, a, b, c, d, natural * LOG2E)
     return max, sum, dot, sum2
 
 
 @triton.jit
 def finished(s, z, transform, is_active):
     """(logp, entropy, max, log_sum, sum p^2) of a row whose target has `z`; zeros where it is not active."""
+    natural, _, _, _ = transform
     max, sum, dot, sum2 = s
     sum = tl.where(max == float("-inf"), float("nan"), sum)  # every logit is -inf: no distribution
     log_sum = tl.log(sum)
-    logp, entropy = log_probability(z, max, log_sum, transform[0]), entropy_of(sum, dot)
+    logp, entropy = log_probability(z, max, log_sum, natural), entropy_of(sum, dot)
     sum_p2 = quotient(sum2, sum * sum)
     return (
         tl.where(is_active, logp, 0.0), tl.where(is_active, entropy, 0.0), tl.where(is_active, max, 0.0),

@@ -58,7 +58,8 @@ PROGRAMS = 512  # that long sequences are cut for; a constant, so that the sums 
 @triton.jit
 def load_tokens(b, t, end, logps, active, views, ACC: tl.constexpr):
     """Which of the tokens (b, t) count, their log-probs and their inputs. Of the others nothing is read."""
-    is_active = tl.load(active[0] + b * active[1] + t * active[2], mask=t < end, other=0) != 0
+    at, stride_b, stride_t = active
+    is_active = tl.load(at + b * stride_b + t * stride_t, mask=t < end, other=0) != 0
     logp = read(logps, b, t, is_active, 0.0, ACC)
     return is_active, logp, load_token(b, t, is_active, logp, views, ACC)
 
@@ -85,7 +86,7 @@ def pool(
     share = one if POOLING == "sum" else quotient(one, max_(tl.sum(counted, 0), 1.0))
     raw = tl.sum(total, 0) * share
     log_ratio = pooled_limit(raw, s, OBJECTIVE)
-    weight = one if views[27] is None else tl.exp(quotient(tl.sum(log_weights, 0), n))
+    weight = one if views[POOLED_WEIGHT][0] is None else tl.exp(quotient(tl.sum(log_weights, 0), n))
     return log_ratio, quotient(tl.sum(advs, 0), n), weight, share, tl.where(clamp_passes_grad(raw, log_ratio), one, 0.0)
 
 
@@ -142,21 +143,23 @@ def token_block(
     is_active, logp, token = load_tokens(b, t, end, logps, active, views, ACC)
     zero = tl.zeros_like(logp)
     entropy = read(entropies, b, t, is_active, zero, ACC)
-    raw, pooled = logp - token[OLD], zero + shared[0]
+    pooled, pooled_adv, pooled_weight, _, passes = shared
+    raw, pooled = logp - token[OLD], zero + pooled
     log_ratio = clamp_(raw, -s[LOG_RATIO_CLAMP], s[LOG_RATIO_CLAMP])
     own = clamp_passes_grad(raw, log_ratio)
     if RATIO_LEVEL != "token":
-        log_ratio, own = pooled, zero + shared[4] != 0
+        log_ratio, own = pooled, zero + passes != 0
     term = token_term(
         logp, token[OLD], log_ratio, token[ADV], token[TOKEN_WEIGHT], token[SELECTED], token[REF], token[ROLLOUT],
-        pooled, zero + shared[1], zero + shared[2], s, OBJECTIVE, KL, KL_GRADIENT,
+        pooled, zero + pooled_adv, zero + pooled_weight, s, OBJECTIVE, KL, KL_GRADIENT,
     )  # fmt: skip
-    d_own, d_pooled = tl.where(own, term[2], 0.0), term[3]
+    policy, kl, d_log_ratio, d_pooled, d_logp, _, _, _, _ = term
+    d_own = tl.where(own, d_log_ratio, 0.0)
     if RATIO_LEVEL == "sequence" or RATIO_LEVEL == "sequence_product":
-        d_own, d_pooled = zero, d_pooled + term[2]
+        d_own, d_pooled = zero, d_pooled + d_log_ratio
     bonus = s[ENTROPY_COEF] * token[ENTROPY_MASK]
-    value = term[0] + weighted(s[KL_COEF], term[1]) - weighted(bonus, entropy)
-    g_logp = weighted(token[WEIGHT], term[4] + d_own)
+    value = policy + weighted(s[KL_COEF], kl) - weighted(bonus, entropy)
+    g_logp = weighted(token[WEIGHT], d_logp + d_own)
     store_block(
         per_token, g_logps, g_entropy, b * tokens + t, t < end, tl.where(is_active, value, 0.0),
         tl.where(is_active, g_logp, 0.0), tl.where(is_active, -bonus * token[ENTROPY_WEIGHT], 0.0),
@@ -194,11 +197,11 @@ def token_kernel(
             adv, adv_b, b, begin < end, group_size, bits_to_float(advantage_eps, ACC), ADVANTAGES, ACC
         )
     views = (
-        adv, adv_b, adv_t, weight, weight_b, weight_t, old, old_b, old_t, ref, ref_b, ref_t,
-        rollout, rollout_b, rollout_t, token_weight, token_weight_b, token_weight_t,
-        entropy_weight, entropy_weight_b, entropy_weight_t, entropy_mask, entropy_mask_b, entropy_mask_t,
-        selected, selected_b, selected_t, pooled_weight, pooled_weight_b, pooled_weight_t,
-        own, ADVANTAGES != "given",
+        (adv, adv_b, adv_t), (weight, weight_b, weight_t), (old, old_b, old_t), (ref, ref_b, ref_t),
+        (rollout, rollout_b, rollout_t), (token_weight, token_weight_b, token_weight_t),
+        (entropy_weight, entropy_weight_b, entropy_weight_t), (entropy_mask, entropy_mask_b, entropy_mask_t),
+        (selected, selected_b, selected_t), (pooled_weight, pooled_weight_b, pooled_weight_t),
+        (own, ADVANTAGES != "given"),
     )  # fmt: skip
     shared = (0.0, 0.0, 1.0, 1.0, 1.0)
     if POOLING != "none":
@@ -211,11 +214,12 @@ def token_kernel(
         )  # fmt: skip
         sums, d_pooled = merge(sums, of_block), d_pooled + d_pooled_of_block
     if POOLING != "none":
-        d_pooled_sum = tl.sum(d_pooled, 0) * shared[4]
+        _, _, _, share, passes = shared
+        d_pooled_sum = tl.sum(d_pooled, 0) * passes
         if d_pooled_sum != 0:  # a NaN is something
             tl.debug_barrier()  # before this thread adds to what another has stored
             scatter_pooled_grad(
-                b, begin, end, logps, active, views, s, g_logps, tokens, shared[3] * d_pooled_sum, OBJECTIVE, ACC, BLOCK
+                b, begin, end, logps, active, views, s, g_logps, tokens, share * d_pooled_sum, OBJECTIVE, ACC, BLOCK
             )
     last = store_partials(sums, sums_ptr, counts_ptr, program // pieces, sequences)
     if last:
