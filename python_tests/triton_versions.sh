@@ -12,7 +12,7 @@ for version in "$@"; do
   for target in "cuda 80" "cuda 90" "cuda 100" "hip gfx942"; do
     if [ "$version $target" = "3.4.0 hip gfx942" ]; then continue; fi
     for script in dry_rows dry_tokens; do
-      found=$(PYTHONPATH="$folder/$version:." TRITON_CACHE_DIR="$folder/cache" "$python" python_tests/$script.py $target)
+      found=$(PYTHONPATH="$folder/$version:.:python_tests" TRITON_CACHE_DIR="$folder/cache" "$python" python_tests/kernels/$script.py $target)
       echo "triton $version, $script: $found"
     done
   done

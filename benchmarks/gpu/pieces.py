@@ -188,7 +188,7 @@ def traffic(backend: str) -> Any:
 
 def tests(run: Run, piece: Piece) -> dict[str, Any] | None:
     """The suite by file, in what time is left; its tensors travel to the GPU (python_tests/device_proxy.py)."""
-    files = ["test_logps.py"] if run.dry else [f for f in tools.TEST_FILES if (ROOT / "python_tests" / f).exists()]
+    files = ["loss/test_logps.py"] if run.dry else [f for f in tools.TEST_FILES if (ROOT / "python_tests" / f).exists()]
     before = run.results.get(piece.name, {})
     found = dict(before["files"]) if before.get("unfinished") else {}
     for file in (f for f in files if f not in found):

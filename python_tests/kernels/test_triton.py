@@ -325,7 +325,8 @@ def test_tuning_writes_copies_and_prints_a_row(monkeypatch, capsys):
 def test_compiled(target):
     """dry_rows.py: variants, grids, offsets, spills, registers, shared memory, doubles, widths of accesses."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(gk.__file__).parents[1])  # the package under test, not one installed beside it
+    roots = Path(gk.__file__).parents[1], Path(__file__).parents[1]  # the package under test, and the tests' helpers
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, roots))
     script = Path(__file__).with_name("dry_rows.py")
     done = subprocess.run(
         [sys.executable, script, *target], env=environment, capture_output=True, text=True, timeout=600, check=False

@@ -97,6 +97,8 @@ def test_diversity_in_many_products_and_blocks(monkeypatch, ids):
 def test_compiled(target):
     """dry_tokens.py: one variant for all shapes and numbers, every form, no spills, no doubles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    roots = Path(gk.__file__).parents[1], Path(__file__).parents[1]  # the package under test, and the tests' helpers
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, roots))
     script = Path(__file__).with_name("dry_tokens.py")
     done = subprocess.run(
         [sys.executable, script, *target], env=environment, capture_output=True, text=True, timeout=600, check=False

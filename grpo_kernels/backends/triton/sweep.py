@@ -43,7 +43,7 @@ def segment_stats(
     STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """(max, sum, dot, sum2) of the columns [begin, begin + SEGMENT) below `end`."""
-    natural, _, inner, cap = transform
+    natural, _slope, inner, cap = transform
     unit = natural * LOG2E
     max, sum = tl.full([LANES], float("-inf"), ACC), tl.zeros([LANES], ACC)
     dot, sum2 = sum, sum
