@@ -66,7 +66,7 @@ def arguments_of(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.N
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--piece", default=None, help=f"one or several, by comma, of: {', '.join(names)}")
     parser.add_argument("--again", default="", help="pieces to repeat although they were good")
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels to install beside the tree")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels to install next to the tree")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (default benchmarks/results)")
     parser.add_argument("--limit", type=float, default=265.0, help="seconds after which it stops (default %(default)s)")
     parser.add_argument("--case-seconds", type=float, default=12.0, help="for one case (default %(default)s)")

@@ -42,7 +42,7 @@ class Harness:
         benchmark.pedantic(lambda: None, rounds=1)
 
     def run_calls(self, benchmark: Any, name: str, ours: Call, eager: Call, unit: Call, tolerance: float) -> None:
-        """A case that no provider knows: ours beside one baseline."""
+        """A case that no provider knows: ours compared with one baseline."""
         expected = ours()
         titles = {"ours-cpu": "this library, backend cpu", "eager": "plain PyTorch"}
         record: dict[str, Any] = {

@@ -35,7 +35,7 @@ LINEAR_FEW = ("ours-cpu", "eager", "compile", "trl")  # Liger takes seconds a ca
 
 
 def cases() -> Iterator[tuple[Case, Sequence[Provider]]]:
-    """The overview: everybody on every path; then what changes the time of ours, beside who does not compile."""
+    """The overview: everybody on every path; then what changes the time of ours, without what compiles."""
     logits = of_model(LARGE, Task("logits"), 4, 64)
     yield logits, ALL
     yield of_model(SMALL, Task("logits"), 4, 128), ALL

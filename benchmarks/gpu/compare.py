@@ -17,7 +17,7 @@ Call = Callable[[Mapping[str, Any], str], Mapping[str, Tensor]]
 
 
 def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype, only: Sequence[str] | None = None) -> dict[str, Any]:
-    """`only`: those that are cast, all when left out; the others become float32, or float64 beside float64."""
+    """`only`: those that are cast, all when left out; the others become float32, or float64 for float64."""
     real = torch.float64 if dtype == torch.float64 else torch.float32
 
     def cast(name: str, x: Any) -> Any:

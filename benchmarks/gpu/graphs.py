@@ -1,4 +1,4 @@
-"""That no call waits for the device, and that each can be captured and replayed on other inputs."""
+"""That no call synchronises, and that each can be captured and replayed on other inputs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Replayed:
 
 @contextlib.contextmanager
 def no_waiting(context: Context) -> Iterator[None]:
-    """Whatever waits for the device raises."""
+    """Whatever synchronises raises."""
     if context.small:
         yield
         return

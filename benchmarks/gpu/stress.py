@@ -1,4 +1,4 @@
-"""Kernels whose blocks wait for each other, with more blocks than fit, again and again, alone and beside others."""
+"""Kernels whose blocks wait for each other, with more blocks than fit, again and again, alone and next to others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stream(context: Context) -> contextlib.AbstractContextManager:
 
 
 def together(context: Context) -> Figures:
-    """Both at once on two streams, beside a matmul on a third, which takes multiprocessors away from them."""
+    """Both at once on two streams, next to a matmul on a third, which takes multiprocessors away from them."""
     rounds = [gae_round(context), ratio_round(context)]
     first = [run() for run in rounds]
     a = torch.randn(64 if context.small else 8192, 64 if context.small else 8192, device=context.device).bfloat16()

@@ -1,4 +1,4 @@
-"""Milliseconds, each beside the copy of what it reads. `kernel_ms` lies between events behind a sleep of the device, so
+"""Milliseconds, each with the copy of what it reads. `kernel_ms` lies between events behind a sleep of the device, so
 that the host does not show; `host_ms` is what Python and the launches take."""
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def bytes_per_logit(output: str) -> dict[str, list[float]]:
 
 
 def pytest(file: str, dry: bool) -> tuple[str, ...]:
-    """A test that hangs ends its process from another thread, also where the main one waits for the device."""
+    """A test that hangs ends its process from another thread, also where the main one is in a synchronisation."""
     has = importlib.util.find_spec("pytest_timeout") is not None
     timeout = ("--timeout", str(TEST_TIMEOUT), "--timeout-method=thread") if has else ()
     few = ("-k", "transforms and float32", "-x") if dry else ()

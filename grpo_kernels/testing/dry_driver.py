@@ -38,8 +38,8 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    registers: int  # of a thread
-    spilled: int  # bytes of memory of a thread's own: to be 0
+    registers: int  # per thread
+    spilled: int  # bytes of local memory per thread: to be 0
     shared: int  # bytes of a program
 
 

@@ -160,7 +160,7 @@ def test_a_scale_of_zero_does_not_divide(backend, scale):
 
 
 def test_equal_others_have_a_deviation_of_exactly_zero(backend, real):
-    """1e6 beside equal rewards: their squares do not cancel."""
+    """1e6 among equal rewards: their squares do not cancel."""
     r = torch.tensor([0.1, 1e6, 0.1, 0.1, 0.1], dtype=real)
     out = gk.group_advantages(
         r, group_size=5, baseline="leave_one_out", scale="leave_one_out", eps=1e-6, backend=backend

@@ -104,7 +104,7 @@ def every_dtype_alignment_and_form():
 
 
 def candidates_with_few_registers():
-    """The widest tiles of those that GRPO_KERNELS_TUNE tries with 128 registers a thread; others have more, or need less."""
+    """The widest tiles of those that GRPO_KERNELS_TUNE tries with 128 registers per thread; others have more, or need less."""
     rows, inputs, _ = arguments(torch.bfloat16, 5000, 1, 151_936)
     stats = backend._new_stats(rows)
     for config in tuning.CANDIDATES:

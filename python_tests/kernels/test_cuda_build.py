@@ -12,7 +12,7 @@ from conftest import ROOT
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # So that a multiprocessor's registers suffice for two blocks of 9 warps (the row kernel's smaller one), or two of 8.
 MOST_REGISTERS = {"rows.cu": 112, "rows_cluster.cu": 112}
-# A quotient a sample, two sums a thread: what docs/measurements.md says of them.
+# A quotient a sample, two sums per thread: what docs/measurements.md says of them.
 DOUBLES = {"diversity.cu", "whiten.cu"}
 # Numbers that come or go as doubles are converted, and no more.
 ARITHMETIC = re.compile(r"^\s*(?:@\S+ )?(?!ld|st|cvt|mov|selp)\w+\S*\.f64.*$", re.MULTILINE)

@@ -23,7 +23,10 @@ MACHINE = {"shared_bytes": 10 << 10, "threads": 64}
 # that is read again, clusters of 2 and 8, the last with a tail too.
 VOCABULARIES = (1, 7, 31, 257, 1500, 3000, 5003, 6000, 8001, 21000, 45000)
 H100, A100, CONSUMER = 227 << 10, 163 << 10, 99 << 10  # the last: sm_86, sm_89 and, with bulk copies, sm_120
-SCALED_CONSUMER = {"shared_bytes": 14 << 10, "threads": 64}  # an eighth of it, the two kilobytes beside the row apart
+SCALED_CONSUMER = {
+    "shared_bytes": 14 << 10,
+    "threads": 64,
+}  # an eighth of it, apart from the two kilobytes next to the row
 
 
 def plan(vocab, size=2, bulk=True, two_pass=True):

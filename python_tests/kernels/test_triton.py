@@ -267,7 +267,7 @@ def test_shapes_follow_the_element_and_few_rows_are_split():
     hardware = tuning.Hardware("cuda", 90, 32, 132)
     config = tuning.Config(warps=8, programs=2, steps=4, segment=16384, split_below=4)
     half, single = (tuning.shape_of(config, hardware, size) for size in (2, 4))
-    assert (half.LANES, single.LANES, half.tile) == (2048, 1024, 8192)  # 16 bytes a thread either way
+    assert (half.LANES, single.LANES, half.tile) == (2048, 1024, 8192)  # 16 bytes per thread either way
     assert half.options == {"num_warps": 8, "maxnreg": 128}
     assert half.splits(527, 151_936) and not half.splits(528, 151_936) and not half.splits(1, 16384)
     wide = tuning.shape_of(config._replace(warps=16, steps=8), hardware, 2)

@@ -103,7 +103,7 @@ def inputs_on(device, config):
 
 
 def test_where_a_tensor_may_be():
-    """On the tokens' device its address reaches the kernel; on the CPU beside them it is a number of the call."""
+    """On the tokens' device its address reaches the kernel; on the CPU it is a number of the call."""
     kl, entropy = torch.tensor(0.5), torch.tensor(0.25)
     here = inputs_on("cpu", gk.LossConfig(kl_coef=kl, entropy_coef=0.125))
     assert here.kl_coef.data_ptr() == kl.data_ptr() and here.entropy_coef is None

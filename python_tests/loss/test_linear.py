@@ -217,12 +217,12 @@ def test_products_added_by_the_matmul_itself(monkeypatch):
 
 
 def test_a_second_chunk_only_where_it_saves_memory():
-    """It would hold the weight's gradient in float32 beside the rounded one: as much as 2 H rows of half precision."""
+    """It would hold the weight's gradient in float32 next to the rounded one: as much as 2 H rows of half precision."""
     choose, half = linear_chunks.default_chunk_rows, torch.bfloat16
     budget = linear_chunks.CHUNK_BYTES // (151936 * 2)
     assert choose(151936, 896, half, False, budget + 1792, True) >= budget + 1792
     assert choose(151936, 896, half, False, budget + 1793, True) == budget
     assert choose(151936, 896, half, False, 1000, False) == budget  # nothing is summed
-    assert choose(151936, 896, torch.float32, False, 1000, True) == budget // 2  # nor beside itself
+    assert choose(151936, 896, torch.float32, False, 1000, True) == budget // 2  # nor next to itself
     assert choose(151936, 896, half, True, 10**6, True) == linear_chunks.GPU_CHUNK_BYTES // (151936 * 2)
     assert choose(2**40, 8, half, False, 10**6, True) == 1

@@ -72,7 +72,7 @@ def compare(batch, config, dtype, backend, what="", **options):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_form(backend, name):
-    slow = backend in ("triton", "emulated")  # its interpreter, one coroutine a thread
+    slow = backend in ("triton", "emulated")  # its interpreter, one coroutine per thread
     batch = make_batch(sequences=4, tokens=4) if slow else make_batch()
     if backend == "triton":  # float64 is the same code in another type
         dtypes = (torch.float32, torch.float64) if name in OBJECTIVES or name.endswith("-full") else (torch.float32,)

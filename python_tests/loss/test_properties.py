@@ -13,7 +13,7 @@ seeds = st.integers(0, 2**31)
 forms = st.sampled_from(list(FORMS.values()))
 # kl_cov picks the tokens of highest covariance, and among equal ones whichever comes first.
 untied = st.sampled_from([form for name, form in FORMS.items() if name != "kl_cov"])
-# Without a term beside the advantage's.
+# Without a term in addition to the advantage's.
 proportional = st.sampled_from([f for name, f in FORMS.items() if name not in ("tv_mask", "ipo", "dro", "kl_cov")])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 quick = settings(max_examples=40, deadline=None)

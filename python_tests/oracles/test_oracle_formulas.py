@@ -1,4 +1,4 @@
-"""Trainers that do not install beside the tests, and papers: their formulas written out in float64."""
+"""Trainers that do not install with the tests, and papers: their formulas written out in float64."""
 
 from __future__ import annotations
 

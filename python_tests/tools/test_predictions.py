@@ -95,7 +95,7 @@ def test_training_states_are_what_adam_allocates(precision, dtype):
     assert within(parameters * PRECISIONS[precision].trained, profile.left)
 
 
-# ---- PPO beside GRPO ----
+# ---- PPO compared with GRPO ----
 
 SMALL = ModelShape("small", vocab=1000, hidden=64, layers=2, parameters=10**6, tied=False)
 BATCH = LossShape(2, 50, 1000, 64)

@@ -1,4 +1,4 @@
-"""Launches of the library, kept instead of run: a kernel's PTX and the input that SentryWard wants beside it."""
+"""Launches of the library, kept instead of run: a kernel's PTX and the input that SentryWard wants with it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def with_threads(launch: Launch, threads: int, columns: int | None = None) -> La
             for x in described["arguments"]
             if x["value"] >> 32 and x["value"] % 2**32 == columns * (before - 32) // (threads - 32)
         ]
-        (vocab,) = words  # beside the number of slots
+        (vocab,) = words  # next to the number of slots
         vocab["value"] = vocab["value"] >> 32 << 32 | columns
     return launch._replace(input=described)
 

@@ -18,7 +18,7 @@ MEMORY_MIB, MOST_GUARDS = 8000, 40
 
 
 class Options(NamedTuple):
-    """Of a check: the rewrites beside W and G, which are made where there is something to rewrite."""
+    """Of a check: the rewrites in addition to W and G, which are made where there is something to rewrite."""
 
     atomics: bool = False  # A
     nonzero: bool = False  # Z
@@ -29,7 +29,7 @@ class Options(NamedTuple):
 
 class Verdict(NamedTuple):
     result: str
-    said: str  # what a person wants to know beside
+    said: str  # what else a person wants to know
     seconds: float  # of the verifier's CPU time
     guards: int  # of G
     decided: int  # by F
@@ -63,10 +63,10 @@ def verdict(launch: Launch, options: Options = Options()) -> Verdict:  # noqa: B
 def verified(text: str, inputs: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     import sentryward
 
-    ptx, beside = folder / "kernel.ptx", folder / "input.json"
+    ptx, written = folder / "kernel.ptx", folder / "input.json"
     ptx.write_text(text)
-    beside.write_text(json.dumps(inputs))
-    return sentryward.verify(ptx, input=beside, timeout_seconds=max(1.0, seconds), memory_limit_mib=MEMORY_MIB)
+    written.write_text(json.dumps(inputs))
+    return sentryward.verify(ptx, input=written, timeout_seconds=max(1.0, seconds), memory_limit_mib=MEMORY_MIB)
 
 
 def cpu_seconds() -> float:

@@ -30,7 +30,7 @@ from .numeric import clamp_, max_, quotient
 
 WARPS = 4  # groups are small: a launch of many programs, each done in one step
 BATCH_BLOCK, BATCH_WARPS = 1024, 8  # one program takes all samples
-REGISTERS = 128  # of a thread, at most
+REGISTERS = 128  # per thread, at most
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Near-duplicates: torch sorts the n-grams, matrix products count what two samples share, a kernel decides in order.
 
-Tokens are counted on the way, so that this waits for the device. An n-gram of one sample alone gets no column, which
+Tokens are counted on the way, so this synchronises. An n-gram of one sample alone gets no column, which
 leaves the products a fraction of all n-grams. Similarities are compared as the bits of their float64: integers, in the
 same order.
 """

@@ -61,7 +61,7 @@ def aligned(*matrices: Tensor) -> bool:
 
 
 def registers(limit: int) -> dict[str, int]:
-    """Options that allow a thread so many: left alone, ptxas may aim at more programs on a multiprocessor and spill."""
+    """Options that allow so many registers per thread: left alone, ptxas may aim at more programs and spill."""
     cuda = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
     return {"maxnreg": limit} if cuda else {}
 

@@ -1,4 +1,4 @@
-"""What the loss reads beside the log-probs: layout.PolicyInputs as kernel arguments, and one token's share of them.
+"""What the loss reads in addition to log-probs: layout.PolicyInputs as kernel arguments, and one token's share.
 
 A [B, T] view is three arguments: address, stride of the batch, stride of the tokens. An absent one has None for its
 address, which Triton compiles away.

@@ -14,10 +14,10 @@ from .numeric import max_, quotient
 from .packed import first_of_tail, sequence_bounds
 from .policy_inputs import read, view_args
 
-# Tokens of a sequence scanned together, 8 a thread: one of each 128, no neighbours, so that a scan is 8 scans of 128
+# Tokens of a sequence scanned together, 8 per thread: one of each 128, no neighbours, so that a scan is 8 scans of 128
 # tokens, each across the warps.
 BLOCK, WARPS = 1024, 4
-REGISTERS = 168  # of a thread, at most: three programs on a multiprocessor; packed GAE spills with 128
+REGISTERS = 168  # per thread, at most: three programs on a multiprocessor; packed GAE spills with 128
 
 
 @triton.jit

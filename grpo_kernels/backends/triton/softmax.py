@@ -53,7 +53,7 @@ def merge_lanes(max, sum, dot, sum2, unit):
 
 @triton.jit
 def add_tile(max, sum, dot, sum2, z, unit, SUM_P2: tl.constexpr):
-    """Each lane's statistics with its column of z, [STEPS, LANES], added: nothing crosses a thread."""
+    """Each lane's statistics with its column of z, [STEPS, LANES], added: nothing crosses threads."""
     top = tl.maximum(max, tl.max(z, 0))
     origin = origin_of(top)
     sum, dot, sum2 = relative_to(max, sum, dot, sum2, origin, unit)

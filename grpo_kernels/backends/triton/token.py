@@ -50,7 +50,7 @@ from .policy_inputs import (
 )  # fmt: skip
 from .token_sums import SUMS, empty_sums, merge, reduce_programs, store_partials, token_sums
 
-# One token a thread: two dozen sums stay in registers from the first block to the last, without spills.
+# One token per thread: two dozen sums stay in registers from the first block to the last, without spills.
 BLOCK = 512
 PROGRAMS = 512  # that long sequences are cut for; a constant, so that the sums are the same on every device
 
@@ -243,7 +243,7 @@ def token_policy(
     form, tokens = Form(*inputs.form), logps.shape[1]
     sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     pooling = form.pooling
-    block = BLOCK if logps.dtype == torch.float32 else BLOCK // 2  # a token a thread: twice as wide, half as many
+    block = BLOCK if logps.dtype == torch.float32 else BLOCK // 2  # one token per thread: twice as wide, half as many
     pieces = 1
     if pooling == "none":
         pieces = max(1, min(triton.cdiv(PROGRAMS, max(sequences, 1)), triton.cdiv(tokens, block)))

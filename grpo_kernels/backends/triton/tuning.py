@@ -1,6 +1,6 @@
 """The launch configuration of the row kernels, by architecture.
 
-None of these numbers has met a GPU yet: each stands on the reason beside it. GRPO_KERNELS_TUNE=1 times every candidate
+None of these numbers has met a GPU yet: each stands on the reason given. GRPO_KERNELS_TUNE=1 times every candidate
 the first time a kernel meets a vocabulary, and prints the row that would be best here; it changes nothing of the run.
 """
 
@@ -24,7 +24,7 @@ class Config(NamedTuple):
 
     warps: int  # of a program
     programs: int  # that a multiprocessor holds at a time: the registers are shared between them
-    steps: int  # accesses of 16 bytes that a thread has in flight
+    steps: int  # accesses of 16 bytes in flight per thread
     segment: int  # columns whose lanes are reduced together; a power of two, at least a tile
     split_below: int  # rows a multiprocessor; with fewer, a row is shared between programs
 
@@ -50,7 +50,7 @@ CANDIDATES = [
     Config(*resident, steps, segment, split_below)
     for resident, steps, segment, split_below in itertools.product(
         ((4, 2), (4, 4), (8, 1), (8, 2), (16, 1)), (1, 2, 4), (16384, 32768), (4,)
-    )  # 128 registers a thread or more: a tile of 4 steps spills with fewer
+    )  # 128 registers per thread or more: a tile of 4 steps spills with fewer
 ]
 
 
