@@ -26,7 +26,9 @@ template <typename T> GK_HD T expm1_minus_x_(T x) {
   if (!(x < T(0.5) && x > T(-0.5))) return exp_(x) - 1 - x;
   constexpr int kLast = sizeof(T) == 8 ? 17 : 10;
   T series = 1;
+#ifdef __CUDACC__
 #pragma unroll
+#endif
   for (int k = kLast; k > 2; --k) series = 1 + x * series * (T(1) / k);
   return x * x * T(0.5) * series;
 }
