@@ -2,14 +2,12 @@
 for GPUs that need not be here, variants, registers and accesses. test_triton_token.py has the token kernel."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BACKENDS_HERE, DTYPES, dtype_name
+from dry_compile import check_compiled
 from eager_logps import check, ours, run
 
 import grpo_kernels as gk
@@ -324,11 +322,4 @@ def test_tuning_writes_copies_and_prints_a_row(monkeypatch, capsys):
 @pytest.mark.parametrize("target", TARGETS, ids="-".join)
 def test_compiled(target):
     """dry_rows.py: variants, grids, offsets, spills, registers, shared memory, doubles, widths of accesses."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    roots = Path(gk.__file__).parents[1], Path(__file__).parents[1]  # the package under test, and the tests' helpers
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, roots))
-    script = Path(__file__).with_name("dry_rows.py")
-    done = subprocess.run(
-        [sys.executable, script, *target], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_compiled(Path(__file__).with_name("dry_rows.py"), target)

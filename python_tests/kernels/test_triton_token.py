@@ -1,12 +1,10 @@
 """The Triton kernels per token and per sample where the shared tests do not reach: long and many sequences, compilation."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from dry_compile import check_compiled
 from forms import FORMS, with_everything
 from oracle_cases import one_thread as one_thread  # torch's float64 exp on two threads is sometimes off by 3e-9
 
@@ -96,11 +94,4 @@ def test_diversity_in_many_products_and_blocks(monkeypatch, ids):
 @pytest.mark.parametrize("target", TARGETS, ids="-".join)
 def test_compiled(target):
     """dry_tokens.py: one variant for all shapes and numbers, every form, no spills, no doubles."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    roots = Path(gk.__file__).parents[1], Path(__file__).parents[1]  # the package under test, and the tests' helpers
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, roots))
-    script = Path(__file__).with_name("dry_tokens.py")
-    done = subprocess.run(
-        [sys.executable, script, *target], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_compiled(Path(__file__).with_name("dry_tokens.py"), target)
