@@ -123,7 +123,7 @@ def no_spills_no_doubles_wide_accesses():
             assert needs.shared <= 4096 <= SHARED_BYTES[ARCH], (needs, what)
             double = compiled.src.signature["logits"] == "*fp64"
             assert ((".f64" in asm) or ("_f64" in asm)) == double, what
-            if constants["ALIGNED"] and kernel is gradient_kernel and not double:
+            if constants["SWEEP"].ALIGNED and kernel is gradient_kernel and not double:
                 assert all(access in asm for access in WIDE[sys.argv[1]]), what
 
 
