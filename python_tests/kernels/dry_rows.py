@@ -13,7 +13,7 @@ from grpo_kernels.backends.triton import launch, tuning
 from grpo_kernels.backends.triton.row import gradient_kernel, policy_kernel, stats_kernel
 from grpo_kernels.inputs.layout import acc_dtype, layout_of, rows_of
 from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
-from grpo_kernels.testing.dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
+from dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
 KERNELS = (stats_kernel, gradient_kernel, policy_kernel)
 PHASES = {"stats_kernel": 3, "gradient_kernel": 1, "policy_kernel": 2}  # row, segments, merge; -; row, merge
