@@ -339,7 +339,9 @@ def test_a_tool_that_refuses_the_device_is_no_failure() -> None:
 
 
 PROBE = """
+import sys
 import torch
+sys.path.insert(0, "python_tests")
 from dry_driver import assembly, dry_run
 dry = dry_run("cuda", 90)
 from benchmarks.gpu import probe_kernels as p
