@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from ..advantages.group import EPS, group_advantages
 from ..backends import LARGEST_FUSED_GROUP, differentiable, fuses_group_advantages, implementation, resolve
 from ..config import DEFAULT, OBJECTIVES, LossConfig
+from ..inputs.check import check_tensor, check_unused
 from ..inputs.grouping import acc_rewards, check_ddof_eps
-from ..inputs.layout import Layout, PolicyInputs, Rows, acc_dtype, layout_of, rows_of
+from ..inputs.layout import Layout, PolicyInputs, Rows, acc_dtype, check_logits, layout_of, rows_of
 from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
 from .logps import CONSUMED_ERROR, N_ROWS, check_inplace, row_logps, unsupported_group
@@ -130,6 +131,8 @@ def grpo_loss(
     """
     unsupported_group("tp_group", tp_group)
     unsupported_group("cp_group", cp_group)
+    check_logits(logits)
+    check_tensor("targets", targets, device=logits.device, kind="integer")
     backend = resolve(backend, logits.device, logits.dtype)
     layout = layout_of(targets.shape, cu_seqlens, targets.device)
     rows = rows_of(
@@ -226,8 +229,12 @@ def advantages_of(advantages: Tensor | None, rewards: Rewards, backend: str) -> 
     if (advantages is None) == (rewards.values is None):
         raise ValueError("give either advantages or rewards (with group_size)")
     if advantages is not None:
-        if rewards.group_size is not None:
-            raise ValueError(f"group_size={rewards.group_size} goes with rewards; got advantages")
+        for name, value, default in (
+            ("group_size", rewards.group_size, None),
+            ("advantage_eps", rewards.eps, EPS),
+            ("advantage_scale", rewards.scale, "group"),
+        ):
+            check_unused(name, value, default, "with advantages, which are taken as they are")
         return Advantages(advantages)
     assert rewards.values is not None
     made = group_advantages(
@@ -241,6 +248,7 @@ def _rewards_in_launch(rewards: Rewards, layout: Layout, dtype: torch.dtype, con
     values, group_size, eps, scale = rewards
     if values is None or group_size is None:
         return None
+    check_tensor("rewards", values, device=layout.device)
     if not (layout.padded and values.shape == layout.shape[:1]) or acc_rewards(values).dtype != dtype:
         return None
     if not 1 <= group_size <= LARGEST_FUSED_GROUP or layout.shape[0] % group_size:

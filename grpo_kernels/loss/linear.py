@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import differentiable, resolve
 from ..config import DEFAULT, LossConfig
-from ..inputs.layout import Layout, PolicyInputs, Rows, layout_of, rows_of
+from ..inputs.check import check_tensor
+from ..inputs.layout import Layout, PolicyInputs, Rows, check_logits, layout_of, rows_of
 from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
 from ..ops.linear_chunks import chunk_rows_for
@@ -93,6 +94,14 @@ class LinearSinglePass(torch.autograd.Function):
         return *gradients, *[None] * (4 + N_ROWS + N_INPUTS)
 
 
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
+    check_logits(hidden, "hidden")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None or name == "weight":
+            check_tensor(name, x, device=hidden.device, kind="float", differentiable=True)
+    check_tensor("targets", targets, device=hidden.device, kind="integer")
+
+
 def _prepared(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None, **transform: Any
 ) -> tuple[Rows, Tensor, Tensor | None]:
@@ -108,8 +117,8 @@ def _prepared(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
     for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
-            raise TypeError(f"{name} must be {hidden.dtype} on {hidden.device}, as hidden; got {x.dtype} on {x.device}")
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(f"{name} must be {hidden.dtype}, as hidden; got {x.dtype}")
     return rows_of(hidden, targets, mask, name="hidden", **transform), weight, bias
 
 
@@ -196,6 +205,7 @@ def linear_token_logps(
         ValueError, TypeError: as ``token_logps``; for a weight or bias that does not fit hidden.
     """
     unsupported_group("tp_group", tp_group)
+    _check_head(hidden, weight, bias, targets)
     backend = resolve(backend, hidden.device, hidden.dtype)
     rows, weight, bias = _prepared(
         hidden, weight, bias, targets, mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
@@ -258,6 +268,7 @@ def linear_grpo_loss(
     """
     unsupported_group("tp_group", tp_group)
     unsupported_group("cp_group", cp_group)
+    _check_head(hidden, weight, bias, targets)
     backend = resolve(backend, hidden.device, hidden.dtype)
     layout = layout_of(targets.shape, cu_seqlens, targets.device)
     rows, weight, bias = _prepared(

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import differentiable, resolve
-from ..inputs.layout import Rows, check_rows_apart, rows_of
+from ..inputs.check import check_tensor
+from ..inputs.layout import Rows, check_logits, check_rows_apart, rows_of
 from ..ops import loss as ops
 from ..ops.library import none_for_unused_outputs
 from ..reference import loss as reference
@@ -63,19 +64,9 @@ class RowLogps(torch.autograd.Function):
             return (None,) * (5 + N_ROWS)
         logits, targets, active, temperatures, *stats = ctx.saved_tensors
         temperature, logit_scale, softcap = ctx.numbers
-        args = (
-            logits,
-            targets,
-            active,
-            temperature,
-            temperatures,
-            logit_scale,
-            softcap,
-            *stats,
-            torch.zeros_like(stats[0]) if g_logps is None else g_logps,
-            g_entropy,
-            ctx.backend,
-        )
+        g_logps = torch.zeros_like(stats[0]) if g_logps is None else g_logps
+        rows = (targets, active, temperature, temperatures, logit_scale, softcap)
+        args = (logits, *rows, *stats, g_logps, g_entropy, ctx.backend)
         if not ctx.inplace:
             return ops.row_backward(*args), *[None] * (4 + N_ROWS)
         ops.row_backward_(*args)
@@ -149,16 +140,13 @@ def token_logps(
         TypeError: for dtypes that do not fit.
     """
     unsupported_group("tp_group", tp_group)
+    check_logits(logits)
+    check_tensor("targets", targets, device=logits.device, kind="integer")
     backend = resolve(backend, logits.device, logits.dtype)
     rows = rows_of(
-        logits,
-        targets,
-        mask,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
+        logits, targets, mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         ignore_index=ignore_index,
-    )
+    )  # fmt: skip
     outputs = row_logps(
         rows, sum_p2=return_sum_p2, validate=validate, inplace_backward=inplace_backward, backend=backend
     )
