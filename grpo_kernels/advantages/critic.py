@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..aggregation import aggregation_weights
 from ..backends import differentiable, resolve
@@ -17,7 +16,7 @@ from ..inputs.data_parallel import reduced
 from ..inputs.grouping import VALUE_METRICS, check_ddof_eps
 from ..inputs.layout import acc_dtype, active_tokens, layout_of
 from ..ops import advantages as ops
-from ..ops.library import none_for_unused_outputs
+from ..ops.library import first_order, none_for_unused_outputs
 from ..reference import advantages as reference
 
 EPS_MODES = ("variance", "floor", "std")
@@ -44,7 +43,7 @@ class _ValueLoss(torch.autograd.Function):
         return loss, per_token, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
         return None if g is None else g * ctx.saved_tensors[0], *[None] * 6
 

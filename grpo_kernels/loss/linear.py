@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import differentiable, resolve
 from ..config import DEFAULT, LossConfig
 from ..inputs.check import check_tensor
 from ..inputs.layout import Layout, PolicyInputs, Rows, check_logits, layout_of, rows_of
 from ..ops import loss as ops
-from ..ops.library import none_for_unused_outputs
+from ..ops.library import first_order, none_for_unused_outputs
 from ..ops.linear_chunks import chunk_rows_for
 from ..reference import loss as reference
 from .grpo import ConfiguredLoss, Rewards, loss_from_rows, scale_gradient
@@ -41,7 +40,7 @@ class LinearLogps(torch.autograd.Function):
         return (*stats[:2], squares)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g_logps: Tensor | None, g_entropy: Tensor | None, _: Any) -> tuple:
         if g_logps is None and g_entropy is None:
             return (None,) * (7 + N_ROWS)
@@ -83,7 +82,7 @@ class LinearSinglePass(torch.autograd.Function):
         return loss, logps, entropy, per_token, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
         if g is None:
             return (None,) * (7 + N_ROWS + N_INPUTS)
@@ -154,10 +153,11 @@ class FromHidden:
 def _logps(
     rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int | None, sum_p2: bool, validate: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if differentiable(backend):
-        ops.check_targets(rows, weight.shape[0], validate)
-        return reference.token_logps(torch.nn.functional.linear(rows.logits, weight, bias), rows)
     chunk = chunk_rows_for(weight, chunk_rows, rows.targets.numel(), torch.is_grad_enabled())
+    if differentiable(backend):
+        rows = rows._replace(targets=ops.legal_targets(rows, weight.shape[0], validate))
+        hidden = torch.where(rows.active[..., None], rows.logits[:, : rows.targets.shape[1]], 0.0)
+        return reference.token_logps(torch.nn.functional.linear(hidden, weight, bias), rows)
     outputs: tuple[Tensor, Tensor, Tensor] = LinearLogps.apply(
         rows.logits, weight, bias, chunk, sum_p2, validate, backend, *rows[1:]
     )

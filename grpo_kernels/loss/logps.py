@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import differentiable, resolve
 from ..inputs.check import check_tensor
 from ..inputs.layout import Rows, check_logits, check_rows_apart, rows_of
 from ..ops import loss as ops
-from ..ops.library import none_for_unused_outputs
+from ..ops.library import first_order, none_for_unused_outputs
 from ..reference import loss as reference
 
 CONSUMED_ERROR = (
@@ -56,7 +55,7 @@ class RowLogps(torch.autograd.Function):
         return (*stats[:2], squares)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g_logps: Tensor | None, g_entropy: Tensor | None, _: Any) -> tuple:
         if ctx.consumed:
             raise RuntimeError(CONSUMED_ERROR)
@@ -79,7 +78,7 @@ def row_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, entropy and (maybe empty) sum p^2, [B, T]; differentiable in `rows.logits` but for the last."""
     if differentiable(backend):
-        ops.check_targets(rows, rows.logits.shape[-1], validate)
+        rows = rows._replace(targets=ops.legal_targets(rows, rows.logits.shape[-1], validate))
         return reference.token_logps(rows.logits, rows)
     if inplace_backward:
         check_inplace(rows.logits)

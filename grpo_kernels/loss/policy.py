@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..aggregation import aggregation_weights
 from ..backends import differentiable, resolve
@@ -16,7 +15,7 @@ from ..config import DEFAULT, METRICS, OBJECTIVES, LossConfig, Scalars
 from ..inputs.check import check_tensor
 from ..inputs.layout import Layout, PolicyInputs, acc_dtype, active_tokens, layout_of
 from ..ops import loss as ops
-from ..ops.library import none_for_unused_outputs
+from ..ops.library import first_order, none_for_unused_outputs
 from ..reference import loss as reference
 from .covariance import covariance_selection
 from .logps import unsupported_group
@@ -112,7 +111,7 @@ class TokenPolicy(torch.autograd.Function):
         return loss, per_token, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
         if g is None:
             return (None,) * (5 + N_INPUTS)
@@ -206,7 +205,7 @@ def loss_from_logps(
     if OBJECTIVES[config.objective].selects_tokens:
         inputs = inputs._replace(selected=covariance_selection(logps, active, inputs, config))
     if differentiable(backend):
-        return reference.policy_loss(logps, entropy, active, layout, inputs)
+        return reference.policy_loss(logps, entropy, active, layout, inputs, config)
     outputs: tuple[Tensor, Tensor, Tensor] = TokenPolicy.apply(
         logps, entropy, active, layout.cu_seqlens, backend, *inputs
     )
