@@ -99,7 +99,7 @@ def value_loss(
     weights = aggregation_weights(
         layout, active, aggregation, config, dtype=dtype, denominator=denominator, scale=scale
     )
-    old = layout.tokens(old_values, "old_values", dtype)
+    old = layout.tokens(old_values, "old_values", dtype, "float")
     old = None if clip is None else old
     inputs = (old, layout.tokens(returns, "returns", dtype), weights, active, math.inf if clip is None else float(clip))
     values_bt = values.to(dtype).reshape(layout.bt_shape)

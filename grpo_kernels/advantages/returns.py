@@ -40,7 +40,8 @@ class Tokens(NamedTuple):
         return ops.gae(rewards, None, self.active, self.layout.cu_seqlens, gamma, 1.0, self.backend)[0]
 
     def rewards(self, rewards: Tensor) -> Tensor:
-        """[B, T]; one reward a sequence is put on its last active token."""
+        """[B, T]; one reward per sequence is put on its last active token."""
+        check_tensor("rewards", rewards, device=self.layout.device)
         if rewards.shape == self.layout.shape:
             return self.per_token(rewards, "rewards")
         spread = self.layout.tokens_or_sequences(rewards, "rewards", self.dtype)
@@ -52,12 +53,14 @@ class Tokens(NamedTuple):
         return TokenAdvantages(*(x.to(self.dtype).view(self.layout.shape) for x in (advantages, returns)))
 
 
-def tokens_of(like: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None, backend: str) -> Tokens:
-    """`mask` gives the shape where `like` may hold one value a sequence."""
+def tokens_of(
+    like: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None, backend: str, per_token: bool = True
+) -> Tokens:
+    """The mask gives the shape where `like` need not be per token: it may hold one value per sequence."""
     check_tensor(name, like)
     if mask is not None:
         check_tensor("mask", mask, device=like.device)
-    layout = layout_of(like.shape if mask is None else mask.shape, cu_seqlens, like.device)
+    layout = layout_of(like.shape if per_token or mask is None else mask.shape, cu_seqlens, like.device)
     if not layout.knows_sequences:
         raise ValueError(f"flat tokens need cu_seqlens; got {name} of shape {tuple(like.shape)} without")
     active = active_tokens(mask, layout, like.device)
@@ -152,7 +155,7 @@ def reinforce_plus_plus(
         ValueError: for shapes that do not fit, and for one of kl and kl_coef without the other.
     """
     check_number("gamma", gamma, lambda x: 0 <= x <= 1, "in [0, 1]")
-    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend)
+    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend, per_token=False)
     shaped = _minus_kl(tokens, tokens.rewards(rewards), kl, kl_coef)
     return _whitened(tokens, tokens.returns(shaped, float(gamma)), dp_group, ddof=ddof, eps=eps, eps_mode=eps_mode)
 
@@ -189,7 +192,7 @@ def reinforce_plus_plus_baseline(
     Raises:
         ValueError: as ``group_advantages`` and ``reinforce_plus_plus``.
     """
-    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend)
+    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend, per_token=False)
     centred = group_advantages(
         rewards, group_size=group_size, group_ids=group_ids, scale="none", single=single, valid=valid,
         dp_group=dp_group, backend=backend,
@@ -223,7 +226,7 @@ def remax(
     Raises:
         ValueError: for shapes that do not fit.
     """
-    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend)
+    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend, per_token=False)
     check_tensor("baselines", baselines, device=rewards.device, shape=(tokens.layout.sequences,))
     returns = tokens.returns(tokens.rewards(rewards), 1.0)
     spread = tokens.layout.of_sequences(baselines.detach().to(tokens.dtype))

@@ -159,6 +159,9 @@ class Rewards(NamedTuple):
     scale: str
 
 
+_OF_REWARDS = ("group_size", "advantage_eps", "advantage_scale")  # the arguments that go with rewards alone
+
+
 class RowSource(Protocol):
     """Where a loss gets the log-probs of its rows: from logits, or from hidden states and the lm_head."""
 
@@ -211,10 +214,7 @@ def loss_from_rows(
     """What `grpo_loss` and `linear_grpo_loss` share: everything but where the logits come from."""
     rows, layout, backend = source.rows, source.layout, source.backend
     dtype = acc_dtype(rows.logits.dtype)
-    fused_advantages = None
-    if advantages is None and source.fuses_group_advantages:
-        fused_advantages = _rewards_in_launch(rewards, layout, dtype, config)
-    made = fused_advantages or advantages_of(advantages, rewards, backend)
+    made = advantages_of(advantages, rewards, source, dtype, config)
     inputs = policy_inputs(layout, rows.active, dtype, config, made, given)
     entropy: Tensor | None
     fuses = config.form.token_local and not differentiable(backend) and source.wants_grad
@@ -232,32 +232,31 @@ def _holds_gradient(dtype: torch.dtype, scale: float | Tensor) -> bool:
     return dtype != torch.float16 or isinstance(scale, Tensor) or scale > 1
 
 
-def advantages_of(advantages: Tensor | None, rewards: Rewards, backend: str) -> Advantages:
-    """As given, or of the rewards in a launch of their own."""
+def advantages_of(
+    advantages: Tensor | None, rewards: Rewards, source: RowSource, dtype: torch.dtype, config: LossConfig
+) -> Advantages:
+    """As given; or of the rewards, in the loss's own launches where the source takes them, else in one before."""
     if (advantages is None) == (rewards.values is None):
         raise ValueError("give either advantages or rewards (with group_size)")
+    layout, (values, group_size, eps, scale) = source.layout, rewards
     if advantages is not None:
-        for name, value, default in (
-            ("group_size", rewards.group_size, None),
-            ("advantage_eps", rewards.eps, EPS),
-            ("advantage_scale", rewards.scale, "group"),
-        ):
+        for name, value, default in zip(_OF_REWARDS, rewards[1:], (None, EPS, "group"), strict=True):
             check_unused(name, value, default, "with advantages, which are taken as they are")
         return Advantages(advantages)
-    assert rewards.values is not None
-    made = group_advantages(
-        rewards.values, group_size=rewards.group_size, eps=rewards.eps, scale=rewards.scale, backend=backend
+    check_tensor(
+        "rewards", values, device=layout.device, shape=(layout.sequences,) if layout.knows_sequences else layout.shape
     )
+    assert values is not None
+    if source.fuses_group_advantages and (fused := _rewards_in_launch(rewards, layout, dtype, config)):
+        return fused
+    made = group_advantages(values, group_size=group_size, eps=eps, scale=scale, backend=source.backend)
     return Advantages(made.advantages)
 
 
 def _rewards_in_launch(rewards: Rewards, layout: Layout, dtype: torch.dtype, config: LossConfig) -> Advantages | None:
-    """Rewards for the loss's own launches; None where they take one of their own, which also names what is wrong."""
+    """None where the loss's launches cannot make these advantages, or something is wrong that a launch before names."""
     values, group_size, eps, scale = rewards
-    if values is None or group_size is None:
-        return None
-    check_tensor("rewards", values, device=layout.device)
-    if not (layout.padded and values.shape == layout.shape[:1]) or acc_rewards(values).dtype != dtype:
+    if values is None or group_size is None or not layout.padded or acc_rewards(values).dtype != dtype:
         return None
     if not 1 <= group_size <= LARGEST_FUSED_GROUP or layout.shape[0] % group_size:
         return None
