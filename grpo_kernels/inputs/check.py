@@ -41,7 +41,7 @@ def check_tensor(
     if x.layout != torch.strided or x.is_nested:
         raise ValueError(f"{name} must be a strided tensor; got layout {x.layout}{', nested' if x.is_nested else ''}")
     if device is not None and x.device != device:
-        raise ValueError(f"{name} must be on {device}, as the tensors that it goes with; got one on {x.device}")
+        raise ValueError(f"{name} must be where the other tensors are, on {device}; got {x.device}")
     if shape is not None and x.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(x.shape)}")
     if x.requires_grad and not differentiable and torch.is_grad_enabled():

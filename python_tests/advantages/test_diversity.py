@@ -314,7 +314,7 @@ def test_opcheck_and_compile():
         ({"group_size": 3}, ValueError, "divide the 8 samples; got 3"),
         ({"group_size": 0}, ValueError, "at least 1.*got 0"),
         ({"group_ids": torch.zeros(7).long()}, ValueError, r"\(8,\).*\(7,\)"),
-        ({"group_ids": torch.zeros(8)}, ValueError, "group_ids must be integers.*float32"),
+        ({"group_ids": torch.zeros(8)}, TypeError, "group_ids must be integers.*float32"),
         ({"group_size": 4, "threshold": 1.5}, ValueError, "from 0 to 1.*1.5"),
         ({"group_size": 4, "threshold": float("nan")}, ValueError, "from 0 to 1.*nan"),
         ({"group_size": 4, "ngram": 0}, ValueError, "ngram.*got 0"),

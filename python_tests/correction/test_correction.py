@@ -220,9 +220,10 @@ def test_nan_rejects_the_row_that_a_filter_sees() -> None:
 
 
 def test_nothing_is_differentiated() -> None:
-    b = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in batch_of((3, 4), 6).items()}
-    got = gk.rollout_correction(**b, config=FULL)
-    assert not any(x.requires_grad for x in (got.token_weights, *got.metrics.values()))
+    b = batch_of((3, 4), 6)
+    for name in (k for k, v in b.items() if v.is_floating_point()):
+        with pytest.raises(ValueError, match=rf"{name} requires grad.*pass {name}.detach\(\)"):
+            gk.rollout_correction(**{**b, name: b[name].clone().requires_grad_()}, config=FULL)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -117,7 +117,7 @@ def test_arguments() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             gk.rollout_correction(*arguments, **options)
-    with pytest.raises(TypeError, match=r"rollout_logps must be a tensor of shape \(2, 3\); got None"):
+    with pytest.raises(TypeError, match=r"rollout_logps must be a tensor; got NoneType"):
         gk.rollout_correction(x, None)
     with pytest.raises(TypeError, match="clip_max"):
         gk.rollout_correction(x, x, clip_max=3.0)

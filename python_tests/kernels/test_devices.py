@@ -39,7 +39,7 @@ def test_boundaries_elsewhere_are_refused(name):
     """They would be copied at each call, and a kernel that is given their address would read another memory."""
     boundaries = torch.tensor([0, 4, N])
     CALLS[name](boundaries)
-    with pytest.raises(ValueError, match="cu_seqlens must be where the tokens are, on cpu; got meta"):
+    with pytest.raises(ValueError, match="cu_seqlens must be where the other tensors are, on cpu; got meta"):
         CALLS[name](boundaries.to("meta"))
 
 
