@@ -63,6 +63,24 @@ def test_shapes_and_strides_at_the_limits(optimisation, tmp_path, compiler):
     runs_well(build("sizes_probe", "address,undefined", optimisation, tmp_path))
 
 
+@pytest.mark.parametrize("shape", [(2**40, 2**19), (2**19, 2**40), (2**31, 2**28)])
+def test_shapes_beyond_any_memory_are_refused(shape):
+    """Strides of 0 make such tensors cost nothing; their outputs are the first that cannot be had."""
+    batch, tokens = shape
+    x, ids, one = torch.zeros(1, 1).expand(shape), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1)
+    for call in (
+        lambda: gk.token_logps(torch.zeros(1, 1, 8).expand(*shape, 8), ids.expand(shape)),
+        lambda: gk.grpo_loss(torch.zeros(1, 1, 8).expand(*shape, 8), ids.expand(shape), one.expand(batch)),
+        lambda: gk.policy_loss(x, one.expand(batch)),
+        lambda: gk.gae(x, x, gamma=1.0, lam=1.0),
+        lambda: gk.whiten(x),
+        lambda: gk.group_advantages(one.expand(batch * tokens), group_size=2),
+        lambda: gk.group_diversity(ids.expand(2**40, 9), group_size=2),
+    ):
+        with pytest.raises(RuntimeError, match=r"can't allocate memory|multiplication overflow"):
+            call()
+
+
 PREPARE = """
 import os, resource, signal, sys, threading, time
 import torch
