@@ -177,7 +177,9 @@ def child():
     address_space(mib << 20)
     try:
         found = results(threads)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:  # the kernel's, or that of torch, which is a RuntimeError
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
         found = expected
     address_space()
     return same(found, expected) and same(results(threads), expected)
@@ -191,7 +193,7 @@ for threads in map(int, sys.argv[1].split()):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 @pytest.mark.soak_where(lambda threads, **_: len(threads) > 3)
 @pytest.mark.parametrize(
-    ("threads", "mib"), [("3 8", "12 20 30"), ("2 3 5 16 64", " ".join(map(str, range(1, 120, 3))))]
+    ("threads", "mib"), [("3 8", "12 20 30"), ("2 3 5 16 64", " ".join(map(str, range(1, 120, 6))))]
 )
 def test_threads_that_cannot_start_leave_the_work_to_those_that_have(threads, mib):
     """A thread's stack takes 8 MiB of addresses."""
@@ -216,13 +218,13 @@ for kib in range(0, 8 << 10, int(sys.argv[1])):
     address_space()
     assert torch.ones(1_000_000).exp().isfinite().all()
     assert same(run(), expected), kib
-assert said.count(MemoryError) >= 3, said  # in the kernel; torch's own is a RuntimeError
+assert MemoryError in said, said  # in the kernel; torch's own is a RuntimeError
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
-@pytest.mark.soak_where(lambda step: step == "16")
-@pytest.mark.parametrize("step", ["400", "16"])
+@pytest.mark.soak_where(lambda step: step == "64")
+@pytest.mark.parametrize("step", ["400", "64"])
 def test_memory_that_runs_out_on_several_threads_is_an_exception(step):
     script(OUT_OF_MEMORY, step)
 
@@ -271,7 +273,7 @@ for _ in range(int(sys.argv[1])):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 @pytest.mark.soak_where(lambda times: times > 1)
-@pytest.mark.parametrize("times", [1, 30])
+@pytest.mark.parametrize("times", [1, 10])
 def test_an_interrupt_waits_for_the_call_and_spoils_nothing(times):
     """The GIL is released, so others go on; the kernels run on torch's own threads and no others."""
     script(INTERRUPTED, str(times))
