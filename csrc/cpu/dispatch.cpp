@@ -41,12 +41,9 @@ static Isa best_isa() {
   while (!isa_supported(Isa(isa))) --isa;
   return Isa(isa);
 }
-static std::atomic<Isa>& current() {
-  static std::atomic<Isa> isa{best_isa()};
-  return isa;
-}
-Isa isa_in_use() { return current(); }
-void use_isa(Isa isa) { current() = isa; }
+static std::atomic<Isa> current{best_isa()};
+Isa isa_in_use() { return current; }
+void use_isa(Isa isa) { current = isa; }
 
 Sweeps sweeps(DType dtype, bool softcap, bool squares) {
   if (dtype == DType::f64) return sweeps_double(softcap, squares);

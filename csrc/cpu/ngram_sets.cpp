@@ -28,7 +28,7 @@ template <typename Token> void read_tokens(const DiversityParams& p, int64_t sam
   const int64_t row = p.cu_seqlens ? 0 : sample, first = p.cu_seqlens ? p.cu_seqlens[sample] : 0;
   const int64_t length = length_of(p, sample);
   const Token* ids = static_cast<const Token*>(p.token_ids.data) + row * p.token_ids.stride_b;
-  const bool* mask = static_cast<const bool*>(p.active.data) + row * p.active.stride_b;
+  const uint8_t* mask = static_cast<const uint8_t*>(p.active.data) + row * p.active.stride_b;
   mixed.clear();
   for (int64_t t = first; t < first + length; ++t)
     if (!p.active.data || mask[t * p.active.stride_t])

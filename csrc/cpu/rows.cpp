@@ -50,7 +50,8 @@ class RowKernel {
   // launch.
   template <typename Epilogue> void run(bool have_stats, const View* gradient, const Epilogue& epilogue) const {
     const int64_t rows = p.batch * p.tokens;
-    const int threads = int(std::min<int64_t>(p.threads, 1 + rows * p.vocab / kMinElementsPerThread));
+    const double elements = double(rows) * double(p.vocab);  // an integer may overflow: strides of 0 cost no memory
+    const int threads = int(std::min<double>(p.threads, 1 + elements / kMinElementsPerThread));
     if (rows >= threads) {
       parallel_for(rows, threads, [&](int64_t r) { run_some(r, 1, 1, have_stats, gradient, epilogue); });
     } else {

@@ -5,7 +5,6 @@ import importlib
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -201,32 +200,6 @@ def test_threads_follow_torch(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: asked.append(1) or 1)
     gk.grpo_loss(torch.randn(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2))
     assert len(asked) == 2  # the row kernel and the token kernel
-
-
-def test_a_forked_child_does_not_wait_for_threads_it_has_not_got():
-    """torch's own parallel loops hang there; ours start threads of their own."""
-    code = """
-import os, torch, grpo_kernels as gk
-torch.set_num_threads(2)
-x, t, a = torch.randn(64, 5000), torch.zeros(64, dtype=torch.int64), torch.ones(64)
-loss = gk.grpo_loss(x, t, a).loss
-child = os.fork()
-if child == 0:
-    os._exit(0 if torch.equal(gk.grpo_loss(x, t, a).loss, loss) else 1)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_calls_from_several_python_threads():
-    """The GIL is released in the kernels: calls overlap."""
-    torch.manual_seed(0)
-    x, t, a = torch.randn(64, 5000), torch.randint(5000, (64,)), torch.randn(64)
-    expected = gk.grpo_loss(x, t, a).loss
-    with ThreadPoolExecutor(4) as pool:
-        losses = list(pool.map(lambda _: gk.grpo_loss(x, t, a).loss, range(100)))
-    assert all(torch.equal(loss, expected) for loss in losses)
 
 
 def test_importing_the_library_does_not_import_the_compiler():
