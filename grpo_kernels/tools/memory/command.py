@@ -134,7 +134,7 @@ def memory(
     kl: Annotated[float, typer.Option(min=0.0, help="Coefficient of the KL penalty.")] = 0.0,
     chosen: Annotated[str, typer.Option("--providers", help="Comma-separated; all when left out.")] = "",
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out who compiles for seconds.")] = False,
-    predict: Annotated[bool, typer.Option("--predict", help="Formulas only, measure nothing.")] = False,
+    predict: Annotated[bool, typer.Option("--predict", help="Ours and eager by formula, measure nothing.")] = False,
     fit: Annotated[float, typer.Option(min=0.0, help="GiB for the largest batch to fit into.")] = 24.0,
     precision: Annotated[str, typer.Option(help=f"Of the training state: {', '.join(PRECISIONS)}.")] = "bf16_adam",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
@@ -144,7 +144,8 @@ def memory(
 ) -> None:
     """What a GRPO loss takes in bytes: the peak, what holds it, the largest batch that fits, PPO compared with GRPO.
 
-    Measured where it fits, by formula where it does not; a peer's failure and a peer's win are shown as such.
+    Measured where it fits, ours and eager PyTorch's by formula where it does not; the others are measured only. A
+    peer's failure and a peer's win are shown as such.
     """
     console = Console()
     try:

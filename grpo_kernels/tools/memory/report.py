@@ -16,6 +16,7 @@ from .shape import LossShape
 from .training import TrainingMemory
 
 _HELD = {True: "where the formulas are held to measurements", False: "where no formula has met a GPU yet"}
+MEASURED_ONLY = "measured only"  # there is no formula
 _SHARE = 0.1  # of the peak: who holds less is not named in a row
 
 
@@ -51,8 +52,7 @@ def _in_order(found: Sequence[Outcome]) -> list[Outcome]:
 def _row(outcome: Outcome, shape: LossShape, path: str, fit: float) -> list[str]:
     profile, prediction = outcome.profile, outcome.prediction
     measured = "" if profile is None else readable(profile.peak)
-    predicted = "" if prediction is None else readable(prediction.peak)
-    off = ""
+    predicted, off = MEASURED_ONLY if prediction is None else readable(prediction.peak), ""
     if profile is not None and prediction is not None:
         off = f"{100 * (prediction.peak / profile.peak - 1):+.1f} %"
     share = "" if outcome.peak is None else f"{outcome.peak / shape.logits:.2f}"
@@ -65,8 +65,8 @@ def _held(holdings: Sequence[Holding]) -> str:
 
 
 def _largest(provider: str, shape: LossShape, path: str, fit: float) -> str:
-    if formula_of(provider, path, shape) is None:
-        return ""
+    if formula_of(provider, path) is None:
+        return "-"
     budget = int(fit * GIB)
     if path == "linear":
         most = largest_batch(provider, shape, budget - shape.head, path, beside=shape.hidden_states // shape.sequences)
@@ -79,16 +79,22 @@ def step_note(found: Sequence[Outcome], shape: LossShape, path: str) -> str:
     """Who needs least, whoever it is, and how to read the table."""
     measured = [o for o in found if o.profile is not None] or [o for o in found if o.prediction is not None]
     if not measured:
-        return "Nothing measured and nothing predicted."
+        return f"Nothing measured and nothing predicted. {_not_shown(found)}"
     least = min(measured, key=lambda o: o.peak or 0)
     how = "measured" if least.profile is not None else f"predicted for {shape.device}, {_HELD[shape.on_cpu]}"
-    missing = "; ".join(f"{o.provider}: {o.reason or 'no formula'}" for o in found if o.peak is None)
+    missing = _not_shown(found)
     return (
         f"Least memory, {how}: {least.provider} ({escape(least.title)}). Bytes of tensors alive at one moment, above "
         "what is there before the step, gradients included. What fits is counted in sequences of "
         f"{shape.tokens:,} tokens, by the prediction, inputs included."
-        + (f" Not in the table: {escape(missing)}." if missing else "")
+        + (f" {missing}" if missing else "")
     )
+
+
+def _not_shown(found: Sequence[Outcome]) -> str:
+    """Who has no figure, and why: a formula there is for ours and for eager PyTorch alone."""
+    missing = "; ".join(f"{o.provider}: {o.reason or MEASURED_ONLY}" for o in found if o.peak is None)
+    return f"Not in the table: {escape(missing)}." if missing else ""
 
 
 def heading(model: str, shape: LossShape) -> str:
