@@ -140,7 +140,9 @@ def test_impossible_shapes_are_refused(changes):
 
 @pytest.mark.parametrize("name", ["trl", "liger", "verl", "cce", "quack", "compile", "ours-cpu-sideways"])
 def test_who_has_no_formula_is_measured_only(name):
-    with pytest.raises(ValueError, match=f"{name!r} from linear is measured only .* formulas for eager from logits, ours"):
+    with pytest.raises(
+        ValueError, match=f"{name!r} from linear is measured only .* formulas for eager from logits, ours"
+    ):
         predict(name, BATCH)
 
 
@@ -228,7 +230,7 @@ def test_predict_says_who_is_measured_only():
     result = invoke(*TINY[:-1], "eager,trl,liger,cce,compile", "--predict")
     assert result.exit_code == 0 and "trl: measured only; liger: measured only; cce" in flat(result.output)
     alone = invoke(*TINY[:-1], "trl", "--predict")
-    assert "Nothing measured and nothing predicted. Not in the table: trl: measured only." in flat(alone.output)
+    assert "loss from logits: nothing measured and nothing predicted. Not in the table: trl: measured only." in flat(alone.output)
 
 
 def test_who_is_measured_only_has_no_prediction_and_no_largest_batch():

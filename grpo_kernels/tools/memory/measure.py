@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from ..providers import Provider, Task, both
+from ..providers import Provider, Task, both, in_one_line
 from ..providers.batch import Batch, linear_batch, logits_batch
+from ..units import readable_bytes
 from .events import native_stderr_silenced
 from .predict import Prediction, formula_of, predict
 from .profile import MemoryProfile, profile_memory
 from .shape import LossShape
 
 PATHS = ("linear", "logits")
-GIB = 1 << 30
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _COPIES = 3  # of the inputs: made in float32, and copied by who writes in place
 
@@ -118,7 +118,7 @@ def outcomes(
         reason, profile = provider.missing("cpu" if shape.on_cpu else "cuda"), None
         needed = _COPIES * inputs + (prediction or as_eager).peak
         if available and reason is None and (batch is None or needed > available):
-            reason = f"too large for here: {needed / GIB:.1f} GiB with its inputs"
+            reason = f"too large for here: {readable_bytes(needed)} with its inputs"
             reason += "" if prediction else ", if it needs what eager PyTorch does"
         if batch is not None and reason is None:
             profile, reason = _profile_or_reason(provider, task, batch, shape)
@@ -139,5 +139,4 @@ def _profile_or_reason(
             warnings.simplefilter("ignore")
             return profile_step(provider, task, batch, shape), None
     except Exception as error:  # a peer's failure is a result, shown as such
-        lines = str(error).strip().splitlines()
-        return None, f"fails: {type(error).__name__}: {lines[0][:120] if lines else ''}"
+        return None, f"fails: {in_one_line(error)}"

@@ -6,12 +6,12 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from ...config import LossConfig
+from ..environment import installed
 from .batch import Batch
 
 PATHS = {
@@ -113,23 +113,36 @@ class Provider(ABC):
         """Why it cannot do this task; None where it can."""
         return None if task.path in self.paths else f"does not compute the {PATHS[task.path]}"
 
+    def taking_part(self, task: Task, device: str, *, compile: bool) -> Provider | str:
+        """Itself, without torch.compile unless `compile`, or why it is left out."""
+        able = self if compile else self.uncompiled()
+        return self.missing(device) or self.unsupported(task) or able or "left out: compiling takes seconds"
+
     def uncompiled(self) -> Provider | None:
         """Itself without torch.compile, for tests; None where there is nothing else."""
         return None if self.compiles else self
 
     @property
     def version(self) -> str | None:
-        try:
-            return None if self.distribution is None else metadata.version(self.distribution)
-        except metadata.PackageNotFoundError:
-            return None
+        return None if self.distribution is None else installed(self.distribution)
 
     @abstractmethod
     def build(self, task: Task, batch: Batch) -> Run:
         """Everything that need not be repeated at each call is done here."""
 
 
+def given(x: Tensor | None) -> Tensor:
+    """A part of the batch that the path has."""
+    assert x is not None, "the batch was made for another path"
+    return x
+
+
 def leaf(x: Tensor | None) -> Tensor:
     """A leaf of its own on the batch's memory."""
-    assert x is not None, "the batch was made for another path"
-    return x.detach().requires_grad_()
+    return given(x).detach().requires_grad_()
+
+
+def in_one_line(error: Exception) -> str:
+    """For a table: a failure is a result, shown as such."""
+    first, *_ = [*str(error).strip().splitlines(), ""]
+    return f"{type(error).__name__}: {first}"[:200]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, MAX_LENGTH, Provider, Result, Run, Task, leaf
+from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, MAX_LENGTH, Provider, Result, Run, Task, given, leaf
 from .batch import Batch, produced
 
 
@@ -55,8 +55,7 @@ class Liger(Provider):
         """Liger reads [B, T + 1, V]: the last position, which it ignores, is added once and not timed."""
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-        loss, tokens, logits = LOSSES[task.loss], batch.tokens, batch.logits
-        assert logits is not None, "the batch was made for another path"
+        loss, tokens, logits = LOSSES[task.loss], batch.tokens, given(batch.logits)
         source = torch.cat([logits, logits[:, :1]], dim=1)
         mask = tokens.mask.to(torch.int32)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpo_kernels as gk
 
-from .base import ADVANTAGE_EPS, GAMMA, LAM, PATHS, Provider, Result, Run, Task, leaf
+from .base import ADVANTAGE_EPS, GAMMA, LAM, PATHS, Provider, Result, Run, Task, given, leaf
 from .batch import Batch, produced
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device; an interpreter is no benchmark
@@ -77,8 +77,7 @@ class Ours(Provider):
         return self._loss(batch, arguments, single_pass)
 
     def _advantages(self, task: Task, batch: Batch) -> Run:
-        rewards, values, mask = batch.rewards, batch.values, batch.tokens.mask
-        assert rewards is not None, "the batch was made for another path"
+        rewards, mask = given(batch.rewards), batch.tokens.mask
         if task.path == "advantages":
 
             def of_groups() -> Result:
@@ -88,7 +87,7 @@ class Ours(Provider):
                 return Result((found.advantages,), ())
 
             return Run(of_groups)
-        assert values is not None, "the batch was made for another path"
+        values = given(batch.values)
 
         def of_critic() -> Result:
             advantages, returns = gk.gae(rewards, values, mask, gamma=GAMMA, lam=LAM, backend=self.backend)
@@ -109,8 +108,7 @@ class Ours(Provider):
         return Run(logps)
 
     def _loss(self, batch: Batch, arguments: dict[str, Any], single_pass: bool) -> Run:
-        original = batch.logits
-        assert original is not None, "the batch was made for another path"
+        original = given(batch.logits)
         inplace = self.way != "out-of-place"
         source = original.clone() if inplace else original
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .base import ADVANTAGE_EPS, EPS_HIGH, EPS_LOW, GAMMA, LAM, PATHS, Provider, Result, Run, Task, leaf
 from .batch import Batch, Tokens
 
+IGNORED = -100
 WRITTEN = ("dapo", "bnpo", "grpo", "gspo")  # the clipped losses; the trainers' own functions time the others
 
 
@@ -144,3 +145,19 @@ class Compiled(Eager):
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=self.dynamic)
+
+
+class CrossEntropy(Provider):
+    """Who computes log-probs alone, as a cross-entropy; the plain loss follows."""
+
+    def unsupported(self, task: Task) -> str | None:
+        if task.entropy_coef:
+            return "has no entropy"
+        if task.path in self.paths - {"logps"} and task.loss not in WRITTEN:
+            return "gives log-probs only"
+        return super().unsupported(task)
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """Rows of IGNORED are skipped."""
+    return batch.tokens.targets.masked_fill(~batch.tokens.mask, IGNORED)

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from .base import Provider, Result, Run, Task, leaf
+from .base import Result, Run, Task, given, leaf
 from .batch import Batch, produced
-from .plain import WRITTEN, token_loss
-
-IGNORED = -100
+from .plain import IGNORED, CrossEntropy, labels_of, token_loss
 
 
-class Quack(Provider):
+class Quack(CrossEntropy):
     name = "quack"
     title = "quack: cross_entropy in place or linear_cross_entropy, plain loss behind it"
     paths = frozenset({"logits", "linear", "logps"})
     module, distribution = "quack", "quack-kernels"
     needs_gpu = True
 
-    def unsupported(self, task: Task) -> str | None:
-        if task.entropy_coef:
-            return "has no entropy"
-        if task.path != "logps" and task.path in self.paths and task.loss not in WRITTEN:
-            return "gives log-probs only"
-        return super().unsupported(task)
-
     def build(self, task: Task, batch: Batch) -> Run:
         from quack.cross_entropy import cross_entropy
         from quack.linear_cross_entropy import linear_cross_entropy_func
 
-        tokens = batch.tokens
-        labels = tokens.targets.masked_fill(~tokens.mask, IGNORED).flatten()
+        tokens, labels = batch.tokens, labels_of(batch).flatten()
         if task.path == "linear":
 
             def linear() -> Result:
@@ -40,8 +30,7 @@ class Quack(Provider):
                 return Result((token_loss(logps.view_as(tokens.mask), None, tokens, task),), inputs)
 
             return Run(linear)
-        original = batch.logits
-        assert original is not None, "the batch was made for another path"
+        original = given(batch.logits)
         source = original.clone()
 
         def forward() -> Result:

@@ -23,6 +23,7 @@ from .base import (
     Result,
     Run,
     Task,
+    given,
     leaf,
 )
 from .batch import Batch
@@ -97,8 +98,7 @@ def _advantages(task: Task, batch: Batch) -> Run:
     """Its vectorised group advantages, the faster of its two; GAE is a loop over time that whitens."""
     from verl.trainer.ppo import core_algos
 
-    rewards, values, mask = batch.rewards, batch.values, batch.tokens.mask.float()
-    assert rewards is not None, "the batch was made for another path"
+    rewards, values, mask = given(batch.rewards), batch.values, batch.tokens.mask.float()
     if task.path == "gae":
 
         def gae() -> Result:
