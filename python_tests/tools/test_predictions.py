@@ -230,7 +230,9 @@ def test_predict_says_who_is_measured_only():
     result = invoke(*TINY[:-1], "eager,trl,liger,cce,compile", "--predict")
     assert result.exit_code == 0 and "trl: measured only; liger: measured only; cce" in flat(result.output)
     alone = invoke(*TINY[:-1], "trl", "--predict")
-    assert "loss from logits: nothing measured and nothing predicted. Not in the table: trl: measured only." in flat(alone.output)
+    assert "loss from logits: nothing measured and nothing predicted. Not in the table: trl: measured only." in flat(
+        alone.output
+    )
 
 
 def test_who_is_measured_only_has_no_prediction_and_no_largest_batch():

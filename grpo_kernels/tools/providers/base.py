@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...config import LossConfig
 from ..environment import installed
-from .batch import Batch
+from .batch import Batch, produced
 
 PATHS = {
     "logits": "loss from logits",
@@ -140,6 +140,29 @@ def given(x: Tensor | None) -> Tensor:
 def leaf(x: Tensor | None) -> Tensor:
     """A leaf of its own on the batch's memory."""
     return given(x).detach().requires_grad_()
+
+
+def run_of(
+    call: Callable[..., Any],
+    *sources: Tensor | None,
+    enter: Callable[[Any], Tensor] = leaf,
+    restore: Callable[[], object] | None = None,
+) -> Run:
+    """`call` gives a tensor or several; its arguments share the sources' memory: leaves, or what `enter` makes."""
+
+    def forward() -> Result:
+        inputs = tuple(map(enter, sources))
+        outputs = call(*inputs)
+        return Result(outputs if isinstance(outputs, tuple) else (outputs,), inputs)
+
+    return Run(forward, restore)
+
+
+def run_in_place(call: Callable[[Tensor], Any], logits: Tensor | None, source: Tensor | None = None) -> Run:
+    """`call` overwrites `source`, else a copy of the logits, which get back their values before each call."""
+    original = given(logits)
+    copy = original.clone() if source is None else source
+    return run_of(call, copy, enter=produced, restore=lambda: copy[:, : original.shape[1]].copy_(original))
 
 
 def in_one_line(error: Exception) -> str:

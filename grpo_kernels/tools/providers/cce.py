@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Result, Run, Task, leaf
+from torch import Tensor
+
+from .base import Run, Task, run_of
 from .batch import Batch
 from .plain import IGNORED, CrossEntropy, labels_of, token_loss
 
@@ -46,9 +48,8 @@ class CutCrossEntropy(CrossEntropy):
         if batch.source.device.type == "cpu":
             options = {"impl": "torch_compile"}
 
-        def forward() -> Result:
-            inputs = leaf(batch.hidden), leaf(batch.weight)
-            logps = -linear_cross_entropy(*inputs, labels, ignore_index=IGNORED, reduction="none", **options)
-            return Result((token_loss(logps, None, tokens, task),), inputs)
+        def linear(hidden: Tensor, weight: Tensor) -> Tensor:
+            logps = -linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED, reduction="none", **options)
+            return token_loss(logps, None, tokens, task)
 
-        return Run(forward)
+        return run_of(linear, *batch.sources("linear"))

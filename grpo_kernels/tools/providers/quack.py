@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .base import Result, Run, Task, given, leaf
-from .batch import Batch, produced
+from torch import Tensor
+
+from .base import Run, Task, run_in_place, run_of
+from .batch import Batch
 from .plain import IGNORED, CrossEntropy, labels_of, token_loss
 
 
@@ -19,27 +21,16 @@ class Quack(CrossEntropy):
         from quack.linear_cross_entropy import linear_cross_entropy_func
 
         tokens, labels = batch.tokens, labels_of(batch).flatten()
+        options = {"ignore_index": IGNORED, "reduction": "none", "inplace_backward": True}
+
+        def linear(hidden: Tensor, weight: Tensor) -> Tensor:
+            logps = -linear_cross_entropy_func(hidden.flatten(0, 1), weight, None, labels, **options)
+            return token_loss(logps.view_as(tokens.mask), None, tokens, task)
+
+        def from_logits(logits: Tensor) -> Tensor:
+            logps = -cross_entropy(logits.flatten(0, 1), labels, **options).view_as(tokens.mask)
+            return logps if task.path == "logps" else token_loss(logps, None, tokens, task)
+
         if task.path == "linear":
-
-            def linear() -> Result:
-                inputs = leaf(batch.hidden), leaf(batch.weight)
-                rows = inputs[0].flatten(0, 1)
-                logps = -linear_cross_entropy_func(
-                    rows, inputs[1], None, labels, ignore_index=IGNORED, reduction="none", inplace_backward=True
-                )
-                return Result((token_loss(logps.view_as(tokens.mask), None, tokens, task),), inputs)
-
-            return Run(linear)
-        original = given(batch.logits)
-        source = original.clone()
-
-        def forward() -> Result:
-            logits = produced(source)
-            logps = -cross_entropy(
-                logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="none", inplace_backward=True
-            ).view_as(tokens.mask)
-            if task.path == "logps":
-                return Result((logps,), (logits,))
-            return Result((token_loss(logps, None, tokens, task),), (logits,))
-
-        return Run(forward, lambda: source.copy_(original))
+            return run_of(linear, *batch.sources("linear"))
+        return run_in_place(from_logits, batch.logits)
