@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from grpo_kernels.tools import environment
 from grpo_kernels.tools.bench.results import of_this_machine
 from grpo_kernels.tools.bench.table import overview_table
-from grpo_kernels.tools.bench.timing import machine_info
 
 from .harness import Harness
 
@@ -35,11 +35,7 @@ def harness(request: pytest.FixtureRequest) -> Harness:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["grpo_kernels"] = _machine()
-
-
-def _machine() -> dict[str, Any]:
-    return machine_info()
+    machine_info["grpo_kernels"] = environment.machine_info()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -47,4 +43,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if records:
         terminalreporter.section("grpo_kernels: medians of interleaved runs; below 1x the other one is faster")
         terminalreporter.write_line(of_this_machine(records, "").caption)
-        terminalreporter.write_line(overview_table(records))
+        terminalreporter.write_line(overview_table(records).markdown())

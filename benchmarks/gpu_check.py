@@ -16,7 +16,6 @@ import argparse
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -28,15 +27,6 @@ from .gpu.runner import ROOT, Piece, Run, Unhealthy, brief, digest
 
 OUT_OF_TIME, UNHEALTHY = 3, 4
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def commit() -> str | None:
-    """None for a copy of the files without their history; the digests of sources tell them apart all the same."""
-    try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def same_machine(old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -55,7 +45,7 @@ def take_up(run: Run, machine: Piece, folder: Path) -> bool:
     run.out = folder / f"gpu_{name}.json"
     if run.out.exists() and same_machine(old := json.loads(run.out.read_text()), about):
         run.state = old
-    run.state |= {**about, "commit": commit(), "healthy": True, "sources": digest("all")}
+    run.state |= {**about, "commit": result["commit"], "healthy": True, "sources": digest("all")}
     run.results[machine.name] = {**result, "sources": digest("all")}
     print(f"{machine.name}: {brief(result)}", flush=True)
     run.save()

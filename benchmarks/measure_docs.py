@@ -18,7 +18,7 @@ from grpo_kernels.tools.bench.lengths import measure_lengths
 from grpo_kernels.tools.bench.measure import Options, measure
 from grpo_kernels.tools.bench.results import Results, now
 from grpo_kernels.tools.bench.sweeps import SWEEPS
-from grpo_kernels.tools.bench.timing import machine_info
+from grpo_kernels.tools.environment import machine_info
 from grpo_kernels.tools.providers import Ours, Provider, Task, providers
 
 from .cases import DEVICE, ENTROPY, KL, advantages

@@ -14,9 +14,6 @@ from pathlib import Path
 from grpo_kernels.tools.bench import report
 from grpo_kernels.tools.bench.compare import compare, comparison_table
 from grpo_kernels.tools.bench.results import load
-from grpo_kernels.tools.bench.table import markdown_table
-
-__all__ = ["main", "markdown_table"]
 
 
 def main() -> int:
@@ -47,7 +44,7 @@ def main() -> int:
 def _compare(old: Path, new: Path, force: bool) -> int:
     before, now = load(old), load(new)
     changes = compare(before, now, force=force)
-    print(f"before: {before.caption}\nnow:    {now.caption}\n\n{comparison_table(changes)}\n")
+    print(f"before: {before.caption}\nnow:    {now.caption}\n\n{comparison_table(changes).markdown()}\n")
     regressions = [c for c in changes if c.regression]
     print(f"{len(regressions)} of {len(changes)} became worse beyond 5 % and twice the noise.")
     return 1 if regressions else 0

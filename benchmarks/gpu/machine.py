@@ -7,10 +7,11 @@ import json
 import platform
 import shutil
 import subprocess
-from importlib import metadata
 from typing import Any
 
 import torch
+
+from grpo_kernels.tools.environment import commit, installed
 
 from .measure import milliseconds
 
@@ -19,13 +20,7 @@ COPIED_BYTES = 1 << 30
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := installed(name))}
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -60,7 +55,7 @@ def main() -> None:
     copy = milliseconds(lambda: target.copy_(source), device)
     query = "name,driver_version,temperature.gpu,clocks.sm,clocks.mem,memory.used"
     print(json.dumps({
-        "device": describe(device), "versions": versions(), "copy_ms": copy,
+        "device": describe(device), "versions": versions(), "commit": commit(), "copy_ms": copy,
         "copy_bytes_per_second": 2 * size / copy * 1e3,
         "nvidia_smi": tool("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
         "nvcc": tool("nvcc", "--version"),

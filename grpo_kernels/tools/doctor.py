@@ -11,8 +11,7 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 import grpo_kernels as gk
 
@@ -20,7 +19,9 @@ from ..backends import BackendUnavailable, resolve
 from . import environment
 from .memory.formulas import chunks_of
 from .memory.shape import LossShape
+from .providers import in_one_line
 from .shapes import shape_named
+from .tables import Table
 
 TOLERANCE = 1e-4  # fp32 gradients of a few thousand terms; a wrong formula is off by far more
 
@@ -56,9 +57,7 @@ def self_test(backend: str = "auto", device: str = "cpu") -> SelfTest:
     try:
         found = _loss_and_gradients(backend, device)
     except Exception as error:  # a diagnosis reports whatever it meets
-        words = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {words[0] if words else ''}"
-        return SelfTest(backend, device, float("nan"), time.perf_counter() - begin, reason)
+        return SelfTest(backend, device, float("nan"), time.perf_counter() - begin, in_one_line(error))
     pairs = zip(found, _loss_and_gradients("reference", "cpu"), strict=True)
     errors = [((ours.cpu() - theirs).abs().max() / theirs.abs().max()).item() for ours, theirs in pairs]
     worst = max(errors, key=lambda error: (error != error, error))  # a NaN is the worst of all
@@ -141,7 +140,7 @@ def print_diagnosis(
 ) -> bool:
     """Tables, the self-tests and the line for a bug report; whether all self-tests passed."""
     tests = self_tests()
-    versions = environment.versions((*environment.PACKAGES, *environment.PEERS))
+    versions = environment.versions()
     console.print(_installation(versions))
     console.print(_backends(tests))
     console.print(_kernels(rows, vocab, hidden, dtype))
@@ -151,50 +150,37 @@ def print_diagnosis(
 
 
 def _installation(versions: dict[str, str]) -> Table:
-    table = Table(title="grpo-kernels doctor", title_justify="left", show_header=False)
-    for package, version in versions.items():
-        table.add_row(package, f"[dim]{version}[/dim]" if version == environment.NOT_INSTALLED else version)
-    table.add_section()
-    for device in environment.devices():
-        table.add_row("device", escape(device))
-    table.add_row("instruction set", environment.instruction_set("cpu" if _is_here("cpu") else "reference"))
-    return table
-
-
-def _is_here(backend: str) -> bool:
-    return gk.available_backends()[backend] == "ok"
+    missing = environment.NOT_INSTALLED
+    rows = [(package, Text(version, "dim" if version == missing else "")) for package, version in versions.items()]
+    found = [("device", device) for device in environment.devices()]
+    return Table(
+        ("", ""), [*rows, (), *found, ("instruction set", environment.instruction_set())], "grpo-kernels doctor", left=2
+    )
 
 
 def _backends(tests: list[SelfTest]) -> Table:
-    table = Table(title="backends", title_justify="left")
-    for heading in ("backend", "state", "self-test"):
-        table.add_column(heading)
     by_name = {test.backend: test for test in tests}
+    rows = []
     for name, state in gk.available_backends().items():
         test = by_name.get(name)
-        result = "is what the others are compared with" if name == "reference" else "did not run"
+        result = Text("is what the others are compared with" if name == "reference" else "did not run")
         if test is not None:
             colour = "green" if test.passed else "red"
-            result = f"[{colour}]{escape(str(test))}, {test.seconds:.1f} s on {test.device}[/{colour}]"
-        table.add_row(name, f"[green]{state}[/green]" if state == "ok" else escape(state), result)
-    return table
+            result = Text(f"{test}, {test.seconds:.1f} s on {test.device}", colour)
+        rows.append((name, Text(state, "green" if state == "ok" else ""), result))
+    return Table(("backend", "state", "self-test"), rows, "backends", left=3)
 
 
 def _kernels(rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> Table:
     name = str(dtype).removeprefix("torch.")
     title = f'what backend="auto" would run: {rows:,} tokens, vocabulary {vocab:,}, hidden {hidden:,}, {name}'
-    table = Table(title=title, title_justify="left")
-    for heading in ("call", "device", "backend", "kernels"):
-        table.add_column(heading)
-    for plan in plans(rows, vocab, hidden, dtype):
-        table.add_row(*map(escape, plan))
-    return table
+    return Table(("call", "device", "backend", "kernels"), plans(rows, vocab, hidden, dtype), title, left=4)
 
 
 def _summary(versions: dict[str, str], tests: list[SelfTest]) -> str:
     present = [f"{name} {version}" for name, version in versions.items() if version != environment.NOT_INSTALLED]
     ran = [f"self-test {test.backend} on {test.device} {test}" for test in tests] or ["no backend ran a self-test"]
-    kernels = f"instruction set {environment.instruction_set('cpu' if _is_here('cpu') else 'reference')}"
+    kernels = f"instruction set {environment.instruction_set()}"
     gpus = environment.devices()[1:]
     system = f"{platform.system()} {platform.machine()}"
     return "; ".join([*present, system, f"threads: {torch.get_num_threads()}", kernels, *gpus, *ran])

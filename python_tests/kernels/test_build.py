@@ -87,7 +87,7 @@ import sys
 sys.modules["grpo_kernels.backends._cpu"] = None
 import torch
 import grpo_kernels as gk
-from grpo_kernels.tools.bench.timing import machine_info
+from grpo_kernels.tools.environment import machine_info
 assert "does not load" in gk.available_backends()["cpu"]
 assert machine_info()["instruction_set"]
 assert gk.whiten(torch.randn(3, 4), backend="reference").isfinite().all()

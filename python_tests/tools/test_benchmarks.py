@@ -22,6 +22,7 @@ from grpo_kernels.tools.bench.clock import CudaClock, WallClock
 from grpo_kernels.tools.bench.lengths import measure_lengths
 from grpo_kernels.tools.bench.measure import Differs, Options, distance, measure, summary
 from grpo_kernels.tools.bench.sweeps import SWEEPS
+from grpo_kernels.tools.environment import machine_info
 from grpo_kernels.tools.providers import (
     PATHS,
     Provider,
@@ -222,8 +223,8 @@ def test_lengths_are_called_twice_each() -> None:
     record = measure_lengths(small(), [OURS, provider_named("compile")], QUICK, (3, 5))
     ours = record["providers"]["ours-cpu"]
     assert len(ours["first"]) == len(ours["again"]) == 2
-    headings, rows = table.lengths_rows(record)
-    assert headings == ["length", "ours-cpu"] and [row[0] for row in rows] == ["3", "5"]
+    shown = table.lengths_table(record)
+    assert shown.headings == ["length", "ours-cpu"] and [row[0] for row in shown.rows] == ["3", "5"]
     assert "compile" in table.untimed(record)
 
 
@@ -308,10 +309,10 @@ def test_produced_logits_share_memory_and_are_no_leaf() -> None:
 
 
 def test_machine_info_names_what_a_figure_depends_on() -> None:
-    info = timing.machine_info()
+    info = machine_info()
     assert info["cpu"] and info["cores"] >= 1 and info["torch_threads"] == torch.get_num_threads()
     assert info["instruction_set"] in ("generic", "avx2", "avx512", "avx512_bf16")
-    assert timing.device_of({**info, "gpu": "NVIDIA H100"}) == "NVIDIA H100"
+    assert results_of(gpu="NVIDIA H100").device == "NVIDIA H100"
 
 
 # ---- tables, comparison, report ----
@@ -342,8 +343,8 @@ def results_of(*records: dict[str, Any], **machine: Any) -> results.Results:
 
 def test_a_table_says_who_wins() -> None:
     wins = record_of(ours_cpu=0.02, eager=0.1, trl=0.05)
-    assert [row[0] for row in table.case_rows(wins)] == ["copy", "ours-cpu *", "eager", "trl"]
-    assert table.verdict(wins) == "ours-cpu is 2.5x as fast as trl. Least memory: ours-cpu, 1.00 MiB."
+    assert [row[0] for row in table.case_table(wins).rows] == ["copy", "ours-cpu *", "eager", "trl"]
+    assert table.verdict(wins) == "ours-cpu is 2.5x as fast as trl. Least memory: ours-cpu, 1.0 MiB."
     loses = record_of(ours_cpu=0.02, eager=0.1, trl=0.01)
     assert "trl is 2.0x as fast as ours-cpu" in table.verdict(loses)
     assert table.overview_row(loses)[3:7] == ["5.0x", "", "trl", "0.50x"]
@@ -355,7 +356,7 @@ def test_comparison_flags_what_is_beyond_the_noise(now: float, verdict: str) -> 
     before, after = results_of(record_of(ours_cpu=0.02)), results_of(record_of(ours_cpu=now))
     (change,) = comparing.compare(before, after)
     assert change.verdict == verdict and change.regression == (verdict == "SLOWER")
-    assert verdict in comparing.comparison_table([change])
+    assert verdict in comparing.comparison_table([change]).markdown()
 
 
 def test_comparison_counts_noise_units_memory_and_devices() -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from grpo_kernels.tools import cli, demo
-from grpo_kernels.tools.demo import measure, report, smollm, train
+from grpo_kernels.tools.demo import report, smollm, train
 from grpo_kernels.tools.demo.errors import DemoError, require
 from grpo_kernels.tools.demo.policy import completion_mask
 from grpo_kernels.tools.demo.synthetic import SyntheticPolicy, one_thread
@@ -223,16 +223,6 @@ def test_without_a_signal_no_gradient_error_is_claimed(tmp_path):
     compared = json.loads((tmp_path / "report.json").read_text())["comparison"]
     assert compared["hidden_gradient_error"] is None and compared["weight_gradient_error"] is None
     assert "no signal" in console.export_text()
-
-
-def test_peak_memory_counts_what_is_alive_at_once():
-    def run() -> torch.Tensor:
-        first = torch.ones(1 << 20)
-        second = first + 1
-        del first
-        return second * 2
-
-    assert measure.peak_bytes(run) == pytest.approx(2 * 4 << 20, rel=1e-3)
 
 
 def test_smoothing_looks_back_only():

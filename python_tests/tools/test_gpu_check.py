@@ -204,7 +204,7 @@ class Sick(runner.Run):
 def test_a_gpu_that_no_longer_adds_ends_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     lost = {"ok": False, "cuda_error": True, "bad": ["a"]}
-    machine = piece("machine", {"ok": True, "device": {"name": "dry"}, "versions": {}}, always=True)
+    machine = piece("machine", {"ok": True, "device": {"name": "dry"}, "versions": {}, "commit": None}, always=True)
     listed = [machine, piece("build", {"ok": True}, always=True), piece("a", lost), piece("b", {"ok": True}, calls)]
     monkeypatch.setattr(gpu_check, "every", lambda: listed)
     monkeypatch.setattr(gpu_check, "Run", Sick)
@@ -215,7 +215,7 @@ def test_a_gpu_that_no_longer_adds_ends_the_check(tmp_path: Path, monkeypatch: p
 
 
 def test_exit_statuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = piece("machine", {"ok": True, "device": {"name": "dry"}, "versions": {}}, always=True)
+    machine = piece("machine", {"ok": True, "device": {"name": "dry"}, "versions": {}, "commit": None}, always=True)
     for result, expected in (({"ok": True}, 0), ({"ok": False}, 1), (None, 3)):
         listed = [machine, piece("build", {"ok": True}, always=True), piece("a", result)]
         monkeypatch.setattr(gpu_check, "every", lambda listed=listed: listed)

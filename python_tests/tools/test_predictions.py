@@ -1,4 +1,4 @@
-"""The formulas of `grpo_kernels.tools.memory` against the allocator, for every provider that is here."""
+"""The formulas of `grpo_kernels.tools.memory` against the allocator; everybody else is measured only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from grpo_kernels.tools.memory import (
     training_memory,
 )
 from grpo_kernels.tools.memory.critic import critic_moments, critic_step
-from grpo_kernels.tools.memory.measure import make_batch, profile_step
+from grpo_kernels.tools.memory.measure import make_batch, outcomes, profile_step
+from grpo_kernels.tools.memory.predict import formula_of
 from grpo_kernels.tools.memory.training import critic_parameters
 from grpo_kernels.tools.providers import Task, provider_named, providers
 from grpo_kernels.tools.shapes import SHAPES, ModelShape
@@ -27,14 +28,13 @@ from grpo_kernels.tools.shapes import SHAPES, ModelShape
 TOLERANCE = 0.02
 GRIDS = [(8, 32, 16384, 96), (1, 200, 16411, 48)]  # sequences, tokens, vocabulary, hidden
 DTYPES = [torch.bfloat16, torch.float32]
-HERE = [p for p in providers("cpu") if p.missing("cpu") is None]
 CASES = [
     (path, p.name, grid, dtype)
     for path in ("linear", "logits")
-    for p in HERE
-    if p.unsupported(Task(path)) is None
-    for grid in (GRIDS[:1] if p.compiles else GRIDS)
-    for dtype in (DTYPES[:1] if p.compiles else DTYPES)
+    for p in providers("cpu")
+    if path in p.paths and formula_of(p.name, path)
+    for grid in GRIDS
+    for dtype in DTYPES
 ]
 
 
@@ -50,9 +50,9 @@ def test_prediction_is_the_measurement(path, name, grid, dtype):
     assert within(predicted.peak, profile.peak_without_scratch), (predicted.at_peak, profile.at_peak)
 
 
-def test_every_provider_here_has_a_formula():
-    assert {("linear", "eager"), ("logits", "eager")} < set(FORMULAS)
-    assert len({name for _, name, *_ in CASES}) >= 4  # or the test above would prove nothing
+def test_every_formula_is_held_to_a_measurement():
+    measured = {(path, name.replace("ours-cpu", "ours")) for path, name, *_ in CASES}
+    assert measured == set(FORMULAS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,11 +138,21 @@ def test_impossible_shapes_are_refused(changes):
         dataclasses.replace(BATCH, **changes)
 
 
-def test_a_provider_without_a_formula_is_refused():
-    with pytest.raises(ValueError, match="no formula for 'quack' from linear"):
-        predict("quack", BATCH)
-    with pytest.raises(ValueError, match="no formula for 'trl' from logits"):  # a kernel of its own
-        predict("trl", dataclasses.replace(BATCH, device="cuda"), "logits")
+@pytest.mark.parametrize("name", ["trl", "liger", "verl", "cce", "quack", "compile", "ours-cpu-sideways"])
+def test_who_has_no_formula_is_measured_only(name):
+    with pytest.raises(
+        ValueError, match=f"{name!r} from linear is measured only .* formulas for eager from logits, ours"
+    ):
+        predict(name, BATCH)
+
+
+def test_who_has_no_formula_is_not_measured_where_eager_would_not_fit(monkeypatch):
+    monkeypatch.setattr("grpo_kernels.tools.memory.measure.profile_step", None)
+    task, shape = Task("logits"), LossShape(2, 50, 1000, 64)
+    needed = 3 * shape.logits + predict("eager", shape, "logits").peak
+    (found,) = outcomes([provider_named("compile")], task, shape, needed - 1, lambda name: None)
+    assert found.peak is None and found.reason.startswith("too large for here")
+    assert found.reason.endswith("if it needs what eager PyTorch does")
 
 
 @pytest.mark.parametrize(("path", "name"), FORMULAS)
@@ -173,6 +183,11 @@ from grpo_kernels.tools import cli  # noqa: E402
 
 def invoke(*arguments: str):
     return CliRunner().invoke(cli.app, ["memory", *arguments], env={"COLUMNS": "250"})
+
+
+def flat(output: str) -> str:
+    """Without the line breaks that the terminal puts in."""
+    return " ".join(output.split())
 
 
 TINY = ["--model", "smollm2-135m", "--sequences", "1", "--tokens", "16", "--providers", "eager,ours-cpu,cce"]
@@ -209,6 +224,22 @@ def test_predict_measures_nothing(monkeypatch):
     result = invoke(*TINY, "--predict")
     assert result.exit_code == 0 and "Least memory, predicted for cpu" in result.output
     assert "no formula has met a GPU" in invoke(*TINY[:-2], "--predict", "--device", "cuda").output
+
+
+def test_predict_says_who_is_measured_only():
+    result = invoke(*TINY[:-1], "eager,trl,liger,cce,compile", "--predict")
+    assert result.exit_code == 0 and "trl: measured only; liger: measured only; cce" in flat(result.output)
+    alone = invoke(*TINY[:-1], "trl", "--predict")
+    assert "loss from logits: nothing measured and nothing predicted. Not in the table: trl: measured only." in flat(
+        alone.output
+    )
+
+
+def test_who_is_measured_only_has_no_prediction_and_no_largest_batch():
+    pytest.importorskip("trl")
+    shown = invoke(*TINY[:-1], "trl").output
+    (row,) = [line.split() for line in shown.splitlines() if "measured only" in line][:1]
+    assert [word for word in row if word != "│"][-1] == "-"
 
 
 def test_a_failing_peer_is_shown_as_such(monkeypatch):

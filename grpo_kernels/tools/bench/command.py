@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
-from ..providers import LOSSES, PATHS, Ours, Provider, Task, provider_named, providers
+from ..environment import device_named
+from ..providers import LOSSES, PATHS, Ours, Provider, Task, providers, providers_named
 from ..shapes import shape_named
 from . import plots, show
 from .case import MODES, Case
@@ -56,7 +56,7 @@ def bench(
     """
     console = Console()
     try:
-        device = _device(device)
+        device = device_named(device)
         if list_choices:
             return show.show_choices(device, console)
         shape = shape_named(model)
@@ -67,12 +67,16 @@ def bench(
         )  # fmt: skip
         options = Options(device=device, seconds=seconds, compile=not no_compile)
         paths, sweeps = _split(path), _split(sweep)
-        named = [provider_named(name, device) for name in _split(chosen)] or everybody(device, briefly=bool(sweeps))
+        named = providers_named(chosen, device) or everybody(device, briefly=bool(sweeps))
         _check(paths, sweeps)
     except ValueError as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from None
-    _run(case, paths, sweeps, named, options, out, console)
+    try:
+        _run(case, paths, sweeps, named, options, out, console)
+    except ImportError as error:  # of matplotlib, when everything else is written
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
 
 
 def everybody(device: str, *, briefly: bool) -> list[Provider]:
@@ -82,16 +86,6 @@ def everybody(device: str, *, briefly: bool) -> list[Provider]:
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or auto; got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: torch sees no GPU here")
-    return name
 
 
 def _check(paths: list[str], sweeps: list[str]) -> None:

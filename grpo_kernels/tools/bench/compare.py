@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..tables import Table
+from ..units import milliseconds, readable_bytes
 from .results import Results
-from .table import markdown_table, mib, milliseconds, timed
+from .table import timed
 
 THRESHOLD = 0.05  # a change of the ratio below this is never flagged
 HEADINGS = ("case", "provider", "before ms", "now ms", "change", "noise", "verdict")
@@ -69,12 +71,12 @@ def _changes(before: Results, now: Results) -> Iterator[Change]:
             )  # fmt: skip
 
 
-def comparison_table(changes: list[Change]) -> str:
+def comparison_table(changes: list[Change]) -> Table:
     rows = []
     for c in changes:
         change, verdict = f"{100 * (c.ratio - 1):+.0f} %", c.verdict
         if "MEMORY" in verdict:
-            verdict += f" ({mib(c.peak_before or 0)} to {mib(c.peak_now or 0)} MiB)"
+            verdict += f" ({readable_bytes(c.peak_before or 0)} to {readable_bytes(c.peak_now or 0)})"
         times = milliseconds(c.before), milliseconds(c.now)
         rows.append([c.case, c.provider, *times, change, f"{100 * c.noise:.0f} %", verdict])
-    return markdown_table(HEADINGS, rows)
+    return Table(HEADINGS, rows)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..providers import Compiled, Provider, both
+from ..providers import Compiled, Provider, both, in_one_line
 from .case import Case
-from .measure import NOT_COMPILED, Options
+from .measure import Options
 
 LENGTHS = (96, 101, 77, 128, 83, 119, 64, 110)  # no order, none twice
 
@@ -32,10 +32,9 @@ def measure_lengths(
             continue
         entry: dict[str, Any] = {"title": provider.title, "version": provider.version}
         record["providers"][provider.name] = entry
-        reason = provider.missing(options.device) or provider.unsupported(case.task)
-        able = provider if options.compile else provider.uncompiled()
-        if reason is not None or able is None:
-            entry["missing"] = reason or NOT_COMPILED
+        able = provider.taking_part(case.task, options.device, compile=options.compile)
+        if isinstance(able, str):
+            entry["missing"] = able
             continue
         if isinstance(able, Compiled):
             able = Compiled(dynamic=None)  # what torch.compile does of itself: after two lengths a dynamic graph
@@ -44,7 +43,7 @@ def measure_lengths(
         except Exception as error:
             if options.strict:
                 raise
-            entry["failed"] = f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]
+            entry["failed"] = in_one_line(error)
     return record
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..memory.peak import peak_memory
-from ..providers import Provider, Run, both
+from ..providers import Provider, Run, both, given, in_one_line
 from ..providers.batch import Batch
 from .case import Case
 from .clock import Clock, clock_for
@@ -25,7 +25,6 @@ TOLERANCES = {"bf16": 5e-3, "fp16": 5e-3, "fp32": 1e-4}
 LINEAR_TOLERANCES = {"bf16": 2e-2, "fp16": 2e-2, "fp32": 1e-4}
 ROUNDED_PART = (slice(0, 2), slice(0, 16))  # of the batch, in float32: whose log-probs are rounded is checked there
 PER_TOKEN = ("targets", "mask", "logps", "old_logps", "ref_logps")
-NOT_COMPILED = "left out: compiling takes seconds"
 UNTIMED_BYTES = 1 << 20  # inputs below this fit any cache: no flush
 
 
@@ -93,7 +92,7 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
     return {"seconds": statistics.median(seconds), "low": low, "high": high, "rounds": len(seconds)}
 
 
-def peak_bytes(call: Callable[[], object], prepare: Callable[[], object] | None, device: str) -> int:
+def peak_bytes(call: Callable[[], object], prepare: Callable[[], object] | None = None, device: str = "cpu") -> int:
     """Tensors alive at one moment above what was there before the call, its results included."""
     if device == "cpu":
         return peak_memory(call, setup=prepare, warm_up=False, resident=False).tensor_bytes
@@ -147,8 +146,7 @@ def _unit(case: Case, batch: Batch) -> tuple[str, Callable[[], object]]:
 
 def _matmuls(batch: Batch) -> Callable[[], object]:
     """Logits of the active rows and both gradients into mapped memory: 6 N H V operations."""
-    assert batch.hidden is not None and batch.weight is not None
-    rows, head = batch.hidden[batch.tokens.mask], batch.weight
+    rows, head = given(batch.hidden)[batch.tokens.mask], given(batch.weight)
     logits = torch.zeros(rows.shape[0], head.shape[0], dtype=head.dtype, device=head.device)
     g_hidden, g_weight = torch.zeros_like(rows), torch.zeros_like(head)
 
@@ -171,14 +169,10 @@ def _checked(
         if case.task.path not in provider.paths:
             continue
         entry = found[provider.name] = {"title": provider.title, "version": provider.version}
-        reason = provider.missing(options.device) or provider.unsupported(case.task)
-        able = provider if options.compile else provider.uncompiled()
-        if able is None:
-            reason = reason or NOT_COMPILED
-        if reason is not None:
-            entry["missing"] = reason
+        able = provider.taking_part(case.task, options.device, compile=options.compile)
+        if isinstance(able, str):
+            entry["missing"] = able
             continue
-        assert able is not None
         if able.compiles:  # the graphs of earlier cases go, or dynamo would stop at its limit of recompilations
             torch.compiler.reset()
         try:
@@ -199,7 +193,7 @@ def _checked(
         except Exception as error:  # a peer's failure is a result: out of memory, a compiler, another computation
             if options.strict:
                 raise
-            entry["failed"] = f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]
+            entry["failed"] = in_one_line(error)
             continue
         runs[provider.name] = run
     return runs
@@ -211,11 +205,10 @@ def _in_halves(case: Case, device: str) -> bool:
 
 
 def _float32_part(batch: Batch) -> Batch:
-    assert batch.logits is not None
     tokens = batch.tokens
     per_token = {name: getattr(tokens, name)[ROUNDED_PART] for name in PER_TOKEN}
     part = replace(tokens, advantages=tokens.advantages[ROUNDED_PART[0]], **per_token)
-    return replace(batch, logits=batch.logits[ROUNDED_PART].float(), tokens=part)
+    return replace(batch, logits=given(batch.logits)[ROUNDED_PART].float(), tokens=part)
 
 
 def distance(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> float:

@@ -10,16 +10,7 @@ from typing import Any
 from ..providers import PATHS
 from . import plots
 from .results import Results
-from .table import (
-    HEADINGS,
-    case_rows,
-    lengths_rows,
-    markdown_table,
-    overview_table,
-    sweep_rows,
-    untimed,
-    verdict,
-)
+from .table import case_table, lengths_table, overview_table, sweep_table, untimed, verdict
 
 
 def single_cases(results: Results) -> list[dict[str, Any]]:
@@ -47,19 +38,18 @@ def headline(results: Results) -> list[dict[str, Any]]:
     return list(best.values())
 
 
-def case_table(record: dict[str, Any]) -> str:
-    headings = [f"x {record['unit']}" if h == "x unit" else h for h in HEADINGS]
-    text = markdown_table(headings, case_rows(record))
+def case_section(record: dict[str, Any]) -> str:
     missing = "; ".join(f"{name}: {reason}" for name, reason in untimed(record).items())
-    return f"{text}\n\n\\* {verdict(record)}" + (f" Not timed: {missing}." if missing else "")
+    note = f" Not timed: {missing}." if missing else ""
+    return f"**{record['case']}**\n\n{case_table(record).markdown()}\n\n\\* {verdict(record)}{note}"
 
 
 def markdown(results: Results) -> str:
     """Tables only, for a terminal or a comment."""
-    parts = [results.caption, overview_table(single_cases(results))]
+    parts = [results.caption, overview_table(single_cases(results)).markdown()]
     for records in sweeps(results).values():
-        parts += [f"{records[0]['sweep']} (ms, * the best)", _sweep_table(records, "ms")]
-    parts += [markdown_table(*lengths_rows(r)) for r in results.records if "lengths" in r]
+        parts += [f"{records[0]['sweep']} (ms, * the best)", sweep_table(records, axis_of(records)).markdown()]
+    parts += [lengths_table(r).markdown() for r in results.records if "lengths" in r]
     return "\n\n".join(parts)
 
 
@@ -74,28 +64,28 @@ def section(results: Results, stem: str, pictures: Path, document: Path) -> str:
     if shown:
         drawn = plots.bars(shown, results, pictures / f"{stem}-overview.png")
         parts.append(picture(drawn, "time and memory of a GRPO loss and its gradient by provider"))
-        parts += [f"**{r['case']}**\n\n{case_table(r)}" for r in shown]
+        parts += [case_section(record) for record in shown]
     parts += [
         "### All cases\n\nValues below 1x mean that the other implementation is faster.",
-        overview_table(single_cases(results)),
+        overview_table(single_cases(results)).markdown(),
     ]
     for name, records in sweeps(results).items():
-        axis = records[0].get("axis", records[0]["sweep"])
+        axis = axis_of(records)
         drawn = plots.sweep(records, axis, results, pictures / f"{stem}-{name}.png")
         title = f"### By {axis}: {PATHS[records[0]['task']['path']]}"
         parts += [title, picture(drawn, f"time and memory by {axis}"), "Milliseconds, * the best:"]
-        parts.append(_sweep_table(records, "ms"))
+        parts.append(sweep_table(records, axis).markdown())
     for i, record in enumerate(r for r in results.records if "lengths" in r):
         drawn = plots.lengths(record, results, pictures / f"{stem}-lengths{i or ''}.png")
         title = (
             "### A new length at every step\n\nMilliseconds of the first call at each length (and of the same again)."
         )
-        parts += [title, picture(drawn, "first calls at new lengths"), markdown_table(*lengths_rows(record))]
+        parts += [title, picture(drawn, "first calls at new lengths"), lengths_table(record).markdown()]
     return "\n\n".join(parts)
 
 
-def _sweep_table(records: Sequence[dict[str, Any]], what: str) -> str:
-    return markdown_table(*sweep_rows(records, records[0].get("axis", records[0]["sweep"]), what))
+def axis_of(records: Sequence[dict[str, Any]]) -> str:
+    return records[0].get("axis", records[0]["sweep"])
 
 
 def insert(document: Path, stem: str, text: str) -> None:

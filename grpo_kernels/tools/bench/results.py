@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .timing import device_of, machine_info
+from ..environment import machine_info
 
 SCHEMA = 1
 
@@ -24,7 +24,10 @@ class Results:
 
     @property
     def device(self) -> str:
-        return device_of(self.machine)
+        """What two results must share to be compared: the GPU, else the processor and how much of it."""
+        machine = self.machine
+        cpu = f"{machine['cpu']}, {machine['torch_threads']} threads, {machine['instruction_set']}"
+        return machine.get("gpu") or cpu
 
     @property
     def caption(self) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from ..providers import providers
 from ..shapes import SHAPES
-from .table import HEADINGS, case_rows, fastest, lengths_rows, sweep_rows, untimed, verdict
+from ..tables import Table
+from .table import case_table, fastest, lengths_table, sweep_table, untimed, verdict
 
 WIDE = 100  # columns of a terminal
 READING = (
@@ -24,16 +25,15 @@ READING = (
 
 def show_case(record: dict[str, Any], console: Console) -> None:
     if "unit_seconds" in record:
-        headings = HEADINGS if console.width >= WIDE else HEADINGS[:-1]
-        table = _table(record["case"])
-        for i, heading in enumerate(headings):
-            name = f"x {record['unit']}" if heading == "x unit" else heading
-            table.add_column(name, justify="right" if i else "left", no_wrap=not i)
-        best = f"{fastest(record)} *"
-        for row in case_rows(record):
+        table, best = case_table(record), f"{fastest(record)} *"
+        columns = len(table.headings) - (console.width < WIDE)  # the last one where it fits
+
+        def styled(row: Sequence[str]) -> list[Text]:
             style = "bold green" if row[0] == best else "bold" if row[0].startswith("ours") else ""
-            table.add_row(*map(escape, row[: len(headings)]), style=style)
-        console.print(table)
+            return [Text(cell, style) for cell in row[:columns]]
+
+        rows = [styled(row) for row in table.rows]
+        console.print(replace(table, headings=table.headings[:columns], rows=rows))
         console.print(f"* {verdict(record)}", highlight=False)
     _show_untimed(record, console)
 
@@ -47,31 +47,18 @@ def _show_untimed(record: dict[str, Any], console: Console) -> None:
     console.print()
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
-
-
 def show_sweep(name: str, axis: str, records: Sequence[dict[str, Any]], console: Console) -> None:
-    for what, title in (("ms", "milliseconds"), ("MiB", "peak memory above the inputs, MiB")):
-        _show_rows(f"{name}: {title} (* the best)", *sweep_rows(records, axis, what), console)
+    for what in ("seconds", "peak_bytes"):
+        table = sweep_table(records, axis, what)
+        console.print(replace(table, title=f"{name}: {table.title}"))
     for record in (records[0], records[-1]):
         console.print(f"{axis} {record['x']}: {verdict(record)}", highlight=False)
     _show_untimed(records[0], console)
 
 
 def show_lengths(record: dict[str, Any], console: Console) -> None:
-    title = f"{record['case']}: milliseconds of the first call at each new length (and of the same call again)"
-    _show_rows(title, *lengths_rows(record), console)
+    console.print(lengths_table(record))
     _show_untimed(record, console)
-
-
-def _show_rows(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
-    table = _table(title)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def show_legend(records: Sequence[dict[str, Any]], console: Console) -> None:
@@ -84,16 +71,11 @@ def show_legend(records: Sequence[dict[str, Any]], console: Console) -> None:
 
 def show_choices(device: str, console: Console) -> None:
     """What `--model` and `--providers` can be."""
-    table = _table("models")
-    for heading in ("name", "model", "vocabulary", "hidden", "layers", "parameters"):
-        table.add_column(heading, justify="left" if heading in ("name", "model") else "right")
-    for name, shape in SHAPES.items():
-        sizes = f"{shape.vocab:,}", f"{shape.hidden:,}", str(shape.layers), f"{shape.parameters / 1e9:.3g} B"
-        table.add_row(name, shape.model, *sizes)
-    console.print(table)
-    table = _table(f"providers on {device}")
-    for heading in ("name", "what it is", "state"):
-        table.add_column(heading)
-    for provider in providers(device):
-        table.add_row(provider.name, provider.title, provider.missing(device) or f"ok {provider.version or ''}")
-    console.print(table)
+    headings = ("name", "model", "vocabulary", "hidden", "layers", "parameters")
+    rows = [
+        (name, s.model, f"{s.vocab:,}", f"{s.hidden:,}", str(s.layers), f"{s.parameters / 1e9:.3g} B")
+        for name, s in SHAPES.items()
+    ]
+    console.print(Table(headings, rows, "models", left=2))
+    found = [(p.name, p.title, p.missing(device) or f"ok {p.version or ''}") for p in providers(device)]
+    console.print(Table(("name", "what it is", "state"), found, f"providers on {device}", left=3))

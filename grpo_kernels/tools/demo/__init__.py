@@ -36,7 +36,7 @@ def run(policy: Policy, task: Task, settings: Settings, out: Path, console: Cons
         run=result,
         comparison=comparison,
         backend=backend,
-        instruction_set=environment.instruction_set(backend),
+        instruction_set=environment.instruction_set(),
     )
     report.print_report(outcome, console)
     report.save_picture(outcome, out / "reward.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 import grpo_kernels as gk
 
+from ..bench.measure import peak_bytes
 from ..bench.timing import measure_interleaved, medians
-from ..memory.peak import peak_memory
 from ..providers import Task, plain
 from ..providers.batch import Tokens
 from .policy import Policy
@@ -102,11 +101,6 @@ def compare(policy: Policy, inputs: LossInputs, config: gk.LossConfig) -> Compar
         fused=Cost(fused_seconds, peak_bytes(case.fused), peak_bytes(larger.fused)),
         eager=Cost(eager_seconds, peak_bytes(case.eager), peak_bytes(larger.eager)),
     )
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes of tensors alive at one moment during `run`, above what was alive before."""
-    return peak_memory(run, warm_up=False, resident=False).tensor_bytes
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> float:

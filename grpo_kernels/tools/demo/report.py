@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import grpo_kernels as gk
 
 from .. import environment
+from ..pictures import picture
+from ..tables import Table
+from ..units import readable_bytes
 from .measure import LARGER, Comparison
 from .train import Evaluation, Run
 
@@ -56,16 +57,14 @@ def print_report(report: Report, console: Console) -> None:
 
 def _rewards(report: Report) -> Table:
     run = report.run
-    table = Table(title=f"{report.policy}, {report.task}: {len(run.steps)} GRPO steps", title_justify="left")
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for label, name in (("mean reward", "reward"), ("of it: correct", "correct"), ("of it: form", "form")):
-        table.add_row(label, *(f"{getattr(e, name):.3f}" if e else MISSING for e in (run.before, run.after)))
+    rows: list[tuple[str, ...]] = [
+        (label, *(f"{getattr(e, name):.3f}" if e else MISSING for e in (run.before, run.after)))
+        for label, name in (("mean reward", "reward"), ("of it: correct", "correct"), ("of it: form", "form"))
+    ]
     if run.steps:
         first, last = run.steps[0], run.steps[-1]
-        table.add_section()
-        table.add_row("training batch, first and last step", f"{first.reward:.3f}", f"{last.reward:.3f}")
-    return table
+        rows += [(), ("training batch, first and last step", f"{first.reward:.3f}", f"{last.reward:.3f}")]
+    return Table(("", "before", "after"), rows, f"{report.policy}, {report.task}: {len(run.steps)} GRPO steps")
 
 
 def _reward_note(report: Report) -> str:
@@ -80,36 +79,31 @@ def _reward_note(report: Report) -> str:
 
 
 def _examples(before: Evaluation, after: Evaluation | None) -> Table:
-    table = Table(title="held-out problems", title_justify="left")
-    for heading in ("problem", "first answer before", "first answer after"):
-        table.add_column(heading)
-    for index, (question, answer) in enumerate(before.examples):
-        now = repr(after.examples[index][1]) if after else MISSING
-        table.add_row(escape(question), escape(repr(answer)), escape(now))
-    return table
+    rows = [
+        (question, repr(answer), repr(after.examples[i][1]) if after else MISSING)
+        for i, (question, answer) in enumerate(before.examples)
+    ]
+    return Table(("problem", "first answer before", "first answer after"), rows, "held-out problems", left=3)
 
 
 def _losses(report: Report) -> Table:
-    table = Table(title="the same loss on the same batch, forward and backward", title_justify="left")
-    table.add_column("")
-    for heading in ("grpo_kernels", "eager PyTorch", "difference"):
-        table.add_column(heading, justify="right")
+    headings = ("", "grpo_kernels", "eager PyTorch", "difference")
+    title = "the same loss on the same batch, forward and backward"
     if (c := report.comparison) is None:
-        table.add_row("loss, gradients, time, memory", *[MISSING] * 3)
-        return table
-    table.add_row("loss", f"{c.fused_loss:+.7f}", f"{c.eager_loss:+.7f}", f"{c.loss_difference:.1e}")
+        return Table(headings, [("loss, gradients, time, memory", *[MISSING] * 3)], title)
+    rows: list[tuple[str, ...]] = [("loss", f"{c.fused_loss:+.7f}", f"{c.eager_loss:+.7f}", f"{c.loss_difference:.1e}")]
     errors = {"gradient, hidden states": c.hidden_gradient_error, "gradient, head weight": c.weight_gradient_error}
     for label, error in errors.items():
-        table.add_row(label, "", "", "no signal" if error is None else f"{error:.1e} relative")
+        rows.append((label, "", "", "no signal" if error is None else f"{error:.1e} relative"))
     seconds = c.fused.seconds, c.eager.seconds
-    table.add_row("time", *(f"{1e3 * s:,.1f} ms" for s in seconds), _times(*seconds, "faster", "slower"))
+    rows.append(("time", *(f"{1e3 * s:,.1f} ms" for s in seconds), _times(*seconds, "faster", "slower")))
     peaks = {
         "peak memory": (c.fused.peak_bytes, c.eager.peak_bytes),
         f"peak memory, {LARGER} x the batch": (c.fused.larger_peak_bytes, c.eager.larger_peak_bytes),
     }
     for label, pair in peaks.items():
-        table.add_row(label, *(f"{peak / 2**20:,.1f} MiB" for peak in pair), _times(*pair, "less", "more"))
-    return table
+        rows.append((label, *map(readable_bytes, pair), _times(*pair, "less", "more")))
+    return Table(headings, rows, title)
 
 
 def _times(ours: float, theirs: float, better: str, worse: str) -> str:
@@ -166,25 +160,18 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def save_picture(report: Report, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     run = report.run
     numbers, rewards = [step.step for step in run.steps], [step.reward for step in run.steps]
     window = max(3, len(rewards) // 20)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes.plot(numbers, rewards, "o-", color="tab:blue", alpha=0.35, markersize=3, label="mean of the batch")
-    axes.plot(numbers, smooth(rewards, window), color="tab:blue", linewidth=2, label=f"mean of {window} steps")
     held_out = [(0, run.before), (len(numbers) + 1, run.after)]
     judged = [(at, evaluation.reward) for at, evaluation in held_out if evaluation]
-    if judged:
-        axes.plot(*zip(*judged, strict=True), "D", color="tab:orange", label="held-out problems")
-    if judged or numbers:
+    with picture(path, 8, 4.5) as figure:
+        axes = figure.subplots()
+        axes.plot(numbers, rewards, "o-", color="tab:blue", alpha=0.35, ms=3, label="mean of the batch")
+        axes.plot(numbers, smooth(rewards, window), color="tab:blue", lw=2, label=f"mean of {window} steps")
+        if judged:
+            axes.plot(*zip(*judged, strict=True), "D", color="tab:orange", label="held-out problems")
         axes.legend(loc="lower right")
-    axes.set(xlabel="GRPO step", ylabel="mean reward (0 to 1)", ylim=(-0.02, 1.02))
-    axes.set_title(f"{report.policy}, {report.task}\n{report.setup}", fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
-    pyplot.close(figure)
+        axes.set(xlabel="GRPO step", ylabel="mean reward (0 to 1)", ylim=(-0.02, 1.02))
+        axes.set_title(f"{report.policy}, {report.task}\n{report.setup}")
+        axes.grid()

@@ -176,9 +176,7 @@ class _Trainer:
             self.run.last = inputs
         return Step(
             step=number,
-            reward=fmean(score.reward for score in scores),
-            correct=fmean(score.correct for score in scores),
-            form=fmean(score.form for score in scores),
+            **means(scores),
             loss=last.loss,
             kl=last.kl,
             grad_norm=grad_norm,
@@ -236,9 +234,7 @@ def evaluate(policy: Policy, task: Task, settings: Settings) -> Evaluation:
     scores = score_all(task, batch)
     firsts = range(0, len(batch.problems), settings.evaluation_copies)
     return Evaluation(
-        reward=fmean(score.reward for score in scores),
-        correct=fmean(score.correct for score in scores),
-        form=fmean(score.form for score in scores),
+        **means(scores),
         samples=len(scores),
         examples=[(batch.problems[i].question, batch.completions[i].text) for i in islice(firsts, 3)],
     )
@@ -246,3 +242,7 @@ def evaluate(policy: Policy, task: Task, settings: Settings) -> Evaluation:
 
 def score_all(task: Task, batch: Batch) -> list[Score]:
     return [task.score(*pair) for pair in zip(batch.problems, batch.completions, strict=True)]
+
+
+def means(scores: Sequence[Score]) -> dict[str, float]:
+    return {name: fmean(getattr(score, name) for score in scores) for name in ("reward", "correct", "form")}

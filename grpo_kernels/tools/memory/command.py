@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
 from .. import environment
-from ..providers import LOSSES, Provider, Task, provider_named, providers
+from ..environment import device_named
+from ..providers import LOSSES, Provider, Task, providers, providers_named
 from ..providers.batch import DTYPES
 from ..shapes import ModelShape, shape_named
 from .measure import PATHS, Outcome, available_bytes, map_large_blocks, outcomes
 from .plot import save_panels
-from .profile import MemoryProfile
-from .report import (
-    heading,
-    held_table,
-    profile_tables,
-    step_note,
-    step_table,
-    training_note,
-    training_table,
-)
+from .profile import MemoryProfile, peak_table
+from .report import heading, held_table, step_note, step_table, training_note, training_table
 from .shape import LossShape
 from .snapshot import load_snapshot, snapshot_profile
 from .training import PRECISIONS, TrainingMemory, training_memory
@@ -41,35 +33,29 @@ class Request:
     model: ModelShape
     shape: LossShape
     task: Task  # its path is not read
-    names: tuple[str, ...]  # of providers; empty: all
-    compile: bool  # whoever compiles for seconds takes part
+    providers: list[Provider]
     measure: bool
     fit: float  # GiB
     precision: str
 
 
-def chosen_providers(request: Request) -> list[Provider]:
-    """Raises ValueError for a name that is none."""
-    kind = torch.device(request.shape.device).type
-    named = [provider_named(name, kind) for name in request.names] if request.names else providers(kind)
-    return [provider for provider in named if request.compile or not provider.compiles]
-
-
 def run(request: Request, console: Console) -> dict[str, list[Outcome]]:
     """Measures and predicts on both paths, and prints the tables."""
     shape, found = request.shape, {}
-    chosen = chosen_providers(request)
     map_large_blocks()
     available = int(_MEASURABLE * available_bytes(shape.device)) if request.measure else 0
     console.print(heading(request.model.model, shape))
     for path in PATHS:
-        task = Task(path, request.task.loss, request.task.kl_coef, request.task.entropy_coef)
+        task = replace(request.task, path=path)
         with console.status("") as status:
-            found[path] = outcomes(chosen, task, shape, available, lambda name: status.update(f"measuring {name}"))
-        if found[path]:
+            found[path] = outcomes(
+                request.providers, task, shape, available, lambda name: status.update(f"measuring {name}")
+            )
+        if any(outcome.peak is not None for outcome in found[path]):
             console.print(step_table(found[path], shape, path, request.fit))
             console.print(held_table(found[path]))
-            console.print(step_note(found[path], shape, path), style="dim")
+        if found[path]:
+            console.print(step_note(found[path], shape, path), style="dim", markup=False)
     states = compared_states(request)
     console.print(training_table(states, request.model.model, shape, request.precision))
     console.print(training_note(states[0], states[-1]), style="dim")
@@ -91,7 +77,7 @@ def figures(request: Request, found: dict[str, list[Outcome]]) -> dict[str, Any]
     return {
         "model": request.model.model,
         "shape": shape,
-        "versions": environment.versions((*environment.PACKAGES, *environment.PEERS)),
+        "versions": environment.versions(),
         "devices": environment.devices(),
         "steps": [outcome.to_dict() for path in found for outcome in found[path]],
         "training": [
@@ -118,7 +104,7 @@ def show_snapshot(path: Path, plot: Path | None, console: Console) -> MemoryProf
     content = load_snapshot(path)
     recorded = (i for i, trace in enumerate(content["device_traces"]) if trace)
     profile = snapshot_profile(content, next(recorded, 0))
-    console.print(profile_tables(profile))
+    console.print(peak_table(profile, 20))
     if plot is not None:
         profile.plot(plot, title=str(path.name))
     return profile
@@ -134,7 +120,7 @@ def memory(
     kl: Annotated[float, typer.Option(min=0.0, help="Coefficient of the KL penalty.")] = 0.0,
     chosen: Annotated[str, typer.Option("--providers", help="Comma-separated; all when left out.")] = "",
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out who compiles for seconds.")] = False,
-    predict: Annotated[bool, typer.Option("--predict", help="Formulas only, measure nothing.")] = False,
+    predict: Annotated[bool, typer.Option("--predict", help="Ours and eager by formula, measure nothing.")] = False,
     fit: Annotated[float, typer.Option(min=0.0, help="GiB for the largest batch to fit into.")] = 24.0,
     precision: Annotated[str, typer.Option(help=f"Of the training state: {', '.join(PRECISIONS)}.")] = "bf16_adam",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
@@ -144,7 +130,8 @@ def memory(
 ) -> None:
     """What a GRPO loss takes in bytes: the peak, what holds it, the largest batch that fits, PPO compared with GRPO.
 
-    Measured where it fits, by formula where it does not; a peer's failure and a peer's win are shown as such.
+    Measured where it fits, ours and eager PyTorch's by formula where it does not; the others are measured only. A
+    peer's failure and a peer's win are shown as such.
     """
     console = Console()
     try:
@@ -153,13 +140,12 @@ def memory(
             return
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device_named(device, present=not predict)
         named = shape_named(model)
         shape = LossShape(sequences, tokens, named.vocab, named.hidden, DTYPES[dtype], fill, device=device)
-        names = tuple(name.strip() for name in chosen.split(",") if name.strip())
-        task = Task("linear", loss, kl)
-        request = Request(named, shape, task, names, not no_compile, not predict, fit, precision)
+        taking_part = providers_named(chosen, device) or providers(device)
+        taking_part = [provider for provider in taking_part if not (no_compile and provider.compiles)]
+        request = Request(named, shape, Task("linear", loss, kl), taking_part, not predict, fit, precision)
         save(request, run(request, console), json_path, plot)
     except (ValueError, ImportError) as error:
         typer.echo(error, err=True)

@@ -112,11 +112,7 @@ def curve_of(blocks: Iterable[Block], steps: int) -> list[int]:
         change[block.born] += block.nbytes
         if block.died is not None:
             change[block.died] -= block.nbytes
-    total, curve = 0, []
-    for delta in change:
-        total += delta
-        curve.append(total)
-    return curve
+    return list(itertools.accumulate(change))
 
 
 class Recorder:

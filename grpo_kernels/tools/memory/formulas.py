@@ -1,4 +1,6 @@
-"""Bytes of every large tensor at every moment of a loss step, by provider, each with its reason.
+"""Bytes of every large tensor at every moment of a loss step, ours and eager PyTorch's, each with its reason.
+
+The other providers are measured only: what they allocate changes with their versions, and with torch.compile's.
 
 "linear": the step begins with the last hidden states [N, H] and the lm_head's weight [V, H], which are there already
 and do not count, and ends with the loss and the gradients of both. "logits": it begins with the logits, which do not
@@ -15,8 +17,6 @@ from ...config import METRICS
 from ...ops.linear_chunks import WIDENED_COLUMNS, default_chunk_rows
 from .shape import LossShape, Moment
 
-_TRL_TILE = (4096, 32768)  # tokens, columns: trl 1.16, kernels/chunked_logprob.py and trainer/utils.py
-_LIGER_TILE = (2048, 4096)  # tokens, columns: liger-kernel 0.8.5, chunked_loss/fused_linear_ppo.py
 _METRICS = 4 * (len(METRICS) + 3)  # with the loss, its gradient and the denominator
 
 
@@ -36,33 +36,6 @@ def eager_logits(s: LossShape) -> list[Moment]:
         Moment("backward of gather", scattered),
         Moment("backward of log-softmax", {**scattered, **written}),
         Moment("gradient cast", {**written, "gradient of logits": s.logits if s.half else 0}),
-    ]
-
-
-def compiled(s: LossShape) -> list[Moment]:
-    # Inductor keeps the logits and a few numbers a row, and recomputes: the gradient in float32, then rounded.
-    rounded = {"gradient of logits, fp32": s.logits32, "gradient of logits": s.logits}
-    return [Moment("backward", rounded)]
-
-
-def row_by_row(s: LossShape) -> list[Moment]:
-    # TRL's selective_log_softmax and verl's logprobs_from_logits_v2 go sequence by sequence.
-    one = s.logits // s.sequences
-    stacked = {"gradient of logits": s.logits, "gradient of logits, by sequence": s.logits}
-    if s.half:
-        # log-softmax in half precision, kept of every sequence; a sequence's backward scatters into a float32 matrix
-        # and rounds it; all sequences' gradients are stacked at the end.
-        return [
-            Moment("log-softmax of the last sequence", {"log-softmax": s.logits}),
-            Moment("backward of gather", {"log-softmax": s.logits, "gradient of log-softmax": 3 * one}),
-            Moment("gradients stacked", stacked),
-        ]
-    # logsumexp keeps the logits; its backward makes z - lse, the exponential and its product with the gradient of each
-    # sequence, stacked at the end; then gather's backward scatters into a matrix, and the two gradients are added.
-    return [
-        Moment("backward of the last logsumexp", {"gradients before": s.logits - one, "of this sequence": 3 * one}),
-        Moment("gradients stacked", stacked),
-        Moment("gradients added", {"gradient through logsumexp": s.logits, "gradient through gather": s.logits}),
     ]
 
 
@@ -92,59 +65,11 @@ def eager_linear(s: LossShape) -> list[Moment]:
         Moment("lm_head", {"logits": s.logits}),
         Moment("log-softmax", {**first, "copy of logits, fp32": s.logits32 if s.half else 0}),
         *backward,
-        _lm_head_gradients(s),
-    ]
-
-
-def compiled_linear(s: LossShape) -> list[Moment]:
-    # As from logits, which are kept from the matmul to the end of their gradient, written over them.
-    held = {"logits, then their gradient": s.logits}
-    return [Moment("backward", {**held, "gradient of logits, fp32": s.logits32}), _lm_head_gradients(s)]
-
-
-def cce_compiled(s: LossShape) -> list[Moment]:
-    # Its torch_compile: log-softmax and its gradient never reach memory in float32.
-    return [Moment("lm_head", {"logits": s.logits}), _lm_head_gradients(s)]
-
-
-def _lm_head_gradients(s: LossShape) -> Moment:
-    """The end of every path that holds all logits: two matmuls read their gradient."""
-    holds = {"gradient of logits": s.logits, "gradient of lm_head": s.head, "gradient of hidden": s.hidden_states}
-    return Moment("backward of lm_head", holds)
-
-
-def trl_chunked(s: LossShape) -> list[Moment]:
-    # Gradients are summed in float32 and rounded at the end; a tile of logits at a time.
-    tokens, columns = min(s.rows, _TRL_TILE[0]), min(s.vocab, _TRL_TILE[1])
-    tile32 = tokens * columns * 4
-    sums = {"gradient of lm_head, fp32": s.head32, "gradient of hidden, fp32": s.hidden32}
-    tile = {"tile of logits": tokens * columns * s.dtype.itemsize}
-    folded: dict[str, int] = {}
-    if s.on_cpu:  # no Triton: the tile is folded by torch operators, seven float32 tiles and a bool one
-        folded["temporaries of a tile, fp32"] = 7 * tile32 + tile32 // 4
-    rounded = {"gradient of lm_head": s.head, "gradient of hidden": s.hidden_states} if s.half else {}
-    return [
-        Moment("backward of a tile", {**sums, **tile, **folded}),
-        Moment("gradients rounded", {**sums, **rounded, **tile}),
-    ]
-
-
-def liger_linear(s: LossShape) -> list[Moment]:
-    # A sequence at a time (chunk_size=1). The sum of lm_head's gradient is in the model's dtype; a sequence's own is
-    # summed in float32 over tiles and rounded before it is added.
-    tokens, columns = min(s.tokens, _LIGER_TILE[0]), min(s.vocab, _LIGER_TILE[1])
-    total = {"gradient of lm_head, sum": s.head, "gradient of hidden": s.hidden_states}
-    sequence = {"gradient of lm_head, fp32": s.head32, "gradient of hidden, fp32": s.hidden32 // s.sequences}
-    # of logits, their differences and exponentials, and what Python still names of the tile before: of 8193 columns on
-    tiles = {"temporaries of a tile, fp32": 5 * tokens * columns * 4}
-    # logits, probabilities and gradient, and what the tile adds to the gradient of lm_head
-    widened = tokens * s.hidden * 4 if s.half else 0
-    product = {"tile, fp32": 3 * tokens * columns * 4, "its matmul, fp32": columns * s.hidden * 4 + widened}
-    rounded = {"gradient of lm_head": s.head} if s.half else {}
-    return [
-        Moment("exponentials of a tile", {**total, **sequence, **tiles}),
-        Moment("gradient of a tile", {**total, **sequence, **product}),
-        Moment("gradient rounded", {**total, **sequence, **rounded}),
+        # Two matmuls read the gradient of all logits.
+        Moment(
+            "backward of lm_head",
+            {"gradient of logits": s.logits, "gradient of lm_head": s.head, "gradient of hidden": s.hidden_states},
+        ),
     ]
 
 
@@ -174,20 +99,10 @@ def ours_linear(s: LossShape) -> list[Moment]:
 
 FORMULAS: dict[tuple[str, str], Callable[[LossShape], list[Moment]]] = {
     ("logits", "eager"): eager_logits,
-    ("logits", "compile"): compiled,
-    ("logits", "trl"): row_by_row,
-    ("logits", "verl"): row_by_row,
     ("logits", "ours"): ours_in_place,
     ("logits", "ours-out-of-place"): ours_out_of_place,
     ("logits", "ours-two-pass"): ours_two_pass,
     ("linear", "eager"): eager_linear,
-    ("linear", "compile"): compiled_linear,
-    ("linear", "trl"): trl_chunked,
-    ("linear", "liger"): liger_linear,
-    ("linear", "cce"): cce_compiled,
     ("linear", "ours"): ours_linear,
     ("linear", "ours-two-pass"): ours_linear,
 }
-
-# On a GPU they run Triton kernels of their own, which nobody has measured here.
-CPU_ONLY = frozenset({("logits", "trl"), ("logits", "verl"), ("linear", "cce")})

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from ..providers import Provider, Task, both
+from ..providers import Provider, Task, both, in_one_line
 from ..providers.batch import Batch, linear_batch, logits_batch
+from ..units import readable_bytes
 from .events import native_stderr_silenced
 from .predict import Prediction, formula_of, predict
 from .profile import MemoryProfile, profile_memory
 from .shape import LossShape
 
 PATHS = ("linear", "logits")
-GIB = 1 << 30
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _COPIES = 3  # of the inputs: made in float32, and copied by who writes in place
 
@@ -106,20 +106,20 @@ def outcomes(
 ) -> list[Outcome]:
     """Outcomes of those that compute the task, measured where the step should fit into `available` bytes (0: nowhere).
 
-    `on_start` is told each name before its turn.
+    Who has no formula is taken to need what eager PyTorch does. `on_start` is told each name before its turn.
     """
     chosen = [provider for provider in providers if not provider.unsupported(task)]
-    inputs = bytes_of_inputs(shape, task.path)
+    inputs, as_eager = bytes_of_inputs(shape, task.path), predict("eager", shape, task.path)
     batch = make_batch(shape, task.path) if chosen and _COPIES * inputs < available else None
     found = []
     for provider in chosen:
         on_start(provider.name)
-        has_formula = formula_of(provider.name, task.path, shape) is not None
-        prediction = predict(provider.name, shape, task.path) if has_formula else None
+        prediction = predict(provider.name, shape, task.path) if formula_of(provider.name, task.path) else None
         reason, profile = provider.missing("cpu" if shape.on_cpu else "cuda"), None
-        needed = _COPIES * inputs + (0 if prediction is None else prediction.peak)
+        needed = _COPIES * inputs + (prediction or as_eager).peak
         if available and reason is None and (batch is None or needed > available):
-            reason = f"too large for here: {needed / GIB:.1f} GiB with its inputs"
+            reason = f"too large for here: {readable_bytes(needed)} with its inputs"
+            reason += "" if prediction else ", if it needs what eager PyTorch does"
         if batch is not None and reason is None:
             profile, reason = _profile_or_reason(provider, task, batch, shape)
         found.append(Outcome(provider.name, task.path, provider.title, profile, prediction, reason))
@@ -139,5 +139,4 @@ def _profile_or_reason(
             warnings.simplefilter("ignore")
             return profile_step(provider, task, batch, shape), None
     except Exception as error:  # a peer's failure is a result, shown as such
-        lines = str(error).strip().splitlines()
-        return None, f"fails: {type(error).__name__}: {lines[0][:120] if lines else ''}"
+        return None, f"fails: {in_one_line(error)}"

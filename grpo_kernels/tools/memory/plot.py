@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..pictures import picture
+from ..units import byte_unit, readable_bytes
+
 OTHERS = "others"
 _SHARE = 0.04  # of the peak: what is smaller is drawn as one
 _LAYERS = 7
 _LONGEST = 52  # characters of a legend's line
 _NAMED_PHASE = 0.08  # of the width: a narrower one has no room for its name
-_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
 @dataclass(frozen=True)
@@ -42,26 +44,24 @@ def save_panels(panels: Mapping[str, Panel], path: str | Path, title: str | None
     """One picture of all panels, by title, on one scale of bytes."""
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    size = (0.8 + 3.6 * columns, 0.4 + 4.4 * rows)
-    figure = _new_figure(figsize=size, dpi=110, layout="constrained")
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     highest = max((max(panel.totals, default=0) for panel in panels.values()), default=0)
-    scale, unit = next(((size, name) for size, name in _UNITS if highest >= 4 * size), (1, "bytes"))
-    colours: dict[str, Any] = {}
-    cells = list(grid.flat)
-    for cell, (name, panel) in zip(cells, panels.items(), strict=False):
-        _draw(cell, name, panel, scale, unit, colours)
-        cell.set_ylim(0, 1.18 * max(highest, 1) / scale)
-    for cell in cells[len(panels) :]:
-        cell.set_axis_off()
-    for row in grid:
-        row[0].set_ylabel(f"tensors alive, {unit}")
-    if title:
-        figure.suptitle(title, fontsize=10)
-    figure.savefig(path)
+    scale, unit = byte_unit(highest)
+    with picture(path, 0.8 + 3.6 * columns, 0.4 + 4.4 * rows) as figure:
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        colours: dict[str, Any] = {}
+        cells = list(grid.flat)
+        for cell, (name, panel) in zip(cells, panels.items(), strict=False):
+            _draw(cell, name, panel, scale, colours)
+            cell.set_ylim(0, 1.18 * max(highest, 1) / scale)
+        for cell in cells[len(panels) :]:
+            cell.set_axis_off()
+        for row in grid:
+            row[0].set_ylabel(f"tensors alive, {unit}")
+        if title:
+            figure.suptitle(title)
 
 
-def _draw(axes: Any, name: str, panel: Panel, scale: int, unit: str, colours: dict[str, Any]) -> None:
+def _draw(axes: Any, name: str, panel: Panel, scale: int, colours: dict[str, Any]) -> None:
     from matplotlib import colormaps
 
     palette: Any = colormaps["tab20"]
@@ -76,10 +76,9 @@ def _draw(axes: Any, name: str, panel: Panel, scale: int, unit: str, colours: di
         at, height = panel.times[step], totals[step] / scale
         axes.plot([at], [height], "v", color="black", markersize=5)
         late = at > (panel.times[0] + panel.times[-1]) / 2
-        text = f"peak {height:,.{0 if height >= 100 else 1}f} {unit}"
         axes.annotate(
-            text, (at, height), (-6 if late else 6, 5), textcoords="offset points", fontsize=9, fontweight="bold",
-            ha="right" if late else "left",
+            f"peak {readable_bytes(totals[step])}", (at, height), (-6 if late else 6, 5), textcoords="offset points",
+            fontweight="bold", ha="right" if late else "left",
         )  # fmt: skip
     width = panel.times[-1] - panel.times[0] if panel.times else 0.0
     for phase, begin, end in panel.phases:
@@ -87,20 +86,10 @@ def _draw(axes: Any, name: str, panel: Panel, scale: int, unit: str, colours: di
         axes.axvline(begin, color="0.6", linewidth=0.6, linestyle=":")
         if end - begin > _NAMED_PHASE * width:
             axes.text(begin, 0.96, f" {phase}", transform=axes.get_xaxis_transform(), fontsize=7, va="bottom")
-    axes.set_title(name, fontsize=10)
-    axes.set_xlabel(panel.xlabel, fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=1, frameon=False)
+    axes.set_title(name)
+    axes.set_xlabel(panel.xlabel)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16))
 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
-
-
-def _new_figure(**options: Any) -> Any:
-    """Not pyplot's, which would choose a backend for the whole process."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"a plot needs matplotlib ({error}): run `pip install 'grpo-kernels[bench]'`") from error
-    return Figure(**options)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ...backends import NAMES
-from .formulas import CPU_ONLY, FORMULAS
+from .formulas import FORMULAS
 from .profile import Holding
 from .shape import LossShape, Moment
 
@@ -35,29 +35,31 @@ class Prediction:
 
 
 def predict(provider: str, shape: LossShape, path: str = "linear") -> Prediction:
-    """The moments of a loss step of `provider`, a name of ``testing.providers`` (or ``"ours"`` for any backend).
+    """The moments of a loss step of ours or of eager PyTorch.
 
     Args:
+        provider: "eager", or a name of ours (``"ours"`` for any backend, ``"ours-cpu-two-pass"``).
         path: "linear", from hidden states and lm_head, or "logits", from logits that are there and do not count.
 
     Raises:
-        ValueError: for a provider and path without a formula.
+        ValueError: for any other provider, which can only be measured, or a way of ours that the path does not have.
     """
-    formula = formula_of(provider, path, shape)
+    formula = formula_of(provider, path)
     if formula is None:
-        known = ", ".join(f"{name} from {of}" for of, name in FORMULAS)
-        raise ValueError(f"there is no formula for {provider!r} from {path}; there is one for {known}")
+        known = ", ".join(f"{name} from {start}" for start, name in FORMULAS)
+        raise ValueError(
+            f"{provider!r} from {path} is measured only (`grpo-kernels memory` does): there are formulas for {known}"
+        )
     return Prediction(provider, path, tuple(formula(shape)))
 
 
-def formula_of(provider: str, path: str, shape: LossShape) -> Callable[[LossShape], list[Moment]] | None:
-    """None where there is none. What a backend of ours is called does not matter: all allocate alike."""
+def formula_of(provider: str, path: str) -> Callable[[LossShape], list[Moment]] | None:
+    """None for who is measured only. What a backend of ours is called does not matter: all allocate alike."""
     first, _, rest = provider.partition("-")
     backend, _, way = rest.partition("-")
     if first == "ours" and backend in NAMES:
         provider = f"ours-{way}" if way else "ours"
-    key = (path, provider)
-    return None if key in CPU_ONLY and not shape.on_cpu else FORMULAS.get(key)
+    return FORMULAS.get((path, provider))
 
 
 # ---- the largest batch ----

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..tables import Table
+from ..units import readable_bytes
 from .events import Block, Recorder, Recording, Span, blocks_of, curve_of, device_name
 from .labels import grouped, is_scratch, label
 from .plot import Panel, save_panels, worth_drawing
-
-MIB = 1 << 20
 
 
 class Holding(NamedTuple):
@@ -143,7 +142,7 @@ class MemoryProfile:
 
     def table(self, rows: int = 8) -> str:
         """The peak by what held it, as text."""
-        return peak_table(self.at_peak, self.peak, f"{self.device}: peak {readable(self.peak)} above the start", rows)
+        return peak_table(self, rows).text()
 
     __str__ = table
 
@@ -153,13 +152,10 @@ class MemoryProfile:
 
     def panel(self, *, relative: bool = False) -> Panel:
         """What `plot` draws, in milliseconds, or in per cent of the whole time for profiles of different speeds."""
-        changes: dict[str, list[int]] = {}
+        labelled: dict[str, list[Block]] = {}
         for block in self.blocks:
-            change = changes.setdefault(label(block, self.sizes), [0] * len(self.times))
-            change[block.born] += block.nbytes
-            if block.died is not None:
-                change[block.died] -= block.nbytes
-        layers = {name: list(itertools.accumulate(change)) for name, change in changes.items()}
+            labelled.setdefault(label(block, self.sizes), []).append(block)
+        layers = {name: curve_of(blocks, len(self.times)) for name, blocks in labelled.items()}
         last = max((self.times or [0.0])[-1], 1e-9)
         unit, scale = ("% of the step's time", 100 / last) if relative else ("ms", 1e3)
         times = [scale * seconds for seconds in self.times]
@@ -181,20 +177,13 @@ class MemoryProfile:
         }
 
 
-def readable(nbytes: float) -> str:
-    """Bytes for a reader: KiB, MiB or GiB."""
-    if nbytes < MIB:
-        return f"{nbytes / 1024:,.1f} KiB"
-    return f"{nbytes / MIB:,.1f} MiB" if nbytes < 10 * 1024 * MIB else f"{nbytes / MIB / 1024:,.1f} GiB"
-
-
-def peak_table(at_peak: list[Holding], peak: int, title: str, rows: int = 8) -> str:
-    shown, rest = at_peak[:rows], at_peak[rows:]
+def peak_table(profile: MemoryProfile, rows: int) -> Table:
+    held, rest = profile.at_peak[:rows], profile.at_peak[rows:]
     if rest:
-        shown = [*shown, Holding(f"{len(rest)} others", sum(h.nbytes for h in rest))]
-    width = max((len(h.label) for h in shown), default=0)
-    lines = [f"{h.label.ljust(width)}  {readable(h.nbytes):>14}  {h.nbytes / max(peak, 1):4.0%}" for h in shown]
-    return "\n".join([title, *(f"  {line}" for line in lines)])
+        held = [*held, Holding(f"{len(rest)} others", sum(h.nbytes for h in rest))]
+    cells = [(h.label, readable_bytes(h.nbytes), f"{h.nbytes / max(profile.peak, 1):.0%}") for h in held]
+    title = f"{profile.device}: peak {readable_bytes(profile.peak)} above the start"
+    return Table(("allocated by", "bytes", "share"), cells, title)
 
 
 # ---- the context manager ----

@@ -73,7 +73,7 @@ def training_memory(
         model: whose parameters, depth and width.
         loss: the micro-batch; vocabulary and hidden size are the model's.
         method: "grpo", or "ppo": a critic of the same size with a value head instead of lm_head, trained along with it.
-        provider: whose loss from hidden states.
+        provider: whose loss from hidden states: ours or "eager".
         reference: a frozen copy for the KL penalty.
         precision: of ``PRECISIONS``.
         together: actor and critic in one backward, as TRL's PPO; else in turn, as verl's, and the larger counts.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import LOSSES, PATHS, Loss, Provider, Result, Run, Task
+from .base import LOSSES, PATHS, Loss, Provider, Result, Run, Task, given, in_one_line
 from .cce import CutCrossEntropy
 from .liger import Liger, LigerOnlyLinear
 from .ours import BACKENDS, WAYS, Ours
@@ -31,8 +31,11 @@ __all__ = [
     "Run",
     "Task",
     "both",
+    "given",
+    "in_one_line",
     "provider_named",
     "providers",
+    "providers_named",
 ]
 
 
@@ -53,6 +56,11 @@ def provider_named(name: str, device: str = "cpu") -> Provider:
     if name not in known:
         raise ValueError(f"provider {name!r} is not known; choose from {', '.join(known)}")
     return known[name]
+
+
+def providers_named(names: str, device: str = "cpu") -> list[Provider]:
+    """Those of a comma-separated list."""
+    return [provider_named(name.strip(), device) for name in names.split(",") if name.strip()]
 
 
 def both(run: Run, upstream: float = 1.0) -> tuple[Tensor, ...]:

@@ -6,13 +6,13 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from ...config import LossConfig
-from .batch import Batch
+from ..environment import installed
+from .batch import Batch, produced
 
 PATHS = {
     "logits": "loss from logits",
@@ -113,23 +113,59 @@ class Provider(ABC):
         """Why it cannot do this task; None where it can."""
         return None if task.path in self.paths else f"does not compute the {PATHS[task.path]}"
 
+    def taking_part(self, task: Task, device: str, *, compile: bool) -> Provider | str:
+        """Itself, without torch.compile unless `compile`, or why it is left out."""
+        able = self if compile else self.uncompiled()
+        return self.missing(device) or self.unsupported(task) or able or "left out: compiling takes seconds"
+
     def uncompiled(self) -> Provider | None:
         """Itself without torch.compile, for tests; None where there is nothing else."""
         return None if self.compiles else self
 
     @property
     def version(self) -> str | None:
-        try:
-            return None if self.distribution is None else metadata.version(self.distribution)
-        except metadata.PackageNotFoundError:
-            return None
+        return None if self.distribution is None else installed(self.distribution)
 
     @abstractmethod
     def build(self, task: Task, batch: Batch) -> Run:
         """Everything that need not be repeated at each call is done here."""
 
 
+def given(x: Tensor | None) -> Tensor:
+    """A part of the batch that the path has."""
+    assert x is not None, "the batch was made for another path"
+    return x
+
+
 def leaf(x: Tensor | None) -> Tensor:
     """A leaf of its own on the batch's memory."""
-    assert x is not None, "the batch was made for another path"
-    return x.detach().requires_grad_()
+    return given(x).detach().requires_grad_()
+
+
+def run_of(
+    call: Callable[..., Any],
+    *sources: Tensor | None,
+    enter: Callable[[Any], Tensor] = leaf,
+    restore: Callable[[], object] | None = None,
+) -> Run:
+    """`call` gives a tensor or several; its arguments share the sources' memory: leaves, or what `enter` makes."""
+
+    def forward() -> Result:
+        inputs = tuple(map(enter, sources))
+        outputs = call(*inputs)
+        return Result(outputs if isinstance(outputs, tuple) else (outputs,), inputs)
+
+    return Run(forward, restore)
+
+
+def run_in_place(call: Callable[[Tensor], Any], logits: Tensor | None, source: Tensor | None = None) -> Run:
+    """`call` overwrites `source`, else a copy of the logits, which get back their values before each call."""
+    original = given(logits)
+    copy = original.clone() if source is None else source
+    return run_of(call, copy, enter=produced, restore=lambda: copy[:, : original.shape[1]].copy_(original))
+
+
+def in_one_line(error: Exception) -> str:
+    """For a table: a failure is a result, shown as such."""
+    first, *_ = [*str(error).strip().splitlines(), ""]
+    return f"{type(error).__name__}: {first}"[:200]

@@ -55,6 +55,11 @@ class Batch:
     values: Tensor | None = None  # [B, T] of a critic
     group_size: int = 1
 
+    def sources(self, path: str) -> tuple[Tensor | None, ...]:
+        """What the path's output is differentiated by."""
+        by_path = {"linear": (self.hidden, self.weight), "tokens": (self.tokens.logps,)}
+        return () if path in ("advantages", "gae") else by_path.get(path, (self.logits,))
+
     @property
     def source(self) -> Tensor:
         """What the path starts from: its device is the batch's, its bytes are what a copy moves."""

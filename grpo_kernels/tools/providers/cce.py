@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Provider, Result, Run, Task, leaf
-from .batch import Batch
-from .plain import WRITTEN, token_loss
+from torch import Tensor
 
-IGNORED = -100
+from .base import Run, Task, run_of
+from .batch import Batch
+from .plain import IGNORED, CrossEntropy, labels_of, token_loss
 
 
 @dataclass(frozen=True)
-class CutCrossEntropy(Provider):
+class CutCrossEntropy(CrossEntropy):
     """On a GPU its Triton kernels, with the gradient filter by default and without it as `cce-exact`; on a CPU its
     torch.compile implementation, which holds the logits."""
 
@@ -40,25 +40,16 @@ class CutCrossEntropy(Provider):
     def missing(self, device: str) -> str | None:
         return super().missing(device) or ("needs a GPU" if self.exact and device == "cpu" else None)
 
-    def unsupported(self, task: Task) -> str | None:
-        if task.entropy_coef:
-            return "has no entropy"
-        if task.path in self.paths and task.loss not in WRITTEN:
-            return "gives log-probs only"
-        return super().unsupported(task)
-
     def build(self, task: Task, batch: Batch) -> Run:
         from cut_cross_entropy import linear_cross_entropy
 
-        tokens = batch.tokens
-        labels = tokens.targets.masked_fill(~tokens.mask, IGNORED)  # it skips those rows
+        tokens, labels = batch.tokens, labels_of(batch)
         options: dict[str, Any] = {"filter_eps": None} if self.exact else {}
         if batch.source.device.type == "cpu":
             options = {"impl": "torch_compile"}
 
-        def forward() -> Result:
-            inputs = leaf(batch.hidden), leaf(batch.weight)
-            logps = -linear_cross_entropy(*inputs, labels, ignore_index=IGNORED, reduction="none", **options)
-            return Result((token_loss(logps, None, tokens, task),), inputs)
+        def linear(hidden: Tensor, weight: Tensor) -> Tensor:
+            logps = -linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED, reduction="none", **options)
+            return token_loss(logps, None, tokens, task)
 
-        return Run(forward)
+        return run_of(linear, *batch.sources("linear"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, MAX_LENGTH, Provider, Result, Run, Task, leaf
-from .batch import Batch, produced
+from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, MAX_LENGTH, Provider, Run, Task, given, run_in_place, run_of
+from .batch import Batch
 
 
 class Liger(Provider):
@@ -41,36 +42,33 @@ class Liger(Provider):
         )  # fmt: skip
         mask = tokens.mask.long()
 
-        def forward() -> Result:
-            inputs = leaf(batch.hidden), leaf(batch.weight)
+        def linear(hidden: Tensor, weight: Tensor) -> Tensor:
             value, _ = fused(
-                *inputs, tokens.targets, mask, tokens.advantages, None,
+                hidden, weight, tokens.targets, mask, tokens.advantages, None,
                 ref_per_token_logps=tokens.ref_logps if task.kl_coef else None, old_per_token_logps=tokens.old_logps,
             )  # fmt: skip
-            return Result((value,), inputs)
+            return value
 
-        return Run(forward)
+        return run_of(linear, *batch.sources("linear"))
 
     def _triton(self, task: Task, batch: Batch) -> Run:
         """Liger reads [B, T + 1, V]: the last position, which it ignores, is added once and not timed."""
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-        loss, tokens, logits = LOSSES[task.loss], batch.tokens, batch.logits
-        assert logits is not None, "the batch was made for another path"
+        loss, tokens, logits = LOSSES[task.loss], batch.tokens, given(batch.logits)
         source = torch.cat([logits, logits[:, :1]], dim=1)
         mask = tokens.mask.to(torch.int32)
 
-        def forward() -> Result:
-            head = produced(source)
+        def from_logits(logits: Tensor) -> Tensor:
             value, _ = triton_grpo_loss(
-                head, tokens.old_logps, tokens.ref_logps if task.kl_coef else None, tokens.targets, tokens.advantages,
+                logits, tokens.old_logps, tokens.ref_logps if task.kl_coef else None, tokens.targets, tokens.advantages,
                 mask, temperature=1.0, beta=task.kl_coef, eps_low=EPS_LOW,
                 eps_high=CISPO_CAP if loss.type == "cispo" else EPS_HIGH, inplace=True, loss_type=loss.type,
                 max_completion_length=MAX_LENGTH, importance_sampling_level=loss.level, reduce=True,
             )  # fmt: skip
-            return Result((value,), (head,))
+            return value
 
-        return Run(forward, lambda: source[:, :-1].copy_(logits))
+        return run_in_place(from_logits, logits, source)
 
 
 class LigerOnlyLinear(Liger):

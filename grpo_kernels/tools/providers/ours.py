@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 import grpo_kernels as gk
 
-from .base import ADVANTAGE_EPS, GAMMA, LAM, PATHS, Provider, Result, Run, Task, leaf
+from .base import ADVANTAGE_EPS, GAMMA, LAM, PATHS, Provider, Run, Task, given, run_in_place, run_of
 from .batch import Batch, produced
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device; an interpreter is no benchmark
@@ -48,77 +51,41 @@ class Ours(Provider):
         return None if state == "ok" else state
 
     def build(self, task: Task, batch: Batch) -> Run:
-        tokens, config = batch.tokens, task.config
-        arguments: dict[str, Any] = {
-            "old_logps": tokens.old_logps, "ref_logps": tokens.ref_logps if task.kl_coef else None, "config": config,
-            "backend": self.backend,
+        tokens, rewards, values, backend = batch.tokens, batch.rewards, batch.values, self.backend
+        options: dict[str, Any] = {
+            "old_logps": tokens.old_logps, "ref_logps": tokens.ref_logps if task.kl_coef else None,
+            "config": task.config, "backend": backend,
         }  # fmt: skip
-        single_pass = self.way != "two-pass"
-        if task.path == "linear":
-
-            def linear() -> Result:
-                inputs = leaf(batch.hidden), leaf(batch.weight)
-                output = gk.linear_grpo_loss(*inputs, *tokens.arguments, single_pass=single_pass, **arguments)
-                return Result((output.loss,), inputs)
-
-            return Run(linear)
-        if task.path == "tokens":
-
-            def loss_of_tokens() -> Result:
-                logps = leaf(tokens.logps)
-                output = gk.policy_loss(logps, tokens.advantages, tokens.mask, **arguments)
-                return Result((output.loss,), (logps,))
-
-            return Run(loss_of_tokens)
-        if task.path in ("advantages", "gae"):
-            return self._advantages(task, batch)
-        if task.path == "logps":
-            return self._logps(task, batch)
-        return self._loss(batch, arguments, single_pass)
-
-    def _advantages(self, task: Task, batch: Batch) -> Run:
-        rewards, values, mask = batch.rewards, batch.values, batch.tokens.mask
-        assert rewards is not None, "the batch was made for another path"
-        if task.path == "advantages":
-
-            def of_groups() -> Result:
-                found = gk.group_advantages(
-                    rewards, group_size=batch.group_size, eps=ADVANTAGE_EPS, backend=self.backend
-                )
-                return Result((found.advantages,), ())
-
-            return Run(of_groups)
-        assert values is not None, "the batch was made for another path"
-
-        def of_critic() -> Result:
-            advantages, returns = gk.gae(rewards, values, mask, gamma=GAMMA, lam=LAM, backend=self.backend)
-            return Result((gk.whiten(advantages, mask, backend=self.backend), returns), ())
-
-        return Run(of_critic)
-
-    def _logps(self, task: Task, batch: Batch) -> Run:
-        entropy = bool(task.entropy_coef)
-
-        def logps() -> Result:
-            logits = leaf(batch.logits)
-            found = gk.token_logps(
-                logits, batch.tokens.targets, mask=batch.tokens.mask, return_entropy=entropy, backend=self.backend
-            )
-            return Result((found.logps, found.entropy) if found.entropy is not None else (found.logps,), (logits,))
-
-        return Run(logps)
-
-    def _loss(self, batch: Batch, arguments: dict[str, Any], single_pass: bool) -> Run:
-        original = batch.logits
-        assert original is not None, "the batch was made for another path"
         inplace = self.way != "out-of-place"
-        source = original.clone() if inplace else original
+        on_rows = {**options, "single_pass": self.way != "two-pass"}
 
-        def loss() -> Result:
-            logits = produced(source)
-            output = gk.grpo_loss(
-                logits, *batch.tokens.arguments, inplace=inplace, single_pass=single_pass, **arguments
-            )
-            return Result((output.loss,), (logits,))
+        def from_hidden(hidden: Tensor, weight: Tensor) -> Tensor:
+            return gk.linear_grpo_loss(hidden, weight, *tokens.arguments, **on_rows).loss
 
-        return Run(loss, (lambda: source.copy_(original)) if inplace else None)
+        def from_logits(logits: Tensor) -> Tensor:
+            return gk.grpo_loss(logits, *tokens.arguments, inplace=inplace, **on_rows).loss
+
+        def from_logps(logps: Tensor) -> Tensor:
+            return gk.policy_loss(logps, tokens.advantages, tokens.mask, **options).loss
+
+        def logps(logits: Tensor) -> tuple[Tensor, ...]:
+            entropy = bool(task.entropy_coef)
+            found = gk.token_logps(logits, tokens.targets, mask=tokens.mask, return_entropy=entropy, backend=backend)
+            return (found.logps,) if found.entropy is None else (found.logps, found.entropy)
+
+        def of_groups() -> Tensor:
+            found = gk.group_advantages(given(rewards), group_size=batch.group_size, eps=ADVANTAGE_EPS, backend=backend)
+            return found.advantages
+
+        def of_critic() -> tuple[Tensor, ...]:
+            found, returns = gk.gae(given(rewards), given(values), tokens.mask, gamma=GAMMA, lam=LAM, backend=backend)
+            return gk.whiten(found, tokens.mask, backend=backend), returns
+
+        if task.path == "logits" and inplace:
+            return run_in_place(from_logits, batch.logits)
+        if task.path == "logits":
+            return run_of(from_logits, batch.logits, enter=produced)
+        calls: dict[str, Callable[..., Any]] = {
+            "linear": from_hidden, "tokens": from_logps, "logps": logps, "advantages": of_groups, "gae": of_critic
+        }  # fmt: skip
+        return run_of(calls[task.path], *batch.sources(task.path))

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import ADVANTAGE_EPS, EPS_HIGH, EPS_LOW, GAMMA, LAM, PATHS, Provider, Result, Run, Task, leaf
+from .base import ADVANTAGE_EPS, EPS_HIGH, EPS_LOW, GAMMA, LAM, PATHS, Provider, Run, Task, run_of
 from .batch import Batch, Tokens
 
+IGNORED = -100
 WRITTEN = ("dapo", "bnpo", "grpo", "gspo")  # the clipped losses; the trainers' own functions time the others
 
 
@@ -90,38 +91,21 @@ class Eager(Provider):
         return function
 
     def build(self, task: Task, batch: Batch) -> Run:
-        """One closure a path: what is compiled is compiled once."""
-        tokens, rewards, values = batch.tokens, batch.rewards, batch.values
-        with_entropy = bool(task.entropy_coef)
+        tokens, with_entropy = batch.tokens, bool(task.entropy_coef)
         function = self.compiled(FUNCTIONS[task.path] if not with_entropy else ENTROPY_FUNCTIONS[task.path])
-
-        def linear() -> Result:
-            inputs = leaf(batch.hidden), leaf(batch.weight)
-            return Result((function(*inputs, tokens, task),), inputs)
-
-        def logits() -> Result:
-            inputs = leaf(batch.logits)
-            return Result((function(inputs, tokens, task),), (inputs,))
-
-        def logps() -> Result:
-            inputs = leaf(batch.logits)
-            found = function(inputs, tokens.targets)
-            return Result(tuple(x * tokens.mask for x in (found if with_entropy else (found,))), (inputs,))
-
-        def token() -> Result:
-            inputs = leaf(tokens.logps)
-            return Result((function(inputs, None, tokens, task),), (inputs,))
-
-        def advantages() -> Result:
-            return Result((function(rewards, batch.group_size),), ())
-
-        def gae() -> Result:
-            return Result(function(rewards, values, tokens.mask), ())
-
-        calls = {
-            "linear": linear, "logits": logits, "logps": logps, "tokens": token, "advantages": advantages, "gae": gae,
+        others: dict[str, tuple[Any, ...]] = {  # arguments after those that are differentiated
+            "linear": (tokens, task), "logits": (tokens, task), "logps": (tokens.targets,),
+            "tokens": (None, tokens, task), "advantages": (batch.rewards, batch.group_size),
+            "gae": (batch.rewards, batch.values, tokens.mask),
         }  # fmt: skip
-        return Run(calls[task.path])
+
+        def call(*inputs: Tensor) -> Any:
+            found = function(*inputs, *others[task.path])
+            if task.path == "logps":
+                return tuple(x * tokens.mask for x in (found if with_entropy else (found,)))
+            return found
+
+        return run_of(call, *batch.sources(task.path))
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -144,3 +128,19 @@ class Compiled(Eager):
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=self.dynamic)
+
+
+class CrossEntropy(Provider):
+    """Who computes log-probs alone, as a cross-entropy; the plain loss follows."""
+
+    def unsupported(self, task: Task) -> str | None:
+        if task.entropy_coef:
+            return "has no entropy"
+        if task.path in self.paths - {"logps"} and task.loss not in WRITTEN:
+            return "gives log-probs only"
+        return super().unsupported(task)
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """Rows of IGNORED are skipped."""
+    return batch.tokens.targets.masked_fill(~batch.tokens.mask, IGNORED)

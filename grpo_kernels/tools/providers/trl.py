@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, MAX_LENGTH, PATHS, Provider, Result, Run, Task, leaf
+from .base import CISPO_CAP, EPS_HIGH, EPS_LOW, LOSSES, MAX_LENGTH, PATHS, Provider, Run, Task, run_of
 from .batch import Batch
 
 
@@ -49,20 +50,13 @@ class TRL(Provider):
 
         loss = _trainer_loss(task, batch)
 
-        def forward() -> Result:
-            if task.path == "tokens":
-                inputs: tuple[Tensor, ...] = (leaf(tokens.logps),)
-                return Result((loss(inputs[0], None),), inputs)
-            if task.path == "linear":
-                inputs = leaf(batch.hidden), leaf(batch.weight)
-                return Result((loss(*from_hidden(*inputs)),), inputs)
-            inputs = (leaf(batch.logits),)
-            logps, entropy = from_logits(inputs[0])
-            if task.path == "logps":
-                return Result((logps,) if entropy is None else (logps, entropy), inputs)
-            return Result((loss(logps, entropy),), inputs)
-
-        return Run(forward)
+        calls: dict[str, Callable[..., Any]] = {
+            "tokens": lambda logps: loss(logps, None),
+            "linear": lambda hidden, weight: loss(*from_hidden(hidden, weight)),
+            "logits": lambda logits: loss(*from_logits(logits)),
+            "logps": lambda logits: tuple(x for x in from_logits(logits) if x is not None),
+        }
+        return run_of(calls[task.path], *batch.sources(task.path))
 
 
 def _trainer_loss(task: Task, batch: Batch) -> Any:

@@ -20,10 +20,10 @@ from .base import (
     NO_DUAL_CLIP,
     PATHS,
     Provider,
-    Result,
     Run,
     Task,
-    leaf,
+    given,
+    run_of,
 )
 from .batch import Batch
 
@@ -50,43 +50,25 @@ class Verl(Provider):
             return _advantages(task, batch)
         from verl.utils.torch_functional import logprobs_from_logits
 
-        tokens, logits = batch.tokens, batch.logits
-        # With flash-attn its gradient overwrites the logits.
-        source, restore = logits, None
-        if self.on_gpu and logits is not None:
-            source = logits.clone()
-            restore = functools.partial(source.copy_, logits)
-
-        def log_probs(logits: Tensor) -> Tensor:
-            return logprobs_from_logits(logits, tokens.targets)
-
-        if task.path == "logps":
-
-            def logps() -> Result:
-                logits = leaf(source)
-                return Result((log_probs(logits) * tokens.mask,), (logits,))
-
-            return Run(logps, restore)
-        loss = _policy_loss(task, batch)
-
-        def forward() -> Result:
-            if task.path == "tokens":
-                inputs: tuple[Tensor, ...] = (leaf(tokens.logps),)
-                return Result((loss(inputs[0]),), inputs)
-            if task.path == "linear":
-                inputs = leaf(batch.hidden), leaf(batch.weight)
-                return Result((loss(_linear_log_probs(*inputs, tokens.targets)),), inputs)
-            inputs = (leaf(source),)
-            return Result((loss(log_probs(inputs[0])),), inputs)
-
-        return Run(forward, restore)
+        targets, mask = batch.tokens.targets, batch.tokens.mask
+        loss = _policy_loss(task, batch) if task.path != "logps" else lambda logps: logps * mask
+        if task.path == "tokens":
+            return run_of(loss, batch.tokens.logps)
+        if task.path == "linear":
+            log_probs = functools.partial(_linear_log_probs, targets)
+            return run_of(lambda *inputs: loss(log_probs(*inputs)), *batch.sources("linear"))
+        source, restore = given(batch.logits), None
+        if self.on_gpu:  # with flash-attn its gradient overwrites the logits
+            source = source.clone()
+            restore = functools.partial(source.copy_, given(batch.logits))
+        return run_of(lambda logits: loss(logprobs_from_logits(logits, targets)), source, restore=restore)
 
 
 class VerlOnGPU(Verl):
     on_gpu = True
 
 
-def _linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _linear_log_probs(targets: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     logps, _ = linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), 1.0, "none", None)
@@ -97,23 +79,22 @@ def _advantages(task: Task, batch: Batch) -> Run:
     """Its vectorised group advantages, the faster of its two; GAE is a loop over time that whitens."""
     from verl.trainer.ppo import core_algos
 
-    rewards, values, mask = batch.rewards, batch.values, batch.tokens.mask.float()
-    assert rewards is not None, "the batch was made for another path"
+    rewards, values, mask = given(batch.rewards), batch.values, batch.tokens.mask.float()
     if task.path == "gae":
 
-        def gae() -> Result:
+        def gae() -> tuple[Tensor, ...]:
             white, returns = core_algos.compute_gae_advantage_return(rewards, values, mask, GAMMA, LAM)
-            return Result((white * mask, returns * mask), ())
+            return white * mask, returns * mask
 
-        return Run(gae)
+        return run_of(gae)
     index = (torch.arange(len(rewards)) // batch.group_size).numpy()
     by_token, ones = rewards[:, None], torch.ones_like(rewards[:, None])
 
-    def groups() -> Result:
+    def groups() -> Tensor:
         found, _ = core_algos.compute_grpo_vectorized_outcome_advantage(by_token, ones, index, ADVANTAGE_EPS)
-        return Result((found[:, 0],), ())
+        return found[:, 0]
 
-    return Run(groups)
+    return run_of(groups)
 
 
 def _policy_loss(task: Task, batch: Batch) -> Callable[[Tensor], Tensor]:
