@@ -109,10 +109,14 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def acc_dtype_of(backend: str) -> torch.dtype:
+    """The widest dtype that the backend computes in."""
+    return torch.float32 if backend in NO_FLOAT64 else torch.float64
+
+
 @pytest.fixture
-def real(backend: str) -> torch.dtype:
-    """The widest type of the backend."""
-    return torch.float32 if backend in ("cuda", "emulated") else torch.float64
+def acc_dtype(backend: str) -> torch.dtype:
+    return acc_dtype_of(backend)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -18,12 +18,12 @@ Call = Callable[[Mapping[str, Any], str], Mapping[str, Tensor]]
 
 def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype, only: Sequence[str] | None = None) -> dict[str, Any]:
     """`only`: those that are cast, all when left out; the others become float32, or float64 for float64."""
-    real = torch.float64 if dtype == torch.float64 else torch.float32
+    acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def cast(name: str, x: Any) -> Any:
         if not (torch.is_tensor(x) and x.is_floating_point()):
             return x
-        return x.to(dtype if only is None or name in only else real)
+        return x.to(dtype if only is None or name in only else acc_dtype)
 
     return {name: cast(name, x) for name, x in inputs.items()}
 

@@ -49,11 +49,11 @@ def test_equal_rewards_are_exactly_zero(backend, value, size):
     assert (out.advantages == 0).all() and (out.std == 0).all() and not out.informative.any()
 
 
-def test_small_spread_on_a_large_offset(backend, real):
+def test_small_spread_on_a_large_offset(backend, acc_dtype):
     """Centred in a second pass: E[x^2] - E[x]^2 would lose everything here."""
-    r = torch.tensor([1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3], dtype=real)
+    r = torch.tensor([1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3], dtype=acc_dtype)
     out = gk.group_advantages(r, group_size=4, eps=0.0, backend=backend)
-    rtol = 1e-9 if real == torch.float64 else 1e-6
+    rtol = 1e-9 if acc_dtype == torch.float64 else 1e-6
     torch.testing.assert_close(
         out.advantages, gk.group_advantages(r - 1e6, group_size=4, eps=0.0).advantages, rtol=rtol, atol=0
     )
@@ -159,9 +159,9 @@ def test_a_scale_of_zero_does_not_divide(backend, scale):
     assert critic.informative.all()
 
 
-def test_equal_others_have_a_deviation_of_exactly_zero(backend, real):
+def test_equal_others_have_a_deviation_of_exactly_zero(backend, acc_dtype):
     """1e6 among equal rewards: their squares do not cancel."""
-    r = torch.tensor([0.1, 1e6, 0.1, 0.1, 0.1], dtype=real)
+    r = torch.tensor([0.1, 1e6, 0.1, 0.1, 0.1], dtype=acc_dtype)
     out = gk.group_advantages(
         r, group_size=5, baseline="leave_one_out", scale="leave_one_out", eps=1e-6, backend=backend
     )
@@ -196,9 +196,9 @@ def test_missing_rewards(backend):
     assert (gk.group_advantages(torch.full((4,), math.nan), group_size=2, backend=backend).advantages == 0).all()
 
 
-def test_shapes_and_dtypes(backend, real):
+def test_shapes_and_dtypes(backend, acc_dtype):
     assert gk.group_advantages(torch.zeros(0), group_size=4, backend=backend).advantages.shape == (0,)
-    assert gk.group_advantages(R.to(real), group_size=4, backend=backend).advantages.dtype == real
+    assert gk.group_advantages(R.to(acc_dtype), group_size=4, backend=backend).advantages.dtype == acc_dtype
     assert gk.group_advantages(R.bfloat16(), group_size=4, backend=backend).advantages.dtype == torch.float32
     whole = gk.group_advantages(torch.tensor([1, 0, 0, 1]), group_size=2, backend=backend)
     assert whole.advantages.dtype == torch.float32 and whole.advantages[0] > 0

@@ -60,8 +60,8 @@ def test_packed_is_padded(lengths: list[int], tail: int, seed: int) -> None:
         assert not out.advantages[int(cu[-1]) :].any() and not out.returns[int(cu[-1]) :].any()
 
 
-def test_gae_facts(backend: str, real: torch.dtype) -> None:
-    rewards, values, mask = draw((5, 30), dtype=real)
+def test_gae_facts(backend: str, acc_dtype: torch.dtype) -> None:
+    rewards, values, mask = draw((5, 30), dtype=acc_dtype)
     exact = gk.gae(rewards, torch.where(mask, values, 0.0), mask, gamma=1.0, lam=1.0, backend=backend)
     later = torch.where(mask, rewards, 0.0).flip(-1).cumsum(-1).flip(-1)
     torch.testing.assert_close(exact.returns, later * mask)  # lam = 1: Monte Carlo returns
@@ -83,8 +83,8 @@ def test_one_reward_a_sequence_lies_on_its_last_active_token(backend: str, layou
     assert torch.equal(a.advantages, b.advantages) and torch.equal(a.returns, b.returns)
 
 
-def test_strides_dtypes_and_empty_shapes(backend: str, real: torch.dtype) -> None:
-    rewards, values, mask = draw((6, 9), dtype=real)
+def test_strides_dtypes_and_empty_shapes(backend: str, acc_dtype: torch.dtype) -> None:
+    rewards, values, mask = draw((6, 9), dtype=acc_dtype)
     plain = gk.gae(rewards, values, mask, gamma=0.9, lam=0.8, backend=backend)
     turned = gk.gae(
         rewards.t().contiguous().t(), values.repeat_interleave(2, 1)[:, ::2], mask.t().contiguous().t(), gamma=0.9,
@@ -135,8 +135,8 @@ def test_whiten_agrees_with_the_reference(
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e8, 0.0])
 @pytest.mark.parametrize("count", [1, 2, 4097, 70_001])
-def test_equal_values_whiten_to_exactly_zero(backend: str, real: torch.dtype, value: float, count: int) -> None:
-    values = torch.full((count,), value, dtype=real)
+def test_equal_values_whiten_to_exactly_zero(backend: str, acc_dtype: torch.dtype, value: float, count: int) -> None:
+    values = torch.full((count,), value, dtype=acc_dtype)
     for options in ({}, {"eps": 0.0}, {"eps": 0.0, "eps_mode": "std", "ddof": 0}, {"divide": False}):
         assert not gk.whiten(values, backend=backend, **options).any()
     assert torch.equal(gk.whiten(values, backend=backend, shift_mean=False), values)
@@ -167,9 +167,11 @@ def test_threads_change_no_bit() -> None:
 
 @pytest.mark.parametrize("clip", [0.3, None])
 @pytest.mark.parametrize("aggregation", ["token_mean", "token_sum", "sequence_mean", "sequence_sum", "fixed_length"])
-def test_value_loss_is_the_references(backend: str, real: torch.dtype, aggregation: str, clip: float | None) -> None:
-    returns, values, mask = draw((7, 33), dtype=real)
-    old = values + 0.3 * torch.randn(values.shape, dtype=real)
+def test_value_loss_is_the_references(
+    backend: str, acc_dtype: torch.dtype, aggregation: str, clip: float | None
+) -> None:
+    returns, values, mask = draw((7, 33), dtype=acc_dtype)
+    old = values + 0.3 * torch.randn(values.shape, dtype=acc_dtype)
     mask[2] = False
     options = {"clip": clip, "aggregation": aggregation, "scale": 0.5}
     if aggregation == "fixed_length":
@@ -182,13 +184,13 @@ def test_value_loss_is_the_references(backend: str, real: torch.dtype, aggregati
         results.append((out.loss.detach(), leaf.grad, out.per_token_loss, *out.metrics.values()))
         assert not leaf.grad[~mask].any() and not out.per_token_loss[~mask].any()
         assert not out.per_token_loss.requires_grad
-    close = {"rtol": 1e-12, "atol": 1e-14} if real == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    close = {"rtol": 1e-12, "atol": 1e-14} if acc_dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, **close)
 
 
-def test_value_gradient_by_differences(backend: str, real: torch.dtype) -> None:
-    if real != torch.float64:
+def test_value_gradient_by_differences(backend: str, acc_dtype: torch.dtype) -> None:
+    if acc_dtype != torch.float64:
         pytest.skip("differences need float64")
     torch.manual_seed(0)
     values, old, returns = (torch.randn(3, 5, dtype=torch.float64) for _ in range(3))

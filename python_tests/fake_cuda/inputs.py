@@ -28,8 +28,8 @@ class Inputs:
         self.cu_seqlens = gpu(SEQUENCES + 1, dtype=torch.int32) if packed else None
 
     def a_token(self, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
-        real = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return gpu(*self.tokens, dtype=dtype or real, grad=grad)
+        acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return gpu(*self.tokens, dtype=dtype or acc_dtype, grad=grad)
 
     def a_sequence(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return gpu(SEQUENCES, dtype=dtype)

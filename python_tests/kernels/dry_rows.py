@@ -28,9 +28,9 @@ def arguments(dtype, batch, tokens, vocab, *, config=None, softcap=None, tempera
     rows = rows_of(
         logits, targets, None, temperature=temperature, logit_scale=1.0, softcap=softcap, ignore_index=-100
     )  # fmt: skip
-    real, per_token = acc_dtype(dtype), torch.empty(1, 1, dtype=acc_dtype(dtype)).expand(batch, tokens)
+    per_token = torch.empty(1, 1, dtype=acc_dtype(dtype)).expand(batch, tokens)
     inputs = policy_inputs(
-        layout_of(targets.shape, None), rows.active, real, config or gk.LossConfig(kl_coef=0.1),
+        layout_of(targets.shape, None), rows.active, per_token.dtype, config or gk.LossConfig(kl_coef=0.1),
         advantages or Advantages(per_token), LossArguments(per_token, per_token, per_token),
     )  # fmt: skip
     return rows, inputs, per_token

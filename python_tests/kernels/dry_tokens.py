@@ -24,13 +24,13 @@ DRY = dry_run(sys.argv[1], ARCH)
 KERNELS = (token_kernel, group_kernel, batch_kernel, gae_kernel, value_kernel, greedy_kernel, scale_kernel)
 
 
-def token_loss(config, batch, tokens, real=torch.float32, cu_seqlens=None, advantages=None):
-    x = torch.zeros(1, 1, dtype=real).expand(batch, tokens)
+def token_loss(config, batch, tokens, dtype=torch.float32, cu_seqlens=None, advantages=None):
+    x = torch.zeros(1, 1, dtype=dtype).expand(batch, tokens)
     active = torch.ones(1, 1, dtype=torch.bool).expand(batch, tokens)
     layout = layout_of(torch.Size([tokens]) if cu_seqlens is not None else x.shape, cu_seqlens)
     flat = x.reshape(layout.shape) if cu_seqlens is not None else x
     inputs = policy_inputs(
-        layout, active, real, config, advantages or Advantages(flat),
+        layout, active, dtype, config, advantages or Advantages(flat),
         LossArguments(flat, flat, flat, token_weights=flat),
     )  # fmt: skip
     backend.token_policy(x, x if config.has_entropy else None, active, layout.cu_seqlens, inputs)

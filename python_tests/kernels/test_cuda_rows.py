@@ -79,9 +79,9 @@ def test_plans_for_consumer_gpus(vocab, bulk):
 @pytest.mark.parametrize("vocab", [20_000, 50_257, 128_256])
 @pytest.mark.parametrize("bulk", [True, False])
 def test_rows_as_on_a_consumer_gpu(vocab, bulk):
-    real, vocab = emulated.row_plan(CONSUMER, 512, bulk, 2 * vocab, True), vocab // 8
+    gpu, vocab = emulated.row_plan(CONSUMER, 512, bulk, 2 * vocab, True), vocab // 8
     here = emulated.row_plan(*SCALED_CONSUMER.values(), bulk, 2 * vocab, True)
-    assert (here.slots, here.resident, here.cluster) == (real.slots, real.resident, real.cluster)
+    assert (here.slots, here.resident, here.cluster) == (gpu.slots, gpu.resident, gpu.cluster)
     case, results = Case(vocab, torch.bfloat16, shift=1), []
     for schedule in emulated.SCHEDULES:
         with emulated.machine(**SCALED_CONSUMER, bulk_copies=bulk, schedule=schedule):

@@ -226,12 +226,12 @@ def test_torch_compile_sees_one_graph(inplace):
 # ---- launches ----
 
 
-def test_numbers_travel_as_bits():
-    for real, values in ((torch.float32, (0.7, -1.5, 0.0)), (torch.float64, (0.7, 1e-300, 0.0))):
+def test_scalars_travel_as_bits():
+    for dtype, values in ((torch.float32, (0.7, -1.5, 0.0)), (torch.float64, (0.7, 1e-300, 0.0))):
         for value in values:
-            word = torch.tensor(launch.scalar_bits(value, real), dtype=torch.int64)
-            narrow = word if real == torch.float64 else word.to(torch.int32)
-            assert narrow.view(real).item() == torch.tensor(value, dtype=real).item()
+            word = torch.tensor(launch.scalar_bits(value, dtype), dtype=torch.int64)
+            narrow = word if dtype == torch.float64 else word.to(torch.int32)
+            assert narrow.view(dtype).item() == torch.tensor(value, dtype=dtype).item()
 
 
 def test_alignment_is_of_every_row():

@@ -18,8 +18,8 @@ from grpo_kernels.config import KL_ESTIMATORS, KL_GRADIENTS, RATIO_LEVELS
 INF = math.inf
 
 
-def tolerance(real):
-    return {"rtol": 2e-5, "atol": 1e-6} if real == torch.float32 else {"rtol": 1e-11, "atol": 1e-13}
+def tolerance(acc_dtype):
+    return {"rtol": 2e-5, "atol": 1e-6} if acc_dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-13}
 
 
 # ---- clip, literally ----
@@ -28,11 +28,11 @@ LOG_RATIOS = torch.tensor([-1.25, -0.5, -0.25, 0.0, 0.125, 0.375, 0.625, 1.125, 
 SIGNED = torch.tensor([1.5, 0.5, 0.0, -0.5, -1.5])
 
 
-def ratios(backend, real):
+def ratios(backend, acc_dtype):
     """r of each of LOG_RATIOS, as the backend computes it: -A r with A = -1."""
-    old = torch.full_like(LOG_RATIOS, -2.0).to(real)
+    old = torch.full_like(LOG_RATIOS, -2.0).to(acc_dtype)
     config = gk.LossConfig(objective="tv_mask", tv_low=2.0, tv_high=2.0)
-    logps, adv = (old + LOG_RATIOS.to(real))[None], torch.full((1,), -1.0)
+    logps, adv = (old + LOG_RATIOS.to(acc_dtype))[None], torch.full((1,), -1.0)
     return gk.policy_loss(logps, adv, rollout_logps=old[None], config=config, backend=backend).per_token_loss[0]
 
 
@@ -57,10 +57,11 @@ def slope_of(r, a, bounds):
 RANGES, DELTAS, DUALS = [(2, 3), (3, 5)], [None, 1, 4, 5], [None, 4, 7]
 
 
-def test_clip_at_every_bound_and_tie(backend, real):
-    r = ratios(backend, real)
-    old = torch.full((1, len(SIGNED) * len(r)), -2.0, dtype=real)
-    adv, log_ratios = SIGNED.to(real).repeat_interleave(len(r))[None], LOG_RATIOS.to(real).repeat(len(SIGNED))[None]
+def test_clip_at_every_bound_and_tie(backend, acc_dtype):
+    r = ratios(backend, acc_dtype)
+    old = torch.full((1, len(SIGNED) * len(r)), -2.0, dtype=acc_dtype)
+    adv = SIGNED.to(acc_dtype).repeat_interleave(len(r))[None]
+    log_ratios = LOG_RATIOS.to(acc_dtype).repeat(len(SIGNED))[None]
 
     def at(i):
         return None if i is None else r[i].item()
@@ -76,13 +77,14 @@ def test_clip_at_every_bound_and_tie(backend, real):
         cases = [(a, q) for a in SIGNED.tolist() for q in r.tolist()]
         value = torch.tensor([literal_clip(q, a, *bounds) for a, q in cases], dtype=torch.float64)
         slope, held = zip(*(slope_of(q, a, bounds) for a, q in cases), strict=True)
-        torch.testing.assert_close(out.per_token_loss.flatten().double(), value, **tolerance(real), msg=str(bounds))
+        close = tolerance(acc_dtype)
+        torch.testing.assert_close(out.per_token_loss.flatten().double(), value, **close, msg=str(bounds))
         expected = torch.tensor(slope, dtype=torch.float64)
-        torch.testing.assert_close(g.flatten().double(), expected, **tolerance(real), msg=lambda m: f"{bounds} {m}")  # noqa: B023
-        check_reports(out.metrics, cases, held, bounds, len(cases), real)
+        torch.testing.assert_close(g.flatten().double(), expected, **close, msg=lambda m: f"{bounds} {m}")  # noqa: B023
+        check_reports(out.metrics, cases, held, bounds, len(cases), acc_dtype)
 
 
-def check_reports(metrics, cases, held, bounds, n, real):
+def check_reports(metrics, cases, held, bounds, n, acc_dtype):
     """The flags and the gradient weight tell of the branch that was taken; A = 0, where all tie, counts as A > 0."""
     low, high, delta, _ = bounds
     weights = [
@@ -95,7 +97,7 @@ def check_reports(metrics, cases, held, bounds, n, real):
     }
     for name, flag in flags.items():
         assert round(metrics[name].item() * n, 3) == sum(flag), (name, bounds)
-    expected = torch.tensor(sum(weights) / n, dtype=real)
+    expected = torch.tensor(sum(weights) / n, dtype=acc_dtype)
     torch.testing.assert_close(metrics["gradient_weight"], expected, rtol=1e-6, atol=0)
 
 
@@ -240,21 +242,21 @@ SWEPT = {
 
 
 @pytest.mark.parametrize("options", SWEPT.values(), ids=SWEPT)
-def test_derivative_is_that_of_the_plain_formula(backend, real, options):
+def test_derivative_is_that_of_the_plain_formula(backend, acc_dtype, options):
     lp, o = batch()
     weights = None if options.get("objective") in ("gmpo", "vespo") else o["w"]
     leaf = lp.clone().requires_grad_()
     policy, kl = written(options, leaf, **o), written_kl(options, leaf, **o)
     terms = (policy if weights is None else weights * policy) + 0.25 * kl
     (expected,) = torch.autograd.grad(terms.sum(), leaf)
-    x = lp.to(real).requires_grad_()
+    x = lp.to(acc_dtype).requires_grad_()
     read = {"old_logps": o["old"], "ref_logps": o["ref"], "rollout_logps": o["roll"], "token_weights": weights}
-    read = {name: None if v is None else v.to(real) for name, v in read.items()}
+    read = {name: None if v is None else v.to(acc_dtype) for name, v in read.items()}
     config = gk.LossConfig(**options, kl_coef=0.25, aggregation="token_sum")
-    out = gk.policy_loss(x, o["adv"].to(real), config=config, backend=backend, **read)
+    out = gk.policy_loss(x, o["adv"].to(acc_dtype), config=config, backend=backend, **read)
     (g,) = torch.autograd.grad(out.loss, x)
-    torch.testing.assert_close(out.per_token_loss.double(), terms.detach(), **tolerance(real))
-    torch.testing.assert_close(g.double(), expected, **tolerance(real))
+    torch.testing.assert_close(out.per_token_loss.double(), terms.detach(), **tolerance(acc_dtype))
+    torch.testing.assert_close(g.double(), expected, **tolerance(acc_dtype))
 
 
 # ---- near 0, where a difference of two roundings would be all that is left ----

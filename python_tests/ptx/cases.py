@@ -145,14 +145,14 @@ def loss(rows: int, vocab: int, inplace: bool = False, **options: Any) -> Comput
 
     def compute(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
         x = logits_of(rows, vocab, dtype).requires_grad_()
-        real = torch.float64 if dtype == torch.float64 else torch.float32
+        acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         targets = torch.randint(vocab, (rows, 1), generator=torch.Generator().manual_seed(2))
         mask = (torch.arange(rows)[:, None] != 1) | torch.tensor(rows < 3)
         at_target = x.detach().double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         out = gk.grpo_loss(
-            x * 1, targets, torch.linspace(-1, 1, rows, dtype=real) + 0.3, mask, old_logps=(at_target - 0.1).to(real),
-            config=gk.LossConfig(entropy_coef=0.05), backend=backend, inplace=inplace and backend != "reference",
-            **options,
+            x * 1, targets, torch.linspace(-1, 1, rows, dtype=acc_dtype) + 0.3, mask,
+            old_logps=(at_target - 0.1).to(acc_dtype), config=gk.LossConfig(entropy_coef=0.05), backend=backend,
+            inplace=inplace and backend != "reference", **options,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(out.loss, x)
         return {"loss": out.loss.detach(), "logps": out.logps, "gradient": gradient}
@@ -178,8 +178,8 @@ def two_passes(rows: int, vocab: int, **options: Any) -> Compute:
 def scaled(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """An upstream gradient that is not 1 scales the one that is there."""
     x = logits_of(2, 264, dtype).requires_grad_()
-    targets, real = torch.tensor([[3], [200]]), torch.float64 if dtype == torch.float64 else torch.float32
-    out = gk.grpo_loss(x * 1, targets, torch.tensor([1.0, -0.5], dtype=real), torch.ones(2, 1), backend=backend)
+    targets, acc_dtype = torch.tensor([[3], [200]]), torch.float64 if dtype == torch.float64 else torch.float32
+    out = gk.grpo_loss(x * 1, targets, torch.tensor([1.0, -0.5], dtype=acc_dtype), torch.ones(2, 1), backend=backend)
     return {"gradient": torch.autograd.grad(0.375 * out.loss, x)[0]}
 
 
