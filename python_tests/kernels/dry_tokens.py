@@ -1,5 +1,5 @@
-"""Compiles the Triton kernels per token and per sample for a GPU that need not be here; `python dry_tokens.py cuda 90`.
-Run by test_triton_token.py in a process of its own."""
+"""Compiles the Triton kernels per token and per sample for a GPU that need not be present: `python dry_tokens.py cuda
+90`. test_triton_token.py runs it in a separate process."""
 
 import sys
 
