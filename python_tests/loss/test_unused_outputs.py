@@ -1,4 +1,4 @@
-"""Backwards of outputs that are used in part, twice, or not at all: what nobody asks for is neither made nor computed."""
+"""Backwards of outputs that are used partly, twice or not at all: gradients that nobody needs are not computed."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def linear_loss(**options):
     return make
 
 
-def token_loss(dtype, backend):
+def loss_from_logps(dtype, backend):
     b = make_batch().to(dtype)
     x = leaf(b.old_logps, dtype)
     return (x,), gk.policy_loss(x, b.advantages, b.mask, backend=backend).loss
@@ -61,14 +61,14 @@ LOSSES = {
     "two sweeps in place": logits_loss(single_pass=False, inplace=True),
     "linear": linear_loss(),
     "linear, recomputed": linear_loss(single_pass=False),
-    "policy": token_loss,
+    "policy": loss_from_logps,
     "value": critic_loss,
 }
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_without_a_gradient_gives_none(name, backend, acc_dtype):
-    """And leaves in place what a later backward needs."""
+    """And what a later backward needs is not overwritten."""
     leaves, loss = LOSSES[name](acc_dtype, backend)
     torch.autograd.backward(Drops.apply(loss), retain_graph=True)
     assert all(x.grad is None for x in leaves)
@@ -121,8 +121,8 @@ def test_logps_without_a_gradient_give_none(linear, inplace, backend, acc_dtype)
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_the_entropy_nobody_differentiates_is_not_swept(linear, backend, acc_dtype, monkeypatch):
-    """Its gradient is absent, not zeros that the kernel multiplies by."""
+def test_no_entropy_gradient_is_computed_unless_needed(linear, backend, acc_dtype, monkeypatch):
+    """The entropy's gradient is None, rather than zeros that the kernel would multiply by."""
     from grpo_kernels import backends
 
     seen, module = [], backends.implementation(backend)
