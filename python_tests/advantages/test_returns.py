@@ -1,4 +1,4 @@
-"""GAE, the value loss, whitening and what is built on them: edges, properties, threads, torch.compile, wrong arguments."""
+"""GAE, value loss, whitening and what is built on them: edges, properties, threads, torch.compile, wrong arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ units = st.sampled_from([0.0, 0.5, 0.95, 1.0])
 
 
 def draw(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, values, a mask; NaN behind the mask."""
+    """Rewards, values and a mask; masked positions are NaN."""
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(shape, generator=g) > 0.3
     rewards, values = (
@@ -40,7 +40,7 @@ def test_gae_agrees_with_the_reference_and_skips_masked_tokens(
     out = gk.gae(rewards, values, mask, gamma=gamma, lam=lam)
     for mine, theirs in zip(out, gk.gae(rewards, values, mask, gamma=gamma, lam=lam, backend="reference"), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-    for b in range(shape[0]):  # the active tokens alone
+    for b in range(shape[0]):  # computed from the active tokens only
         m = mask[b]
         alone = gk.gae(rewards[b, m][None], values[b, m][None], gamma=gamma, lam=lam)
         assert torch.equal(alone.advantages[0], out.advantages[b, m]) and not out.advantages[b, ~m].any()
@@ -60,7 +60,7 @@ def test_packed_is_padded(lengths: list[int], tail: int, seed: int) -> None:
         assert not out.advantages[int(cu[-1]) :].any() and not out.returns[int(cu[-1]) :].any()
 
 
-def test_gae_facts(backend: str, acc_dtype: torch.dtype) -> None:
+def test_gae_special_cases(backend: str, acc_dtype: torch.dtype) -> None:
     rewards, values, mask = draw((5, 30), dtype=acc_dtype)
     exact = gk.gae(rewards, torch.where(mask, values, 0.0), mask, gamma=1.0, lam=1.0, backend=backend)
     later = torch.where(mask, rewards, 0.0).flip(-1).cumsum(-1).flip(-1)
@@ -71,7 +71,7 @@ def test_gae_facts(backend: str, acc_dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_one_reward_a_sequence_lies_on_its_last_active_token(backend: str, layout: str) -> None:
+def test_a_reward_per_sequence_belongs_to_its_last_active_token(backend: str, layout: str) -> None:
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]])
     rewards, values = torch.tensor([2.0, 5.0, -1.0]), torch.randn(3, 5)
     on_token = torch.tensor([[0.0, 0, 0, 2, 0], [0] * 5, [-1.0, 0, 0, 0, 0]])
@@ -167,7 +167,7 @@ def test_threads_change_no_bit() -> None:
 
 @pytest.mark.parametrize("clip", [0.3, None])
 @pytest.mark.parametrize("aggregation", ["token_mean", "token_sum", "sequence_mean", "sequence_sum", "fixed_length"])
-def test_value_loss_is_the_references(
+def test_value_loss_agrees_with_the_reference(
     backend: str, acc_dtype: torch.dtype, aggregation: str, clip: float | None
 ) -> None:
     returns, values, mask = draw((7, 33), dtype=acc_dtype)
@@ -189,7 +189,7 @@ def test_value_loss_is_the_references(
         torch.testing.assert_close(mine, theirs, **close)
 
 
-def test_value_gradient_by_differences(backend: str, acc_dtype: torch.dtype) -> None:
+def test_value_gradient_by_finite_differences(backend: str, acc_dtype: torch.dtype) -> None:
     if acc_dtype != torch.float64:
         pytest.skip("differences need float64")
     torch.manual_seed(0)
@@ -206,8 +206,8 @@ def test_value_loss_without_tokens_has_a_graph(backend: str) -> None:
     assert out.loss == 0 and not values.grad.any() and all(m.isfinite() for m in out.metrics.values())
 
 
-def test_clip_only_holds_back(backend: str) -> None:
-    """Inside the range nothing changes; beyond it the larger error counts, and the clipped one passes no gradient."""
+def test_clip_only_limits(backend: str) -> None:
+    """Within the range nothing changes; beyond it the larger error is taken, and a clipped one has no gradient."""
     old, target = torch.zeros(4), torch.tensor([1.0, 1.0, -1.0, 1.0])
     values = torch.tensor([0.1, 0.5, 0.5, 3.0], requires_grad=True)
     out = gk.value_loss(values, old, target, clip=0.2, aggregation="token_sum", backend=backend)
@@ -221,7 +221,7 @@ def test_clip_only_holds_back(backend: str) -> None:
 
 
 def pipeline(rewards: Tensor, values: Tensor, mask: Tensor, ids: Tensor) -> list[Tensor]:
-    """Every public function here, in one graph."""
+    """Every public function that this file tests, in one graph."""
     outcome, steps = rewards.sum(-1), rewards[:, :2]
     ends, group = mask.long().cumsum(-1)[:, :2] * 0 + 1, {"group_ids": ids}
     several = torch.stack([outcome, -values.sum(-1)], 1)
@@ -269,9 +269,9 @@ def test_one_graph_for_all_shapes() -> None:
 def test_opcheck() -> None:
     rewards, values, mask, ids = arguments(6, 5)
     outcome, cu = rewards.sum(-1), torch.tensor([0, 3, 5])
-    numbers = (1, "mean", "group", 1, 1e-4, 0.5, -9.0, 9.0, False, "cpu")
+    options = (1, "mean", "group", 1, 1e-4, 0.5, -9.0, 9.0, False, "cpu")
     cases = {
-        ops.group_advantages: (torch.randn(6, 2), outcome[:2].double(), mask[:, 0], ids, outcome, outcome, *numbers),
+        ops.group_advantages: (torch.randn(6, 2), outcome[:2].double(), mask[:, 0], ids, outcome, outcome, *options),
         ops.gae: (rewards[:1], values[:1], mask[:1], cu, 0.9, 0.8, "cpu"),
         ops.value_loss: (values, values + 1, rewards, torch.ones_like(values), mask, 0.2, "cpu"),
         ops.masked_moments: (values, mask, "cpu"),
