@@ -1,4 +1,4 @@
-"""Floating-point arithmetic as the instruction's modifiers ask for it."""
+"""Floating-point arithmetic with the instruction's modifiers."""
 
 from __future__ import annotations
 
