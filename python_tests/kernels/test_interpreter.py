@@ -47,7 +47,7 @@ def results():
 PLAIN = """
 import sys
 import interpreter
-interpreter.patch_the_language_once_a_launch()  # or it takes four times as long
+interpreter.patch_the_language_once_per_launch()  # or it takes four times as long
 interpreter.round_to_bfloat16()
 import torch, test_interpreter
 torch.save(test_interpreter.results(), sys.argv[1])
