@@ -1,4 +1,4 @@
-"""What the machine is, as the last line of JSON: device, versions, and the milliseconds of the unit, a copy."""
+"""Describes the machine in a last line of JSON: device, versions, and the milliseconds of the unit, a copy."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ COPIED_BYTES = 1 << 30
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def describe(device: str) -> dict[str, Any]:
