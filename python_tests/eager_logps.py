@@ -23,8 +23,8 @@ def run(fn, logits, targets, **options):
     """Outputs, and the gradient of a loss that depends on log-probs and entropy."""
     x = logits.clone().requires_grad_()
     logps, entropy, sum_p2 = fn(x, targets, **options)
-    pull = torch.linspace(-1, 1, targets.numel()).view(targets.shape).to(logps.dtype)
-    (g,) = torch.autograd.grad((logps * pull).sum() + 0.3 * (entropy * pull.flip(0)).sum(), x)
+    weights = torch.linspace(-1, 1, targets.numel()).view(targets.shape).to(logps.dtype)
+    (g,) = torch.autograd.grad((logps * weights).sum() + 0.3 * (entropy * weights.flip(0)).sum(), x)
     return logps.detach(), entropy.detach(), sum_p2.detach(), g
 
 

@@ -1,4 +1,4 @@
-"""Advantages from one reward a sample, or several, group by group."""
+"""Advantages from one or several rewards per sample, group by group."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Tokens(NamedTuple):
         return ops.gae(rewards, None, self.active, self.layout.cu_seqlens, gamma, 1.0, self.backend)[0]
 
     def rewards(self, rewards: Tensor) -> Tensor:
-        """[B, T]; one reward a sequence is put on its last active token."""
+        """[B, T]; one reward per sequence is put on its last active token."""
         if rewards.shape == self.layout.shape:
             return self.per_token(rewards, "rewards")
         spread = self.layout.tokens_or_sequences(rewards, "rewards", self.dtype)
@@ -53,7 +53,7 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(like: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None, backend: str) -> Tokens:
-    """`mask` gives the shape where `like` may hold one value a sequence."""
+    """`mask` gives the shape where `like` may have one value per sequence."""
     layout = layout_of(like.shape if mask is None else mask.shape, cu_seqlens, like.device)
     if not layout.knows_sequences:
         raise ValueError(f"flat tokens need cu_seqlens; got {name} of shape {tuple(like.shape)} without")
@@ -76,14 +76,14 @@ def gae(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> TokenAdvantages:
-    """Generalised advantage estimation, ``A_t = r_t + gamma V_next - V_t + gamma lam A_next`` (arXiv:1506.02438):
-    a reverse scan of every sequence in one launch, in float64.
+    """Generalised advantage estimation, ``A_t = r_t + gamma V_next - V_t + gamma lam A_next`` (arXiv:1506.02438): a
+    reverse scan of every sequence in one launch, in float64.
 
     ``next`` is the following active token of the sequence: masked ones (a tool's output) are passed over, and read
     neither for rewards nor for values. Behind the last one everything is 0. Not whitened: see ``whiten``.
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` packed; or one a sequence, ``[B]`` or ``[R]``, which its last active token gets.
+        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence, ``[B]`` or ``[R]``, for its last active token.
         values: per token, of the critic.
         mask: per token, any dtype, 0 masks.
         gamma, lam: in [0, 1].
@@ -140,7 +140,7 @@ def reinforce_plus_plus(
     Masked tokens are passed over as in ``gae``. The defaults are verl's; OpenRLHF: ``ddof=0, eps_mode="floor"``.
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` packed; or one a sequence (then ``mask`` gives the tokens), for its last one.
+        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence (then ``mask`` gives the tokens), for its last one.
         mask: per token, any dtype, 0 masks.
         gamma: in [0, 1].
         kl: per token, e.g. a log-ratio to the reference: ``kl_coef * kl`` is taken off each token's reward.
@@ -181,7 +181,7 @@ def reinforce_plus_plus_baseline(
     verl: ``single="raw"``; OpenRLHF's reinforce_baseline and NeMo-RL: ``ddof=0, eps_mode="floor"``.
 
     Args:
-        rewards: ``[S]``, one a sequence; NaN as in ``group_advantages``, as are group_size, group_ids, single, valid.
+        rewards: ``[S]``, one per sequence; NaN as in ``group_advantages``, as are group_size, group_ids, single, valid.
         mask: ``[S, T]``, or ``[N]`` packed with cu_seqlens; any dtype, 0 masks.
         kl, kl_coef, ddof, eps, eps_mode, cu_seqlens, dp_group: as in ``reinforce_plus_plus``.
 
@@ -197,7 +197,7 @@ def reinforce_plus_plus_baseline(
         dp_group=dp_group, backend=backend,
     ).advantages  # fmt: skip
     if centred.shape != (tokens.layout.sequences,):
-        raise ValueError(f"rewards must be one a sequence, {(tokens.layout.sequences,)}; got {tuple(rewards.shape)}")
+        raise ValueError(f"rewards must be one per sequence, {(tokens.layout.sequences,)}; got {tuple(rewards.shape)}")
     shaped = _minus_kl(tokens, tokens.layout.of_sequences(centred), kl, kl_coef)
     shaped = torch.where(tokens.active, shaped, 0.0)
     return _whitened(tokens, shaped, dp_group, ddof=ddof, eps=eps, eps_mode=eps_mode)
@@ -214,7 +214,7 @@ def remax(
     """ReMax (arXiv:2310.10505): the return from each token on, minus the reward of the greedy response.
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` packed; or one a sequence (then ``mask`` gives the tokens), for its last one.
+        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence (then ``mask`` gives the tokens), for its last one.
         baselines: ``[B]`` (packed: ``[R]``), the greedy responses' rewards.
         mask: per token, any dtype, 0 masks.
         cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences.
@@ -228,7 +228,7 @@ def remax(
     tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend)
     if baselines.shape != (tokens.layout.sequences,):
         raise ValueError(
-            f"baselines must be one a sequence, {(tokens.layout.sequences,)}; got {tuple(baselines.shape)}"
+            f"baselines must be one per sequence, {(tokens.layout.sequences,)}; got {tuple(baselines.shape)}"
         )
     returns = tokens.returns(tokens.rewards(rewards), 1.0)
     spread = tokens.layout.of_sequences(baselines.detach().to(tokens.dtype))

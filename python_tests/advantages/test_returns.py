@@ -305,7 +305,7 @@ WRONG: list[tuple[Any, str]] = [
     (lambda: gk.whiten(X, divide=False, shift_mean=False), "set one of them"),
     (lambda: gk.reinforce_plus_plus(X, kl=X), "kl needs a kl_coef other than 0; got 0.0"),
     (lambda: gk.reinforce_plus_plus(X, kl_coef=0.1), "kl_coef must be 0.0 without kl; got 0.1"),
-    (lambda: gk.reinforce_plus_plus_baseline(X[0], X, group_size=3), r"one a sequence, \(2,\).*\(3,\)"),
+    (lambda: gk.reinforce_plus_plus_baseline(X[0], X, group_size=3), r"one per sequence, \(2,\).*\(3,\)"),
     (lambda: gk.remax(X, X[0]), r"baselines.*\(2,\).*\(3,\)"),
     (lambda: gk.optimal_token_baseline(X, X[0], X, group_size=2), r"padded, \[S, T\]"),
     (lambda: gk.optimal_token_baseline(X, X, X, group_size=3), "group_size.*divide the 2"),

@@ -94,9 +94,9 @@ def test_metrics_are_finite_and_in_range(shape: tuple[int, int], seed: int, conf
     assert all(x.dim() == 0 for x in got.metrics.values())
     assert m["weight_min"] <= m["weight_mean"] + 1e-12 <= m["weight_max"] + 2e-12 and m["k3"] >= 0
     assert 0 <= m["effective_sample_size"] <= 1 + 1e-12 and 0 <= m["rejected_tokens"] <= 1
-    lost = b["mask"] & ~got.mask
+    rejected = b["mask"] & ~got.mask
     if config.renormalise and b["mask"].any():
-        assert m["rejected_tokens"] == pytest.approx(float(lost.sum() / b["mask"].sum()), abs=1e-6)
+        assert m["rejected_tokens"] == pytest.approx(float(rejected.sum() / b["mask"].sum()), abs=1e-6)
 
 
 def test_metrics_are_documented() -> None:

@@ -62,10 +62,10 @@ def test_masked_vocabulary(instruction_set):
     assert_as_accurate(mine[1][:4], exact[1][:4], exact[1][:4], what="entropy")
     logp = logits[:3].double().log_softmax(-1)  # the gradient by its formula: autograd makes NaN of 0 * -inf
     p, g, h = logp.exp(), torch.linspace(-1, 1, 5)[:3, None].double(), 0.3 * torch.linspace(1, -1, 5)[:3, None].double()
-    pull = g * (torch.nn.functional.one_hot(targets[:3], 300) - p) - h * torch.where(
+    expected = g * (torch.nn.functional.one_hot(targets[:3], 300) - p) - h * torch.where(
         p > 0, p * (logp + exact[1][:3, None]), 0.0
     )
-    assert (mine[3][:3, ::3] == 0).all() and relative_l2(mine[3][:3], pull) < 1e-6
+    assert (mine[3][:3, ::3] == 0).all() and relative_l2(mine[3][:3], expected) < 1e-6
 
 
 def test_extreme_logits(instruction_set):

@@ -102,10 +102,15 @@ def test_formulas(name: str, far: bool) -> None:
     weights, mask = row_by_row(b, FORMULAS[name])
     config = gk.CorrectionConfig.preset(name)
     given = {"logps": b.logps, "advantages": b.advantages} if config.opsm_delta is not None else {}
-    lost = (mask == 0) & (b.mask > 0)
-    assert lost.any() == config.renormalise and weights.any() and not torch.equal(weights, b.mask.double())
+    rejected = (mask == 0) & (b.mask > 0)
+    assert rejected.any() == config.renormalise and weights.any() and not torch.equal(weights, b.mask.double())
     assert_matches(
-        b, config, weights, mask, {"rejected_tokens": float(lost.sum() / b.mask.sum())} if lost.any() else {}, **given
+        b,
+        config,
+        weights,
+        mask,
+        {"rejected_tokens": float(rejected.sum() / b.mask.sum())} if rejected.any() else {},
+        **given,
     )
 
 

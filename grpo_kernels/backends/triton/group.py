@@ -12,16 +12,16 @@ from .numeric import max_, quotient
 
 GROUP_BLOCK = tl.constexpr(128)  # groups are small
 LARGEST_SHARE = tl.constexpr(1.001)  # 1, and what quotients of float32 and their squares may be above
-# Of what `reward_at` reads.
+# Positions in the tuple that `reward_at` takes.
 REWARDS, STRIDE, COMPONENTS, WEIGHTS, VALID, ORDER = (tl.constexpr(i) for i in range(6))
-# Of what `statistics` returns: the lowest reward, the mean above it, the deviation, how many count, whether all are
-# equal, and the range, 1 where there is none.
+# Positions in the result of `statistics`: the lowest reward, the mean minus it, the std, the number of valid rewards,
+# whether all are equal, and the range, or 1 if it is 0.
 LOW, ABOVE, STD, COUNT, CONSTANT, SPAN = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
 def sample_at(source, i, mask):
-    """Where the i-th sample of the groups, which lie one after the other, is kept."""
+    """The index of the i-th sample when the groups are ordered one after the other."""
     if source[ORDER] is None:
         return i
     else:
@@ -30,7 +30,7 @@ def sample_at(source, i, mask):
 
 @triton.jit
 def reward_at(source, i, mask, ACC: tl.constexpr):
-    """Of the i-th samples: the weighted sum of the components that are there; NaN where none is, or it does not count.
+    """The i-th samples' weighted sums of the components that are not NaN; NaN if all are, or the sample is not valid.
 
     `source`: rewards, their stride, number of components, weights, valid, order; None for the last three: not given."""
     at = sample_at(source, i, mask)
@@ -106,7 +106,8 @@ def statistics(source, begin, end, ddof, ACC: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def sample_advantage(rewards, stride, sample, on, group_size, eps, ADVANTAGES: tl.constexpr, ACC: tl.constexpr):
-    """Of one sample, from its group's rewards: Form.advantages "centred" or "normalised". A NaN reward has none."""
+    """The advantage of one sample from its group's rewards: Form.advantages "centred" or "normalised". NaN gives
+    NaN."""
     begin = sample // group_size * group_size
     end = tl.where(on, begin + group_size, begin)
     group = statistics((rewards, stride, 1, None, None, None), begin, end, 1.0, ACC, GROUP_BLOCK)

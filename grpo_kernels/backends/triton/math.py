@@ -272,7 +272,7 @@ def token_term(
     """What one token adds to the loss before aggregation, entropy apart: token_weight * policy + kl_coef * kl.
 
     (policy, kl, d_log_ratio, d_pooled, d_logp, gradient_weight, low, high, cap): kl without its coefficient, the
-    derivatives of the whole, the flags as booleans."""
+    derivatives of the total, the flags as booleans."""
     policy, d_log_ratio, d_pooled, d_logp, weight, low, high, cap = policy_objective(
         logp, old, log_ratio, adv, selected, pooled_log_ratio, pooled_adv, pooled_weight, s, OBJECTIVE
     )
@@ -323,8 +323,8 @@ def advantage(reward, d, critic, mean, std, count, critic_weight, eps, SCALE: tl
     if CRITIC:
         judged = critic == critic
         d = tl.where(judged, (1 - critic_weight) * d + critic_weight * (reward - critic), d)
-        whole = scaled(d, mean, std, eps, SCALE)
-        return tl.where(judged, whole, tl.where(count == 1, d, whole))
+        scaled_d = scaled(d, mean, std, eps, SCALE)
+        return tl.where(judged, scaled_d, tl.where(count == 1, d, scaled_d))
     else:
         return tl.where(count == 1, d, scaled(d, mean, std, eps, SCALE))
 
