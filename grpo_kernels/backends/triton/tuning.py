@@ -33,8 +33,8 @@ class Config(NamedTuple):
 # 8 warps of 4 accesses: 16 KiB in flight per program, 32 KiB on a multiprocessor that holds two, about what the latency
 # asks for; and a thread holds 32 halves and their lanes' sums without spilling. Segments of 16384 columns: a
 # reduction across the warps every 32 KiB costs a few per cent, and one row of a 152k vocabulary still occupies ten
-# multiprocessors. Four rows per multiprocessor: with fewer, unsplit rows would leave some of them idle for the time of a
-# row at the end.
+# multiprocessors. Four rows per multiprocessor: with fewer, unsplit rows would leave some of them idle at the end, for
+# the time of a row.
 TABLE = {
     ("cuda", 80): Config(warps=8, programs=2, steps=4, segment=16384, split_below=4),
     ("cuda", 90): Config(warps=8, programs=2, steps=4, segment=16384, split_below=4),
