@@ -116,7 +116,7 @@ def _samples(
     critic_values: Tensor | None,
 ) -> Samples:
     if rewards.dim() not in (1, 2):
-        raise ValueError(f"rewards must be [S] or [S, K], one or K a sample; got shape {tuple(rewards.shape)}")
+        raise ValueError(f"rewards must be [S] or [S, K], one or K per sample; got shape {tuple(rewards.shape)}")
     n = rewards.shape[0]
     if group_ids is not None:
         check_groups(n, None, group_ids)

@@ -110,12 +110,12 @@ def resources(compiled: Any) -> Resources:
     """As the assembler says, not the launch: a driver that loads nothing knows no registers."""
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
-        found = {k: int(v) for k, v in re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"])}
-        return Resources(found["vgpr_count"], found["private_segment_fixed_size"], shared)
+        fields = {k: int(v) for k, v in re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"])}
+        return Resources(fields["vgpr_count"], fields["private_segment_fixed_size"], shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return Resources(found["REG"], found["STACK"] + found["LOCAL"], shared)
+    fields = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(fields["REG"], fields["STACK"] + fields["LOCAL"], shared)
