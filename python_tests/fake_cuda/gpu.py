@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from dry_driver import dry_run
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
 from grpo_kernels import backends
 from grpo_kernels.ops import advantages, loss
-from grpo_kernels.testing.dry_driver import dry_run
 
 
 class _NativeModule:
