@@ -1,1 +1,1 @@
-"""`pytest benchmarks` runs everything once on tiny inputs; see conftest.py for the measurement itself."""
+"""`pytest benchmarks` runs everything once on tiny inputs. conftest.py says how to measure."""

@@ -1,7 +1,7 @@
 """Everything that `make bench` measures, by family: `make bench ARGS="-k from_hidden"`.
 
-Units: for what reads logits a copy of them into mapped memory, of which log-probs need half; for hidden states the
-three matmuls without which there is no gradient; elsewhere a copy of the input.
+The units: for losses and log-probs from logits, a copy of the logits into mapped memory (log-probs need half of it);
+for hidden states, the three matmuls that a gradient needs; elsewhere, a copy of the input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import cases, eager
 from .harness import Harness
 
 SMOKE_LENGTHS = (5, 9, 7)
-NEAR_DUPLICATES = 0.9  # the similarity from which on a completion is one
+NEAR_DUPLICATES = 0.9  # the similarity above which a completion is a near-duplicate
 
 
 def named(family: str, measured: list[Case]) -> list[Any]:
@@ -42,15 +42,15 @@ def bench_case(benchmark: Any, harness: Harness, case: Case) -> None:
 
 @pytest.mark.parametrize("case", [cases.from_logits()[0], cases.from_hidden()[0]], ids=lambda case: case.task.path)
 def bench_new_lengths(benchmark: Any, harness: Harness, case: Case) -> None:
-    """A new completion length at every step: the first call at each length, and the same again. Who compiles anew?"""
+    """A new completion length at every step: times the first call at each length and the second. Who recompiles?"""
     harness.run_lengths(benchmark, case, LENGTHS if harness.full else SMOKE_LENGTHS)
 
 
 @pytest.mark.parametrize("data", ["random", "zipf", "near"])
-@pytest.mark.parametrize("group, ngram", [(16, 1), (16, 3), (0, 1)])  # 0: one group of all
+@pytest.mark.parametrize("group, ngram", [(16, 1), (16, 3), (0, 1)])  # 0: all in one group
 def bench_diversity(benchmark: Any, harness: Harness, data: str, group: int, ngram: int) -> None:
-    """The baseline for groups of 16 is a double loop over Python sets. For one group, whose eight million pairs would
-    take it a quarter of an hour, it is the product of membership matrices, [completions, vocabulary]."""
+    """The baseline for groups of 16 is a double loop over Python sets. It would need a quarter of an hour for the eight
+    million pairs of one group, whose baseline is a product of membership matrices [completions, vocabulary]."""
     ids = cases.completions(data, *((4096, 4096) if harness.full else (32, 24)))
     size = group or len(ids)
 

@@ -1,4 +1,4 @@
-"""What `pytest benchmarks --full` measures, by family: larger on a GPU, shrunk to nothing in the tests."""
+"""The cases of `pytest benchmarks --full`, by family: larger on a GPU, tiny in the tests."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
 GRID = (4, 1024) if ON_GPU else (4, 128)
 MODELS = ("qwen2.5-0.5b", "llama3.2-1b", "gemma3-1b", "gpt-oss-20b") if ON_GPU else ("qwen2.5-0.5b", "smollm2-135m")
-HEAD = "qwen3-8b" if ON_GPU else "smollm2-135m"  # whose lm_head the linear path multiplies
+HEAD = "qwen3-8b" if ON_GPU else "smollm2-135m"  # the model whose lm_head the linear path multiplies with
 TOKEN_GRID = (512, 4096) if ON_GPU else (64, 1024)
 REWARDS = 16384
 GROUP_SIZES = (16, 128, 1024, 4096)
 KL, ENTROPY = 0.04, 0.01
-VOCAB = 150_000  # of the completions that diversity compares
+VOCAB = 150_000  # the vocabulary of diversity's completions
 
 
 def shrunk(case: Case) -> Case:
-    """The same computation on nearly nothing."""
+    """The same computation on tiny inputs."""
     small = replace(case, model="", sequences=4, tokens=9)
     if case.task.path == "advantages":
         return replace(small, sequences=64, tokens=1, group_size=min(case.group_size, 16))
@@ -32,7 +32,7 @@ def shrunk(case: Case) -> Case:
 
 
 def _variants(case: Case) -> list[Case]:
-    """One thing changed at a time: masks, silent groups, terms, what is timed, every loss."""
+    """One thing changed at a time: masks, groups without advantage, terms, what is timed, every loss."""
     task = case.task
     changes: list[dict[str, Any]] = [
         {"fill": 0.6}, {"fill": 0.3}, {"silent": 0.4}, {"mode": "forward"}, {"mode": "backward"}, {"mode": "no_grad"},
@@ -75,8 +75,9 @@ def advantages() -> list[Case]:
 
 
 def completions(data: str, count: int, tokens: int) -> Tensor:
-    """random: tokens drawn evenly. zipf: as words are, so that all pairs share many. near: 1/8 of the completions are
-    new, the others differ from one of them by a few percent of their tokens, on both sides of the threshold."""
+    """random: tokens drawn uniformly. zipf: distributed like words, so that all pairs have many in common. near: 1/8 of
+    the completions are new; the others differ from one of them in a few percent of their tokens, on both sides of the
+    threshold."""
     g = torch.Generator().manual_seed(0)
     if data == "zipf":
         cumulative = (1 / torch.arange(1, VOCAB + 1).double()).cumsum(0)

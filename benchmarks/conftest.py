@@ -1,6 +1,6 @@
 """`pytest benchmarks`: tiny inputs, once. `pytest benchmarks -o addopts= --benchmark-only --full`: the measurement.
 
-pytest-benchmark times ours; its extra_info holds the record of all providers, interleaved, which the report reads.
+pytest-benchmark times ours. Its extra_info has the record of all providers, interleaved, which the report uses.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     records = config.stash[HARNESS].records
     if records:
-        terminalreporter.section("grpo_kernels: medians of interleaved runs; below 1x the other one is faster")
+        terminalreporter.section(
+            "grpo_kernels: medians of interleaved runs; values below 1x mean the other implementation is faster"
+        )
         terminalreporter.write_line(of_this_machine(records, "").caption)
         terminalreporter.write_line(overview_table(records).markdown())

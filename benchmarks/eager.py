@@ -1,4 +1,4 @@
-"""Near-duplicates in plain Python and PyTorch, as baselines. Those of the losses are providers of the library's own."""
+"""Near-duplicates in plain Python and PyTorch, as baselines. The losses' baselines are providers of the library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def diversity_by_sets(ids: Tensor, group_size: int, ngram: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Near-duplicates group by group: every completion's set of n-grams against those kept before it."""
+    """Near-duplicates group by group: compares every completion's set of n-grams with those kept before it."""
     keep, similarity, leaders = [], [], []
     kept: list[tuple[int, set]] = []
     for i, tokens in enumerate(ids.tolist()):
@@ -33,7 +33,8 @@ def _cluster_weights(leaders: Tensor) -> Tensor:
 
 
 def diversity_by_matrices(ids: Tensor, vocab: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Near-duplicates of one group, by token sets: all pairs at once in float32, then one at a time."""
+    """Near-duplicates of one group, by token sets: all similarities at once in float32, then one completion at a
+    time."""
     member = torch.zeros(len(ids), vocab).scatter_(1, ids, 1.0)
     both, size = member @ member.T, member.sum(1)
     jaccard = both.double() / (size[:, None] + size - both).double()

@@ -1,13 +1,13 @@
-"""Everything that needs a GPU, in pieces of seconds that each end in time and are saved one by one.
+"""Checks everything that needs a GPU, in pieces that take seconds, have a time limit and are saved one by one.
 
-`sh benchmarks/gpu_check.sh`, twice, without a network: the Python that runs this has torch and triton, nvcc is on the
-PATH, and what else is missing lies as wheels in the folder of `--wheels`. The first call takes at most `--limit`
-seconds: copies, Triton, the CUDA kernels from the plainest to those that wait for each other, times, graphs. The same
-command again goes on where it stopped, repeats what failed, and then looks at memory accesses, traffic, launch
-configurations and the tests. A hang is killed, written down, and ends its family of kernels until sources change.
+Run `sh benchmarks/gpu_check.sh` twice. It needs no network: its Python has torch and triton, nvcc is on the PATH, and
+anything else that is missing is a wheel in the folder of `--wheels`. The first call takes at most `--limit` seconds:
+copies, Triton, the CUDA kernels from the simplest to those whose blocks wait for each other, times, graphs. The second
+call continues where the first stopped, repeats what failed, and then checks memory accesses, traffic, launch
+configurations and the tests. A hang is killed and recorded, and its family of kernels is skipped until sources change.
 
-Exit status: 0 when everything asked for is done and good, 1 when something failed, 3 when time ran out and the same
-command is to be run again, 4 when the GPU no longer answers.
+Exit status: 0 if everything requested is done and good, 1 if something failed, 3 if time ran out and the same command
+should be run again, 4 if the GPU no longer answers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def same_machine(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def take_up(run: Run, machine: Piece, folder: Path) -> bool:
-    """Asks the machine what it is and goes on with its JSON, if there is one; False where it has no GPU."""
+    """Describes the machine and continues its JSON, if there is one. False if there is no GPU."""
     result = machine.work(run, machine)
     if not result or not result["ok"]:
         said = (result or {}).get("output", "").strip().splitlines()
@@ -78,7 +78,7 @@ def table(run: Run, pieces: Sequence[Piece]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     begin, pieces = time.monotonic(), every()
     arguments = arguments_of(argv, [piece.name for piece in pieces])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no child outlives this
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no child outlives this process
     first = 2 * arguments.case_seconds  # of Triton, which compiles
     run = Run(arguments.out, begin + arguments.limit, arguments.dry, arguments.wheels, arguments.case_seconds, first)
     machine, *rest = pieces

@@ -1,4 +1,4 @@
-"""Runs cases under pytest-benchmark; its extra_info holds the record with everybody's figures."""
+"""Runs cases under pytest-benchmark, and puts the record with all providers' results into its extra_info."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from grpo_kernels.tools.providers import Ours, both, providers
 
 from .cases import DEVICE, shrunk
 
-PEDANTIC_ROUNDS = 3  # pytest-benchmark's own, of ours alone
+PEDANTIC_ROUNDS = 3  # rounds of pytest-benchmark itself, which times only ours
 Call = Callable[[], tuple[Tensor, ...]]
 
 
 class Harness:
-    """`full`: the shapes of real models, and torch.compile. `measuring`: False only checks that everybody agrees."""
+    """`full`: the shapes of real models, and torch.compile. `measuring`: False only checks that all providers agree."""
 
     def __init__(self, full: bool, measuring: bool):
         self.full, self.measuring = full, measuring
@@ -42,7 +42,7 @@ class Harness:
         benchmark.pedantic(lambda: None, rounds=1)
 
     def run_calls(self, benchmark: Any, name: str, ours: Call, eager: Call, unit: Call, tolerance: float) -> None:
-        """A case that no provider knows: ours compared with one baseline."""
+        """A case that no provider implements: ours compared with one baseline."""
         expected = ours()
         titles = {"ours-cpu": "this library, backend cpu", "eager": "plain PyTorch"}
         record: dict[str, Any] = {
@@ -66,7 +66,7 @@ class Harness:
 
 
 def _without_result(restore: Callable[[], object] | None) -> Callable[[], None] | None:
-    """pytest-benchmark takes what a setup returns for arguments."""
+    """pytest-benchmark would use a setup's result as arguments."""
 
     def setup() -> tuple[tuple, dict]:
         if restore is not None:

@@ -1,7 +1,7 @@
-"""Measures what docs/benchmarks.md shows, on a CPU in about five minutes: `python -m benchmarks.measure_docs`.
+"""Measures everything in docs/benchmarks.md, on a CPU in about five minutes: `python -m benchmarks.measure_docs`.
 
 Then `python -m benchmarks.report benchmarks/results/cpu.json --into docs/benchmarks.md` writes tables and pictures.
-A GPU has the time for all of it: `pytest benchmarks --full`.
+A GPU is fast enough for all cases: `pytest benchmarks --full`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ QUICK = [p for p in BRIEF if not p.compiles]
 SECONDS = 0.3  # for each provider's rounds of a case
 COMMAND = "python -m benchmarks.measure_docs"
 MOST_ROWS = 512  # of a sweep
-LINEAR_FEW = ("ours-cpu", "eager", "compile", "trl")  # Liger takes seconds a call
+LINEAR_FEW = ("ours-cpu", "eager", "compile", "trl")  # Liger takes seconds per call
 
 
 def cases() -> Iterator[tuple[Case, Sequence[Provider]]]:
-    """The overview: everybody on every path; then what changes the time of ours, without what compiles."""
+    """The overview, with all providers on every path; then what changes our time, without providers that compile."""
     logits = of_model(LARGE, Task("logits"), 4, 64)
     yield logits, ALL
     yield of_model(SMALL, Task("logits"), 4, 128), ALL
@@ -79,12 +79,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each provider's rounds of a case")
     given = parser.parse_args()
-    begin, machine = time.monotonic(), machine_info()  # the commit is that of the code that runs
+    begin, machine = time.monotonic(), machine_info()  # the commit of the code that runs
     records: list[dict[str, Any]] = []
     for record in measured(Options(device=DEVICE, seconds=given.seconds)):
         records.append(record)
         print(f"{time.monotonic() - begin:6.0f} s  {record['case']}", flush=True)
-        Results(machine, records, now(), COMMAND).save(given.out)  # at once: what was measured is not lost
+        Results(machine, records, now(), COMMAND).save(
+            given.out
+        )  # after each record, so that an interruption loses nothing
 
 
 if __name__ == "__main__":

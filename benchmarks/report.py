@@ -2,7 +2,7 @@
 
 python -m benchmarks.report FILE...                              tables, in the terminal
 python -m benchmarks.report FILE... --into docs/benchmarks.md    tables and pictures, between the file's markers
-python -m benchmarks.report --compare OLD NEW                    exit status 1 where something became worse
+python -m benchmarks.report --compare OLD NEW                    exit status 1 if something became worse
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from grpo_kernels.tools.bench.results import load
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, nargs="*", help="of grpo-kernels bench, benchmarks.measure_docs or pytest")
+    parser.add_argument(
+        "json", type=Path, nargs="*", help="results of grpo-kernels bench, benchmarks.measure_docs or pytest"
+    )
     parser.add_argument("--into", type=Path, help="a document with <!-- begin STEM --> and <!-- end STEM --> lines")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="flag regressions")
-    parser.add_argument("--force", action="store_true", help="compare different devices all the same")
+    parser.add_argument("--force", action="store_true", help="compare even different devices")
     given = parser.parse_args()
     if bool(given.json) == bool(given.compare):
         parser.error("give result files, or --compare with two of them")

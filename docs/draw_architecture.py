@@ -2,9 +2,9 @@
 
     python docs/draw_architecture.py
 
-A box is a folder or a module, and lists the files in it. It stands in the row below the lowest box that imports it, so
-that arrows point downwards, and an arrow is left out where a longer way says the same. A cycle, or a box without a
-column in `COLUMNS`, is an error.
+A box is a folder or a module, with a list of its files. It is in the row below the lowest box that imports it, so that
+arrows point downwards. An arrow is omitted where a longer path implies it. A cycle, or a box without a column in
+`COLUMNS`, is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Graph = dict[str, set[str]]
 
 
 def python_imports() -> Graph:
-    """By top-level module or folder: those that it imports, inside functions too."""
+    """For each top-level module or folder, those that it imports, also inside functions."""
     names = {p.stem for p in PACKAGE.iterdir() if p.is_dir() or p.suffix == ".py"} - {"__pycache__", "__init__"}
     graph: Graph = {name: set() for name in (*names, FACE)}
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -63,7 +63,7 @@ def imported_modules(path: Path) -> Iterator[list[str]]:
 
 
 def native_includes() -> Graph:
-    """The same for csrc, without the emulator, which is the tests' own."""
+    """The same for csrc, without the emulator, which belongs to the tests."""
     graph: Graph = {}
     for path in sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.parent.name != "emulation"):
         box = native_box(path)
@@ -83,7 +83,7 @@ def native_box(path: Path) -> str:
 def architecture() -> tuple[Graph, dict[str, int]]:
     """The arrows to draw, and the row of each box from the top."""
     graph = {**python_imports(), **native_includes()}
-    graph[BINDINGS] |= {"csrc/cpu", "csrc/cuda"}  # setup.py links it with either
+    graph[BINDINGS] |= {"csrc/cpu", "csrc/cuda"}  # setup.py links the bindings with each
 
     below: Graph = {}
     rows = dict.fromkeys(graph, 0)

@@ -123,7 +123,7 @@ class Scalars(NamedTuple):
 
 def _bound(value: float | torch.Tensor | None) -> float:
     if isinstance(value, torch.Tensor):
-        return math.nan  # so that a kernel that overlooks the tensor is found out
+        return math.nan  # so that a kernel that ignores the tensor is noticed
     return math.inf if value is None else value
 
 

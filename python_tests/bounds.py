@@ -1,4 +1,4 @@
-"""Checks every access of a kernel in Triton's interpreter against the memory of the launch's own tensors."""
+"""Checks every access of a kernel in Triton's interpreter against the memory of the launch's tensors."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ class Outside(NamedTuple):
     kernel: str
     what: str  # load, store or atomic
     lanes: int
-    line: str  # of ours, the innermost
+    line: str  # the innermost line of our code
 
 
 class Accesses:
-    """What the launches since the start have touched. A lane outside is recorded and masked off: the process lives on."""
+    """The accesses of all launches since the start. A lane outside is recorded and masked off, so the process
+    survives."""
 
     def __init__(self) -> None:
         self.outside: list[Outside] = []
-        self.inside: dict[str, int] = {}  # accesses of each kernel, a block's as one
+        self.inside: dict[str, int] = {}  # accesses of each kernel, one per block
         self._kernel, self._starts, self._ends = "", np.empty(0, np.uint64), np.empty(0, np.uint64)
 
-    def open(self, kernel: str, tensors: list[torch.Tensor]) -> None:
+    def begin_launch(self, kernel: str, tensors: list[torch.Tensor]) -> None:
         runs = [runs_of(x) for x in tensors] or [np.empty((2, 0), np.uint64)]
         starts, ends = np.concatenate(runs, axis=1)
         order = starts.argsort()
-        # Runs may lie within each other: what is behind a start ends where the longest of those before it does.
+        # Runs may be nested: after a start, the allowed memory ends where the longest run before it ends.
         self._kernel, self._starts, self._ends = kernel, starts[order], np.maximum.accumulate(ends[order])
 
     def allowed(self, what: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
-        """The mask without the lanes that would leave the tensors."""
+        """The mask without the lanes that would access memory outside the tensors."""
         before = np.searchsorted(self._starts, addresses, side="right")
         ends = np.concatenate([np.zeros(1, np.uint64), self._ends])[before]
         within = (addresses < ends) & (ends - addresses >= size)
@@ -51,7 +52,7 @@ class Accesses:
 
 
 def runs_of(x: torch.Tensor) -> np.ndarray:
-    """First byte and one past the last of each run of neighbours, [2, runs]: a view's gaps are not its memory."""
+    """First byte and one past the last of each contiguous run, [2, runs]: a view's gaps are not its memory."""
     if not x.numel():
         return np.empty((2, 0), np.uint64)
     offsets, run = np.zeros(1, np.int64), 1
@@ -65,7 +66,7 @@ def runs_of(x: torch.Tensor) -> np.ndarray:
 
 
 def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Accesses:
-    """From now on, until the test ends."""
+    """Checks accesses until the test ends."""
     accesses, builder, executor = Accesses(), interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
     arguments: Callable = executor._init_args_hst
@@ -84,16 +85,16 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Accesses:
     def checked_atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         return atomic(self, operation, pointers, value, allowed("atomic", pointers, mask), *rest)
 
-    def opened(self: Any, given: Any, options: Any) -> Any:
+    def with_begin(self: Any, given: Any, options: Any) -> Any:
         positional, named = arguments(self, given, options)
-        accesses.open(self.fn.__name__, [x for x in (*positional, *named.values()) if torch.is_tensor(x)])
+        accesses.begin_launch(self.fn.__name__, [x for x in (*positional, *named.values()) if torch.is_tensor(x)])
         return positional, named
 
     for owner, name, replacement in (
         (builder, "create_masked_load", checked_load),
         (builder, "create_masked_store", checked_store),
         (builder, "create_atomic_rmw", checked_atomic),
-        (executor, "_init_args_hst", opened),
+        (executor, "_init_args_hst", with_begin),
     ):
         monkeypatch.setattr(owner, name, replacement)
     return accesses

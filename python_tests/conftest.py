@@ -1,4 +1,4 @@
-"""What every test shares: the backends and instruction sets that are here."""
+"""For all tests: the available backends and instruction sets."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before anything imports triton, so that its kernels run on CPU tensors
 
 import grpo_kernels as gk
 from grpo_kernels.backends import DtypeUnsupported
 
 try:
     from grpo_kernels.backends import cpu
-except ImportError:  # a build without it, as on a machine that tests a GPU
+except ImportError:  # a build without the CPU module, as on a machine that tests a GPU
     cpu = None
 
 ROOT = Path(__file__).parents[1]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Of a process of its own: it is none of pytest-xdist's workers, where pytest-benchmark would measure nothing."""
+    """The environment for a separate process. It must not look like a pytest-xdist worker, where pytest-benchmark would
+    measure nothing."""
     return {**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}, **changes}
 
 
 def build_emulated() -> None:
-    """Tests alone need it, so no installation has it; ninja compiles what has changed, for one session at a time."""
+    """Only tests need it, so no installation has it. ninja compiles what has changed, for one session at a time."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     (ROOT / "build").mkdir(exist_ok=True)
     with open(ROOT / "build" / "emulated.lock", "w") as lock:
@@ -45,13 +48,13 @@ def build_emulated() -> None:
 
 
 BACKENDS_HERE = [name for name, state in gk.available_backends().items() if state == "ok"]
-# "cuda,triton": these alone, on CPU tensors too, and only tests of theirs; see device_proxy.py and benchmarks/gpu.
+# "cuda,triton": only these backends and their tests, also on CPU tensors; see device_proxy.py and benchmarks/gpu.
 TRAVELLING = [name for name in os.environ.get("GRPO_KERNELS_TEST_BACKENDS", "").split(",") if name]
 if TRAVELLING:
     import device_proxy
 
     if unavailable := {*TRAVELLING} - {*BACKENDS_HERE}:
-        raise RuntimeError(f"GRPO_KERNELS_TEST_BACKENDS asks for {sorted(unavailable)}; here are {BACKENDS_HERE}")
+        raise RuntimeError(f"GRPO_KERNELS_TEST_BACKENDS asks for {sorted(unavailable)}; available are {BACKENDS_HERE}")
     device_proxy.travel(TRAVELLING, "cuda" if torch.cuda.is_available() else "cpu")
     BACKENDS_HERE = [*TRAVELLING, "reference"]
 elif (ROOT / "setup.py").exists() and Path(gk.__file__).parents[1] == ROOT:
@@ -73,9 +76,9 @@ def pytest_configure() -> None:
         interpreter.prepare()
 
 
-@pytest.hookimpl(tryfirst=True)  # before those of a marker are picked
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked `soak` is for `-m soak`, whatever other marker is asked for."""
+    """Tests marked `soak` run only with `-m soak`, whatever other markers are selected."""
     for item in items:
         for mark in item.iter_markers("soak_where"):
             if mark.args[0](**item.callspec.params):
@@ -83,14 +86,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("soak") and "soak" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="takes long: make soak"))
     if TRAVELLING:
-        kept, left = device_proxy.of_backends(items, TRAVELLING)
-        config.hook.pytest_deselected(items=left)
+        kept, deselected = device_proxy.of_backends(items, TRAVELLING)
+        config.hook.pytest_deselected(items=deselected)
         items[:] = kept
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """A test in float64 is for the backends that have it."""
+    """A test in float64 is skipped on backends without float64."""
     try:
         return (yield)
     except DtypeUnsupported as error:
@@ -109,10 +112,14 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def acc_dtype_of(backend: str) -> torch.dtype:
+    """The widest dtype that the backend computes in."""
+    return torch.float32 if backend in NO_FLOAT64 else torch.float64
+
+
 @pytest.fixture
-def real(backend: str) -> torch.dtype:
-    """The widest type of the backend."""
-    return torch.float32 if backend in ("cuda", "emulated") else torch.float64
+def acc_dtype(backend: str) -> torch.dtype:
+    return acc_dtype_of(backend)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

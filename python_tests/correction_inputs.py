@@ -1,4 +1,4 @@
-"""What the correction's own tests share: configs of every kind and a random batch, padded or packed."""
+"""For the correction's tests: configs of every kind, and a random batch, padded or packed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ FULL = gk.CorrectionConfig(
 
 
 def batch_of(shape: tuple[int, int], seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Keywords of rollout_correction; ragged rows, holes, sometimes rows without a token."""
+    """Keywords of rollout_correction, with ragged rows, masked tokens in the middle and sometimes rows without a
+    token."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shape[1] + 1, (shape[0], 1), generator=g)
     mask = (torch.arange(shape[1]) < lengths) & (torch.rand(shape, generator=g) < 0.9)
@@ -40,6 +41,6 @@ def batch_of(shape: tuple[int, int], seed: int, dtype: torch.dtype = torch.float
 
 
 def packed(b: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
-    """Rows end to end, of `kept` tokens only; advantages by token, as [R] could be taken for [N] where N = R."""
+    """Packs the `kept` tokens of the rows; advantages are per token, since [R] would be ambiguous where N = R."""
     flat = {name: (x[:, None].expand_as(kept) if x.dim() == 1 else x)[kept] for name, x in b.items()}
     return flat | {"cu_seqlens": torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))}

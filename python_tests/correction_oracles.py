@@ -1,4 +1,5 @@
-"""What the correction's oracle tests share: a batch around every bound, ours in every layout, a strict comparison."""
+"""For the correction's oracle tests: a batch with values at both sides of every bound, ours in every layout, and a
+strict comparison."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ EDGE = 5e-5
 BOUNDS = (0.5, 2.0, 3.0, 5.0, 0.125, 8.0, 1e-4)
 NEAR_BOUNDS = [math.log(bound) + side for bound in BOUNDS for side in (-EDGE, EDGE)]
 LENGTHS = [24, 24, 20, 0, 17, 1, 22, 24, 3, 12, 9, 30]
-# What a row's d averages, around the geometric filters, or adds up to, around the products' bounds.
+# Means of a row's d on both sides of the geometric filters, and sums on both sides of the products' bounds.
 MEANS = [
     0.0,
     math.log(1.001) + EDGE,
@@ -32,7 +33,7 @@ SUMS = [math.log(2) - EDGE, math.log(3) + EDGE, 0.4, -2.0]
 
 
 class Batch(NamedTuple):
-    """Float64 that float32 holds exactly; [B, T] but for the advantages."""
+    """Float64 values that are exact in float32; all [B, T] except for the advantages."""
 
     old: Tensor
     roll: Tensor
@@ -42,7 +43,7 @@ class Batch(NamedTuple):
 
 
 def mismatch(*, far: bool = False, spread: float = 0.3, seed: int = 3) -> Batch:
-    """`far`: differences beyond the trainers' clamps of 20, on rows of their own."""
+    """`far`: adds rows with differences beyond the trainers' clamps of 20."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -80,7 +81,7 @@ def ours(
     missing: Tensor | None = None,
     **others: Tensor,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Weights and mask, [B, T], and metrics. What is masked is poisoned, `missing` tokens of the sampler are NaN."""
+    """Weights and mask, [B, T], and metrics. Masked values are poisoned; the sampler's `missing` tokens are NaN."""
     roll = b.roll if missing is None else torch.where(missing, math.nan, b.roll)
     kept = b.mask.flip(-1).cumsum(-1).flip(-1) > 0
 
@@ -88,7 +89,7 @@ def ours(
         if x.dim() == 1:
             return x.to(dtype)
         x = poisoned(x, b.mask).to(dtype)
-        return torch.cat([x[kept], x.new_full((2,), math.nan)]) if packed else x  # a tail of no sequence
+        return torch.cat([x[kept], x.new_full((2,), math.nan)]) if packed else x  # a tail that belongs to no sequence
 
     options: dict[str, Any] = {name: given(x) for name, x in others.items()}
     mask = torch.cat([b.mask[kept], torch.ones(2).long()]) if packed else b.mask
@@ -96,15 +97,15 @@ def ours(
         options["cu_seqlens"] = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0)).int()
     out = gk.rollout_correction(given(b.old), given(roll), mask, config=config, **options)
     assert out.token_weights.dtype == dtype and out.mask.dtype == torch.bool
-    whole = []
+    padded = []
     for x in out[:2]:
         assert x.shape == mask.shape
         if packed:
-            assert not x[-2:].any(), "a token past the last boundary counts"
+            assert not x[-2:].any(), "a token past the last boundary is used"
             x = torch.zeros(b.mask.shape, dtype=x.dtype).masked_scatter(kept, x[:-2])
-        assert not x[b.mask == 0].any(), "a masked token counts"
-        whole.append(x)
-    return whole[0].double(), whole[1], {name: float(x) for name, x in out.metrics.items()}
+        assert not x[b.mask == 0].any(), "a masked token is used"
+        padded.append(x)
+    return padded[0].double(), padded[1], {name: float(x) for name, x in out.metrics.items()}
 
 
 def assert_matches(
@@ -116,7 +117,7 @@ def assert_matches(
     missing: Tensor | None = None,
     **others: Tensor,
 ) -> None:
-    """Against an oracle's weights and mask, [B, T], in both dtypes and layouts."""
+    """Compares ours, in both dtypes and layouts, with an oracle's weights and mask [B, T]."""
     for dtype, packed in VARIANTS:
         w, m, got = ours(b, config, dtype, packed, missing, **others)
         what, tolerance = f"{dtype} packed={packed}", 1e-6 if dtype == torch.float32 else 1e-12

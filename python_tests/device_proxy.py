@@ -1,8 +1,8 @@
-"""A backend for tensors of another device: they travel there for each call, and back.
+"""A backend for tensors on another device: each call copies them there and back.
 
-So the tests that use the `backend` fixture, which make their tensors on the CPU, reach the kernels of a GPU with all
-their forms. Whole storages travel, so that strides, offsets and the sharing of memory between arguments stay as they
-are, and all of them come back: what a kernel writes in place, and what it should not have written.
+With it the tests that use the `backend` fixture and make their tensors on the CPU also test the kernels of a GPU. It
+copies entire storages, so that strides, offsets and memory shared between arguments stay as they are, and copies all of
+them back: what a kernel writes in place, and what it should not have written.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from grpo_kernels.backends import Backend
 
-STAYS = ("new_matrix", "unavailable", "rejects")  # the first allocates next to its argument
-# Numbers that Python reads before the launch, by the field that holds them.
+STAYS = ("new_matrix", "unavailable", "rejects")  # new_matrix allocates on its argument's device
+# Fields with numbers that Python reads before the launch.
 ON_THE_HOST = ("scalars",)
-OWN_FILES = ("test_triton.py", "test_triton_token.py", "test_cuda_tokens.py")  # of the backends, by no fixture
-COMPILING = ("test_compiled",)  # for GPUs that are not here
+OWN_FILES = ("test_triton.py", "test_triton_token.py", "test_cuda_tokens.py")  # use these backends without the fixture
+COMPILING = ("test_compiled",)  # compile for GPUs that need not be present
 FUNCTIONS = tuple(
     name for name, value in vars(Backend).items() if callable(value) and not name.startswith("_") and name not in STAYS
 )
 
 
 class Journey:
-    """The storages of one call, there and back."""
+    """Copies the storages of one call to the device and back."""
 
     def __init__(self, device: str) -> None:
         self._device, self._moved = device, dict[int, tuple[Tensor, Tensor]]()
@@ -61,7 +61,7 @@ def _copy(x: Tensor, device: str) -> Tensor:
 
 
 def home(x: Any) -> Any:
-    """A result on the CPU."""
+    """Copies a result to the CPU."""
     if torch.is_tensor(x):
         return x.cpu()
     if isinstance(x, tuple):
@@ -70,15 +70,15 @@ def home(x: Any) -> Any:
 
 
 class OnDevice:
-    """`backend` for CPU tensors too; what is no function of `Backend` is its own."""
+    """`backend`, also for CPU tensors. Attributes that are no functions of `Backend` are passed through."""
 
     def __init__(self, backend: Any, device: str) -> None:
         self._backend, self._device = backend, device
         self.calls: dict[str, int] = dict.fromkeys(FUNCTIONS, 0)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._backend, name)
-        return self._travelling(name, found) if name in FUNCTIONS else found
+        attribute = getattr(self._backend, name)
+        return self._travelling(name, attribute) if name in FUNCTIONS else attribute
 
     def rejects(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
         return self._backend.rejects(torch.device(self._device) if device.type == "cpu" else device, dtype)
@@ -96,7 +96,7 @@ class OnDevice:
 
 
 def travel(names: list[str], device: str = "cuda") -> None:
-    """From here on the backends of these names take CPU tensors. Before a test asks for one of them."""
+    """Makes the backends of these names accept CPU tensors. Call it before a test uses one of them."""
     from grpo_kernels import backends
 
     for name in names:
@@ -105,7 +105,7 @@ def travel(names: list[str], device: str = "cuda") -> None:
 
 
 def of_backends(items: list[Any], names: list[str]) -> tuple[list[Any], list[Any]]:
-    """The tests that run on a backend of these names, and the others."""
+    """Splits the tests into those that run on a backend of these names, and the others."""
 
     def of(item: Any) -> bool:
         if item.path.name in OWN_FILES:

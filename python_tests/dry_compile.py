@@ -1,4 +1,5 @@
-"""Runs a script that compiles Triton kernels for a GPU that need not be here, in a process without the interpreter."""
+"""Runs a script that compiles Triton kernels for a GPU that need not be present, in a process without the
+interpreter."""
 
 import os
 import subprocess

@@ -1,10 +1,10 @@
-"""A Triton driver for a GPU that is not there: every launch is compiled for its target, none is run.
+"""A Triton driver for a GPU that need not be present: it compiles every launch for its target, and runs none.
 
-It takes the real path from Python, so it counts variants, checks grids and shared memory, and tells what a kernel uses.
-For a process of its own, without TRITON_INTERPRET:
+It uses Triton's own launch path, so it counts variants, checks grids and shared memory, and reports a kernel's
+resources. Use it in a separate process, without TRITON_INTERPRET:
 
     dry = dry_run("cuda", 90)
-    backend.row_forward(rows, False)  # grpo_kernels.backends.triton, on CPU tensors whose data nobody reads
+    backend.row_forward(rows, False)  # the module grpo_kernels.backends.triton, on CPU tensors whose data is not read
     [resources(k) for k in dry.variants(stats_kernel)]
 """
 
@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
-# Of one program at most, and multiprocessors: A100, H100, B200, MI300X; RTX 3090, L40S, RTX 5090.
+# The largest shared memory of a program, and multiprocessors: A100, H100, B200, MI300X; RTX 3090, L40S, RTX 5090.
 SHARED_BYTES: dict[int | str, int] = {
     80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10, 86: 99 << 10, 89: 99 << 10, 120: 99 << 10
 }  # fmt: skip
@@ -110,12 +110,12 @@ def resources(compiled: Any) -> Resources:
     """As the assembler says, not the launch: a driver that loads nothing knows no registers."""
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
-        found = {k: int(v) for k, v in re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"])}
-        return Resources(found["vgpr_count"], found["private_segment_fixed_size"], shared)
+        fields = {k: int(v) for k, v in re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"])}
+        return Resources(fields["vgpr_count"], fields["private_segment_fixed_size"], shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return Resources(found["REG"], found["STACK"] + found["LOCAL"], shared)
+    fields = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(fields["REG"], fields["STACK"] + fields["LOCAL"], shared)

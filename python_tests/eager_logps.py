@@ -1,4 +1,4 @@
-"""`token_logps` compared with what a trainer writes, by the accuracy rule: values, entropy, sum p^2, gradients."""
+"""`token_logps` compared with eager code by the accuracy rule: values, entropy, sum p^2, gradients."""
 
 import torch
 
@@ -9,7 +9,7 @@ HALF_STEP = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6, 
 
 
 def eager(logits, targets, temperature=1.0, logit_scale=1.0, softcap=None):
-    """What a trainer writes, in the dtype of the logits or float32."""
+    """The code of a trainer, in the dtype of the logits or in float32."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -20,11 +20,11 @@ def eager(logits, targets, temperature=1.0, logit_scale=1.0, softcap=None):
 
 
 def run(fn, logits, targets, **options):
-    """Outputs and the gradient of a loss that pulls on log-probs and entropy."""
+    """Outputs, and the gradient of a loss that depends on log-probs and entropy."""
     x = logits.clone().requires_grad_()
     logps, entropy, sum_p2 = fn(x, targets, **options)
-    pull = torch.linspace(-1, 1, targets.numel()).view(targets.shape).to(logps.dtype)
-    (g,) = torch.autograd.grad((logps * pull).sum() + 0.3 * (entropy * pull.flip(0)).sum(), x)
+    weights = torch.linspace(-1, 1, targets.numel()).view(targets.shape).to(logps.dtype)
+    (g,) = torch.autograd.grad((logps * weights).sum() + 0.3 * (entropy * weights.flip(0)).sum(), x)
     return logps.detach(), entropy.detach(), sum_p2.detach(), g
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU (csrc/emulation): for tests, which build its module."""
+"""The CUDA kernels on the CPU (csrc/emulation), for tests, which build the module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo_kernels.backends.workspace import CudaWorkspace
 
 
 class RowPlan(NamedTuple):
-    """gk::RowPlan: how a row is cut up on a GPU."""
+    """gk::RowPlan: how a row is divided on a GPU."""
 
     threads: int
     cluster: int
@@ -38,7 +38,7 @@ def machine(
     *, multiprocessors: int = 2, threads: int = 64, shared_bytes: int = 10 << 10, bulk_copies: bool = True,
     schedule: str = "round_robin",
 ) -> Iterator[None]:  # fmt: skip
-    """Every kernel, in every thread, runs on such a GPU inside the block; without arguments as outside of it."""
+    """Inside the block every kernel, in every thread, runs on this GPU; without arguments, on the default one."""
     _emulated.use_machine(multiprocessors, threads, shared_bytes, bulk_copies, SCHEDULES.index(schedule))
     try:
         yield
@@ -64,6 +64,6 @@ def register() -> None:
     backends.register("emulated", lambda: BACKEND)
 
 
-if __name__ == "__main__":  # python -m emulated SCRIPT: a script that asks for it
+if __name__ == "__main__":  # python -m emulated SCRIPT: runs a script that uses this backend
     register()
     runpy.run_path(sys.argv[1], run_name="__main__")

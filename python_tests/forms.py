@@ -1,4 +1,4 @@
-"""Every form of the loss, for the tests that must hold for each: objectives with bounds that a batch reaches, levels."""
+"""Every form of the loss, for tests of all forms: objectives with bounds that a batch reaches, and ratio levels."""
 
 from grpo_kernels.config import RATIO_LEVELS
 
@@ -13,7 +13,7 @@ OBJECTIVES = {
     "tv_mask": {"tv_low": 0.001, "tv_high": 0.002, "ratio_sq_coef": 0.1},
     "ipo": {"tv_high": 0.002, "ratio_sq_coef": 0.1},
     "dro": {"dro_beta": 0.3},
-    # All tokens within the bounds: nothing is left to chance.
+    # All tokens are within the bounds, so that nothing is random.
     "clip_cov": {"cov_ratio": 1.0, "cov_low": -0.3, "cov_high": 0.2, "eps_high": 0.3, "delta": 1.5},
     "kl_cov": {"cov_ratio": 0.3, "cov_kl": 0.4},
 }
@@ -23,5 +23,5 @@ COMPARED = {"kl_coef": 0.1, "entropy_coef": 0.05}
 
 
 def with_everything(form):
-    """KL, entropy, and the caps where the objective reads them."""
+    """Adds KL, entropy, and the caps that the objective uses."""
     return {**form, **COMPARED, **({} if "objective" in form else {"delta": 1.6, "dual_clip": 1.4})}

@@ -1,7 +1,7 @@
-"""Triton's interpreter as the tests need it: fast enough, and rounding as a GPU does.
+"""Makes Triton's interpreter fast enough for the tests, and makes it round as a GPU does.
 
-Most of its time it prepares what is the same each time. What `prepare` replaces changes no bit of a result but for scans,
-which combine in a tree as a GPU does; `test_interpreter.py` compares with the interpreter as it comes.
+It spends most of its time preparing what is the same every time. `prepare` changes no bit of a result, except that
+scans combine in a tree as on a GPU; `test_interpreter.py` compares with the unpatched interpreter.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from triton import language
 from triton.language import core
 from triton.runtime import interpreter
 
-PLAIN = {core.tensor, core.dtype, int, float, bool, type(None)}  # of which core unwraps nothing
-FULL = {"fp32", "fp64", "int1", "int32", "int64"}  # whose operations with themselves and with numbers stay in the type
+PLAIN = {core.tensor, core.dtype, int, float, bool, type(None)}  # types that core does not unwrap
+FULL = {"fp32", "fp64", "int1", "int32", "int64"}  # types that operations with themselves and with numbers keep
 
 
 def prepare() -> None:
-    patch_the_language_once_a_launch()
+    patch_the_language_once_per_launch()
     call_builtins_directly()
     make_types_once()
-    skip_what_is_not_read()
-    take_operands_of_one_type_as_they_are()
+    skip_overflow_checks()
+    skip_casts_between_equal_types()
     scan_in_a_tree()
-    decode_each_number_once()
+    decode_each_scalar_once()
     round_to_bfloat16()
 
 
-def patch_the_language_once_a_launch() -> None:
-    """It replaces every function of its language again for each call of a helper, which is three quarters of its time.
-    Here the kernel's launch does it, for all of its helpers, and with what the first launch found."""
+def patch_the_language_once_per_launch() -> None:
+    """The interpreter replaces every function of its language for each call of a jitted function, which takes three
+    quarters of its time. Here the kernel's launch does it once, and reuses what the first launch collected."""
     patch, here = interpreter._patch_lang, types.SimpleNamespace(__globals__={"tl": language, "core": core})
     patched: list[Any] = []
-    found: list[tuple[Any, str, Any]] = []
+    changes: list[tuple[Any, str, Any]] = []
 
     class Scope:
         def restore(self) -> None:
@@ -43,13 +43,13 @@ def patch_the_language_once_a_launch() -> None:
 
     def patch_once(_: Any) -> Any:
         if patched:
-            return None  # by a helper, which restores nothing
-        if not found:
+            return None  # called by a jitted function, which restores nothing
+        if not changes:
             first = patch(here)
-            found.extend((owner, name, getattr(owner, name)) for owner, name, _ in first._changes)
+            changes.extend((owner, name, getattr(owner, name)) for owner, name, _ in first._changes)
             first.restore()
         scope = interpreter._LangPatchScope()
-        for change in found:
+        for change in changes:
             scope.set_attr(*change)
         patched.append(scope)
         return Scope()
@@ -58,7 +58,7 @@ def patch_the_language_once_a_launch() -> None:
 
 
 def call_builtins_directly() -> None:
-    """Past the wrapper that asks whether they are called from a kernel."""
+    """Skips the wrapper that checks whether they are called from a kernel."""
 
     def patch(owner: Any, name: str, member: Any, _: Any, scope: Any) -> None:
         builtin, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
@@ -73,8 +73,8 @@ def call_builtins_directly() -> None:
 
 
 def make_types_once() -> None:
-    """A block's type is built, checked and named, and its shape wrapped, for the result of every operation; what they
-    come to depends on the element and the shape alone."""
+    """For the result of every operation the interpreter builds, checks and names a block type and wraps its shape. The
+    outcome depends only on the element type and the shape, so it is cached."""
     built: dict[tuple[Any, ...], dict[str, Any]] = {}
     shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
     numpy_types: dict[str, np.dtype] = {}
@@ -83,7 +83,7 @@ def make_types_once() -> None:
 
     def block_type(self: Any, element_ty: Any, shape: Any) -> None:
         if element_ty.is_ptr():
-            return build(self, element_ty, shape)  # its name does not say all of it
+            return build(self, element_ty, shape)  # such a type's name is not unique
         key = element_ty.name, *(n if type(n) is int else unwrap(n) for n in unwrap(shape))
         if key not in built:
             build(self, element_ty, shape)
@@ -110,14 +110,14 @@ def make_types_once() -> None:
     interpreter._get_np_dtype = numpy_type
 
 
-def skip_what_is_not_read() -> None:
-    """It computes whether each sum of integers overflows, for an assertion that only its debug mode makes."""
+def skip_overflow_checks() -> None:
+    """The interpreter computes whether each sum of integers overflows, for an assertion that only debug mode makes."""
     options = interpreter.interpreter_builder.options
     assert not options.debug
     object.__setattr__(options, "sanitize_overflow", False)
 
 
-def take_operands_of_one_type_as_they_are() -> None:
+def skip_casts_between_equal_types() -> None:
     semantic = type(interpreter.interpreter_semantic)
     check = semantic.binary_op_type_checking_impl
 
@@ -133,8 +133,8 @@ def take_operands_of_one_type_as_they_are() -> None:
 
 
 def scan_in_a_tree() -> None:
-    """Blocks with themselves shifted by 1, 2, 4, ...: a GPU's order, and a call of the function for each instead of one
-    for each element."""
+    """Combines blocks with themselves, shifted by 1, 2, 4, ...: a GPU's order, and one call of the function per step
+    instead of one per element."""
 
     def scan(self: Any, given: Any) -> Any:
         size = given[0].handle.data.shape[self.axis]
@@ -151,8 +151,8 @@ def scan_in_a_tree() -> None:
     interpreter.ScanOps.generic_scan = scan
 
 
-def decode_each_number_once() -> None:
-    """A float64 of the loss's numbers comes in three parts, and every program puts all of them together."""
+def decode_each_scalar_once() -> None:
+    """A float64 among the loss's scalars is passed in three parts, which every program would decode again."""
     from grpo_kernels.backends.triton import policy_inputs
 
     decode, decoded = policy_inputs.scalar, {}
@@ -169,7 +169,7 @@ def decode_each_number_once() -> None:
 
 
 def round_to_bfloat16() -> None:
-    """To nearest, ties to even, as cvt.rn does and the interpreter, which cuts the last bits off, does not."""
+    """Rounds to nearest, ties to even, as cvt.rn does; the unpatched interpreter truncates."""
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def cast_impl(self: Any, source: Any, to: Any) -> Any:

@@ -1,6 +1,6 @@
-"""What the oracle tests share: a batch that reaches every branch, our loss in every way it runs, a strict comparison.
+"""For the oracle tests: a batch that reaches every branch, our loss in all its variants, and a strict comparison.
 
-An oracle computes in float64. Every input is a float32 number, so ours may read the same values in either dtype.
+An oracle computes in float64. Every input is exact in float32, so ours gets the same values in either dtype.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 import grpo_kernels as gk
 
 EPS_LOW, EPS_HIGH, DELTA, DUAL_CLIP = 0.2, 0.28, 2.0, 3.0
-EDGE = 5e-5  # how close to a bound the batch goes; float32 log-probs of a sequence still tell the sides apart
-# Log-ratios just inside and outside every bound, and no change at all.
+EDGE = 5e-5  # the batch's distance from a bound; sums of float32 log-probs can still tell the sides apart
+# Log-ratios just inside and just outside every bound, and 0.
 BOUNDS = (1 - EPS_LOW, 1 + EPS_HIGH, DELTA, DUAL_CLIP)
 NEAR_BOUNDS = [*(math.log(bound) + side for bound in BOUNDS for side in (-EDGE, EDGE)), 0.0]
 ADVANTAGES = [1.3, -0.8, 0.0, 0.4, -1.7, 0.6, 0.9, -1.1, -0.5]
 LENGTHS = [16, 16, 12, 0, 9, 1, 14, 16, 3]  # ragged; row 3 has no token at all
 EMPTY_ROW = LENGTHS.index(0)
 ROWS, WIDTH = len(LENGTHS), max(LENGTHS)
-# What each row's log-ratio adds up to, or averages, where sequences have one: around every bound, on both signs of A.
+# The sum or mean of each row's log-ratios, for ratios per sequence: at both sides of every bound, for both signs of A.
 SEQUENCE_LOG_RATIOS = [
     math.log(1 + EPS_HIGH) + EDGE, math.log(1 - EPS_LOW) - EDGE, 0.3, 0.0, math.log(1 - EPS_LOW) + EDGE,
     math.log(1 + EPS_HIGH) - EDGE, 0.1, math.log(DELTA) + EDGE, math.log(DELTA) - EDGE,
@@ -33,7 +33,7 @@ SEQUENCE_LOG_RATIOS = [
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """A file that imports this runs on one thread: small tensors wait for a second one longer than they compute."""
+    """A file that imports this runs on one thread: for small tensors, waiting for a second one takes longer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Batch(NamedTuple):
-    """Float64, [B, T] but for the advantages and row weights."""
+    """Float64; [B, T] except for the advantages and the row weights."""
 
     logps: Tensor
     old: Tensor
@@ -62,8 +62,8 @@ def make_batch(
     large: tuple[float, ...] = (),
     row_log_ratios: list[float] | None = None,
 ) -> Batch:
-    """`level`: what the log-ratios approach the bounds as. `holes`: tokens masked in the middle. `large`: log-ratios
-    (and reference log-ratios) beyond the trainers' clamps, on every row that is long enough."""
+    """`level`: the ratio level at which log-ratios approach the bounds. `holes`: some tokens in the middle are masked.
+    `large`: log-ratios, also to the reference, beyond the trainers' clamps, in every row that is long enough."""
     g = torch.Generator().manual_seed(11)
 
     def normal(*shape: int) -> Tensor:
@@ -104,7 +104,7 @@ class Result(NamedTuple):
 
 
 def differentiated(oracle: Callable[..., Tensor], logps: Tensor, entropy: Tensor | None = None) -> Result:
-    """An oracle's loss and gradients; it is called with leaves."""
+    """An oracle's loss and gradients; the oracle is called with leaf tensors."""
     leaves = [x.detach().clone().requires_grad_() for x in (logps, entropy) if x is not None]
     loss = oracle(*leaves)
     loss.backward()
@@ -113,7 +113,7 @@ def differentiated(oracle: Callable[..., Tensor], logps: Tensor, entropy: Tensor
 
 
 class Variant(NamedTuple):
-    """One way to run ours."""
+    """A backend, dtype and layout in which ours runs."""
 
     backend: str
     dtype: torch.dtype
@@ -138,7 +138,7 @@ PADDED = [Variant(backend, dtype) for backend in ("cpu", "reference") for dtype 
 
 
 def poisoned(values: Tensor, mask: Tensor) -> Tensor:
-    """NaN and infinities wherever the mask forbids to look."""
+    """Puts NaN and infinities wherever the mask is 0."""
     junk = torch.tensor([math.nan, math.inf, -math.inf], dtype=values.dtype)[torch.arange(values.numel()) % 3]
     return torch.where(mask != 0, values, junk.view(values.shape))
 
@@ -152,8 +152,8 @@ def ours(
     entropy: Tensor | None = None,
     **others: Any,
 ) -> Result:
-    """Our loss and gradients, [B, T]; what is masked is poisoned first. Packed: rows end to end, an empty row without
-    a single token, and behind them a tail that belongs to no sequence."""
+    """Our loss and gradients, [B, T], from inputs with poisoned masked values. Packed inputs have the rows end to end,
+    an empty row without tokens, and a tail that belongs to no sequence."""
     kept = mask.flip(-1).cumsum(-1).flip(-1) > 0  # up to the last active token
     kept[0] = True
     tail = torch.full((2,), math.nan, dtype=torch.float64)
@@ -161,7 +161,7 @@ def ours(
     def given(value: Any, dtype: torch.dtype = variant.dtype) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
-        if value.shape != mask.shape:  # one a row; of a row without tokens nothing may be read either
+        if value.shape != mask.shape:  # one per row; that of a row without tokens must not be read either
             value = torch.where(mask.any(-1).view(value.shape), value, math.nan)
             return (value.flatten() if variant.packed else value).to(dtype)
         value = poisoned(value, mask) if value.is_floating_point() else value
@@ -193,7 +193,7 @@ def ours(
 
 
 def assert_near(got: Tensor, exact: Tensor, tolerance: float, what: str) -> None:
-    """Relative L2 within the tolerance, and no element further off than 20 times that: none hides behind a big one."""
+    """The relative L2 error is within the tolerance, and no element's error exceeds 20 times that."""
     got, exact = got.double(), exact.double()
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)} for {tuple(exact.shape)}"
     assert got.isfinite().all() and exact.isfinite().all(), f"{what}: not finite: {got.tolist()} for {exact.tolist()}"
@@ -202,21 +202,21 @@ def assert_near(got: Tensor, exact: Tensor, tolerance: float, what: str) -> None
     assert relative <= tolerance, f"{what}: relative L2 {relative:.2e} > {tolerance:.0e}"
     floor = size[size > 0].median() if (size > 0).any() else 0.0
     worst = int((error - 20 * tolerance * (size + floor)).argmax())
-    tiny = torch.finfo(torch.float32).tiny  # what float32 cannot hold
+    tiny = torch.finfo(torch.float32).tiny  # below this float32 is not exact
     assert (error <= 20 * tolerance * (size + floor) + tiny).all(), (
         f"{what}: element {worst} is {got.flatten()[worst]:.9g}, not {exact.flatten()[worst]:.9g}"
     )
 
 
 def assert_same(got: Result, exact: Result, mask: Tensor, tolerance: float, what: str = "") -> None:
-    """Loss and gradients. A masked token's gradient is exactly 0 in ours; the oracle's is not read there."""
+    """Compares loss and gradients. Ours is exactly 0 at masked tokens; the oracle's gradient is ignored there."""
     active = mask != 0
     assert_near(got.loss, exact.loss, tolerance, f"{what} loss")
     for name in ("gradient", "entropy_gradient"):
         mine, theirs = getattr(got, name), getattr(exact, name)
         if theirs is None:
             continue
-        assert not mine[~active].any(), f"{what} {name}: a masked token has one"
+        assert not mine[~active].any(), f"{what} {name}: a masked token is not 0"
         assert_near(mine[active], theirs[active], tolerance, f"{what} {name}")
 
 
@@ -232,7 +232,7 @@ def assert_matches(
     tolerance: float = 0.0,
     **others: Any,
 ) -> None:
-    """Ours, in every way it runs, against an oracle's result; `tolerance` where the trainer's own is above ours."""
+    """Compares ours, in all variants, with an oracle's result; `tolerance` is for trainers less exact than ours."""
     for variant in VARIANTS:
         got = ours(variant, config, logps, advantages, mask, entropy, **others)
         allowed = max(variant.tolerance, tolerance)

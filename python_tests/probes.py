@@ -1,4 +1,4 @@
-"""C++ files of the tests that hold kernels and the emulator, as libraries."""
+"""Compiles C++ files of the tests, with kernels and the emulator, into libraries."""
 
 import ctypes
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def compiled_probe(source: Path, csrc: Path, folder: Path) -> ctypes.CDLL:
-    """`source`, with the kernels and the emulator of `csrc`, compiled into `folder`."""
+    """Compiles `source`, with the kernels and the emulator of `csrc`, into `folder`."""
     library = folder / f"{source.stem}.so"
     flags = "c++ -std=c++17 -O0 -fPIC -shared -w -DGK_EMULATED".split()
     include = ["-include", csrc / "emulation/cuda_on_cpu.h", "-I", csrc]

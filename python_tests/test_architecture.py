@@ -1,4 +1,4 @@
-"""The picture of the architecture is what the code says now."""
+"""The picture of the architecture is up to date."""
 
 import graphlib
 import importlib.util

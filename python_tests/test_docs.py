@@ -1,4 +1,4 @@
-"""What the documents show can be run."""
+"""The examples in the documentation run, and the documentation is complete."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("page", EXAMPLES)
 def test_examples_run_as_pasted(page, tmp_path, monkeypatch):
-    """All of a page in one namespace, in order, with losses that are finite and of a plausible size."""
+    """All examples of a page, in order and in one namespace, have losses that are finite and of a plausible size."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     namespace = {}

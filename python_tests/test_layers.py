@@ -10,12 +10,12 @@ import pytest
 import grpo_kernels as gk
 
 PACKAGE = Path(gk.__file__).parent
-# From the top. A name is a module or a folder of the package; those in one row do not know each other.
+# From the top. A name is a module or a folder of the package; those in one row do not import each other.
 LAYERS = [
     ("profiling",),  # the former name of tools.memory
     ("tools",),
     ("testing",),
-    ("",),  # the package's own face
+    ("",),  # the package itself
     ("loss",),
     ("advantages", "correction"),
     ("ops",),

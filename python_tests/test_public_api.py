@@ -1,5 +1,5 @@
-"""The public API, name by name: a change is one of public_api.txt, where a reviewer sees it. `python test_public_api.py`
-prints what there is now."""
+"""The public API, name by name: every change to it changes public_api.txt, where a reviewer sees it.
+`python test_public_api.py` prints the current API."""
 
 import dataclasses
 import inspect

@@ -1,7 +1,8 @@
-"""`make test-quick`: every public function on every backend that runs here, small, by the accuracy rule, in minutes.
+"""`make test-quick`: every public function on every available backend, with small inputs, by the accuracy rule, in
+minutes.
 
-The rest of the suite looks into the corners. This file asks of each function whether it is right at all, values and
-gradients, for padded and for packed sequences; one that it does not call is a failure.
+The rest of the suite tests edge cases. This file tests whether each function's values and gradients are right at all,
+for padded and for packed sequences. It fails if it does not call some public function.
 """
 
 import dataclasses
@@ -23,10 +24,10 @@ EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.05}
 
 
 class Inputs:
-    """One batch in one dtype, padded or packed. Each call makes its own, from the same numbers."""
+    """A batch in one dtype, padded or packed. Each call makes a new one from the same numbers."""
 
     def __init__(self, dtype, packed=False, rounded=None, leaves=()):
-        """`rounded`: the numbers first, to another dtype. `leaves`: to be taken instead of its own."""
+        """`rounded`: a dtype to which the numbers are rounded first. `leaves`: used instead of new ones."""
         g, b = torch.Generator().manual_seed(0), make_batch(SEQUENCES, TOKENS, VOCAB).to(rounded or dtype)
         self.dtype, self.packed, self.leaves, self.given = dtype, packed, [], list(leaves)
         self.layout = {"cu_seqlens": torch.arange(SEQUENCES + 1) * TOKENS} if packed else {}
@@ -94,7 +95,7 @@ def one(name):
     return lambda x, **k: getattr(gk, name)(x.rewards[:, 0].contiguous(), **GROUP, **k)
 
 
-# name -> form -> call(inputs, backend=...), which gives tensors in any structure.
+# name -> form -> call(inputs, backend=...), which returns tensors in any structure.
 CALLS = {
     "token_logps": {
         "": lambda x, **k: gk.token_logps(
@@ -185,7 +186,7 @@ CALLS = {
     "AdaptiveKLController": {"": coefficient_of_kl},
     "AdaptiveEntropyController": {"": coefficient_of_entropy},
 }  # fmt: skip
-# Their gradient is not that of their value: a ratio or a weight in it is held.
+# Their gradient is not the derivative of their value: it treats a ratio or a weight as constant.
 HELD = {
     ("grpo_loss", "from rewards"),
     *(("policy_loss", form) for form in ("sequence_token", "cispo", "vespo", "dppo_tv", "dppo_kl")),
@@ -217,9 +218,9 @@ def tensors(out):
     return [x for value in values for x in tensors(value)]
 
 
-def scalar_of(found):
-    """A weighted sum of what can be differentiated; None where nothing can."""
-    parts = [y.double().flatten() for y in found if y.requires_grad]
+def scalar_of(outputs):
+    """A weighted sum of all differentiable outputs; None if there are none."""
+    parts = [y.double().flatten() for y in outputs if y.requires_grad]
     return (
         torch.stack([y @ torch.linspace(0.5, 1.5, y.numel(), dtype=torch.float64) for y in parts]).sum()
         if parts
@@ -228,16 +229,16 @@ def scalar_of(found):
 
 
 def outcome(case, dtype, rounded=None, **options):
-    """What a call gives, then the gradients in its leaves of a sum of what has one."""
+    """A call's outputs, then the gradients of a weighted sum of them with respect to the leaves."""
     name, form, packed = case
     x = Inputs(dtype, packed, rounded)
-    found = tensors(CALLS[name][form](x, **options))
-    total, gradients = scalar_of(found), ()
-    assert found and (total is None) == (not x.leaves)
+    outputs = tensors(CALLS[name][form](x, **options))
+    total, gradients = scalar_of(outputs), ()
+    assert outputs and (total is None) == (not x.leaves)
     if total is not None:
         gradients = torch.autograd.grad(total, x.leaves)
         assert all(g.any() for g in gradients)
-    return [y.detach() if y.is_floating_point() else y.double() for y in (*found, *gradients)]
+    return [y.detach() if y.is_floating_point() else y.double() for y in (*outputs, *gradients)]
 
 
 def test_every_public_function_is_called():
@@ -256,7 +257,7 @@ def test_kernels_err_no_further_than_eager_torch(backend, case):
 
 @pytest.mark.parametrize("case", OF_BACKENDS + OF_TORCH)
 def test_the_reference_agrees_with_itself(case):
-    """Float32 with float64, and gradients with differences of values."""
+    """float32 agrees with float64, and gradients agree with finite differences."""
     options = {"backend": "reference"} if asks_for_a_backend(case[0]) else {}
     exact = outcome(case, torch.float64, rounded=torch.float32, **options)
     for a, b in zip(outcome(case, torch.float32, **options), exact, strict=True):

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says about the code is still there: the places, and the tour from `grpo_loss` to a logit."""
+"""What CONTRIBUTING.md says about the code still holds: the places, and the tour from `grpo_loss` to a logit."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ STOPS = sorted({stop[1:] for tour in (START, *TOURS) for stop in tour})
 
 
 def named(text):
-    """The functions of a stop: what comes before the explanation."""
+    """The functions that a stop names, before its explanation."""
     return NAME.findall(re.split(r", (?!`)|; | \(", text)[0])
 
 
@@ -53,7 +53,7 @@ def test_the_tour_is_short(most, tour):
 
 
 @pytest.mark.parametrize(("file", "text"), STOPS, ids=[file for file, _ in STOPS])
-def test_what_a_stop_names_is_there(file, text):
+def test_what_a_stop_names_exists(file, text):
     names = named(text)
     assert names
     if file.endswith(".py"):
@@ -66,7 +66,7 @@ def test_what_a_stop_names_is_there(file, text):
 
 
 def test_a_row_takes_the_tour():
-    """On the CPU every Python function that the tour names is called; those above the backends in its order."""
+    """On the CPU every Python function that the tour names is called, those above the backends in the tour's order."""
     called = []
 
     def note(frame, event, _):

@@ -1,1 +1,1 @@
-"""What a GPU is asked, in pieces of seconds: see benchmarks/gpu_check.py, which runs them."""
+"""The checks on a GPU, in pieces of seconds, which benchmarks/gpu_check.py runs."""

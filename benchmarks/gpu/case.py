@@ -1,7 +1,7 @@
-"""Cases one after another in a process that may die at any of them, and says at which (protocol.py).
+"""Runs cases one after another in a process that may die in any of them; protocol.py tells the parent which.
 
-A case that does not end ends the process from a thread of its own, also where the main one hangs in the driver; the
-parent goes on behind it.
+A separate thread ends the process if a case takes too long, even if the main thread hangs in the driver. The parent
+then continues after that case.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import torch
 from .measure import synchronize
 from .protocol import CUDA_ERROR, Figures
 
-CAPTURE = re.compile("captur")  # a graph that could not be made takes nothing with it
+CAPTURE = re.compile("captur")  # a failed capture does not lose the context
 CUDA_ERRORS = re.compile(r"CUDA error|cudaError|kernel \w+: .*(launch|illegal|misaligned)|unspecified launch failure")
-STAND_INS = {"cuda": "cpu", "triton": "reference"}  # without a GPU
+STAND_INS = {"cuda": "cpu", "triton": "reference"}  # for a machine without a GPU
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where the cases run, and their random numbers."""
+    """The device on which the cases run, and their random numbers."""
 
     backend: str
     device: str
@@ -38,7 +38,7 @@ class Context:
 
     @property
     def small(self) -> bool:
-        """On a CPU only the path is walked."""
+        """On a CPU the inputs are small: only the code path is tested."""
         return self.device == "cpu"
 
     @property
@@ -46,7 +46,7 @@ class Context:
         return STAND_INS[self.backend] if self.small else self.backend
 
     def generator(self, name: str) -> torch.Generator:
-        """Of the case's own numbers, whichever cases ran before it."""
+        """The generator of a case's random numbers, which do not depend on the cases before it."""
         return torch.Generator(self.device).manual_seed(self.seed ^ zlib.crc32(name.encode()))
 
     def synchronize(self) -> None:
@@ -55,7 +55,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Case:
-    """`run` raises AssertionError for a wrong result; what it returns is kept."""
+    """`run` raises AssertionError for a wrong result; its return value is saved."""
 
     name: str
     family: str
@@ -63,10 +63,10 @@ class Case:
 
 
 def run_cases(cases: Iterable[Case], context: Context, options: argparse.Namespace) -> int:
-    """The exit status: 0 where all are good, 1, or CUDA_ERROR."""
+    """The exit status: 0 if all are good, 1, or CUDA_ERROR."""
     print(f"seed {context.seed}", flush=True)
     status, behind = 0, options.behind is None
-    torch.zeros(1, device=context.device)  # the context is made here, which may take seconds
+    torch.zeros(1, device=context.device)  # creates the context, which may take seconds
     context.synchronize()
     for case in cases:
         if not behind:
@@ -74,10 +74,10 @@ def run_cases(cases: Iterable[Case], context: Context, options: argparse.Namespa
             continue
         if case.family in options.skip:
             continue
-        # Any case of Triton's may compile.
-        word, found = one(case, context, options.first_seconds if context.backend == "triton" else options.seconds)
-        print(f"{word} {case.name} | {json.dumps(found)}", flush=True)
-        if found.get("cuda_error"):
+        # Any Triton case may compile.
+        word, figures = one(case, context, options.first_seconds if context.backend == "triton" else options.seconds)
+        print(f"{word} {case.name} | {json.dumps(figures)}", flush=True)
+        if figures.get("cuda_error"):
             return CUDA_ERROR
         status = status or int(word != "ok")
     return status
@@ -89,9 +89,9 @@ def one(case: Case, context: Context, limit: float) -> tuple[str, Figures]:
     begin = time.perf_counter()
     try:
         rehearse(case.name, context)
-        found = case.run(context) or {}
+        figures = case.run(context) or {}
         context.synchronize()
-        return "ok", {"ms": round((time.perf_counter() - begin) * 1e3, 1), **found}
+        return "ok", {"ms": round((time.perf_counter() - begin) * 1e3, 1), **figures}
     except AssertionError as error:
         return "WRONG", {"what": str(error)[:400]}
     except Exception as error:
@@ -107,7 +107,7 @@ def lost_context(text: str) -> bool:
 
 
 def rehearse(name: str, context: Context) -> None:
-    """What a GPU may do, for the tests of the script: GRPO_KERNELS_REHEARSE="hang=NAME;raise=NAME;lose=NAME"."""
+    """Simulates a GPU's failures for the script's tests: GRPO_KERNELS_REHEARSE="hang=NAME;raise=NAME;lose=NAME"."""
     for entry in os.environ.get("GRPO_KERNELS_REHEARSE", "").split(";") if context.small else ():
         kind, _, which = entry.partition("=")
         if which == name:
@@ -121,10 +121,10 @@ def arguments(argv: Sequence[str] | None, lists: Sequence[str]) -> argparse.Name
     parser.add_argument("list", choices=lists)
     parser.add_argument("--backend", default="cuda", choices=list(STAND_INS))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seed", type=int, default=None, help="of the inputs; fresh ones when left out")
-    parser.add_argument("--family", default=None, help="this one alone")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the inputs (default: a new one)")
+    parser.add_argument("--family", default=None, help="only this family")
     parser.add_argument("--skip", default="", type=lambda names: names.split(","), help="families that have hung")
-    parser.add_argument("--from", dest="behind", default=None, metavar="NAME", help="go on behind this case")
-    parser.add_argument("--seconds", type=float, default=12.0, help="for a case (default %(default)s)")
-    parser.add_argument("--first-seconds", type=float, default=25.0, help="for one that may compile (Triton's)")
+    parser.add_argument("--from", dest="behind", default=None, metavar="NAME", help="continue after this case")
+    parser.add_argument("--seconds", type=float, default=12.0, help="limit of a case (default %(default)s)")
+    parser.add_argument("--first-seconds", type=float, default=25.0, help="limit of a case that may compile (Triton)")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Lists of cases by name, for a process of their own: `python -m benchmarks.gpu.cases rows --backend cuda`."""
+"""Lists of cases by name; each runs in a separate process: `python -m benchmarks.gpu.cases rows --backend cuda`."""
 
 from __future__ import annotations
 

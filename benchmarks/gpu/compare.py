@@ -12,24 +12,24 @@ from grpo_kernels.testing.compare import assert_as_accurate
 
 from .protocol import Figures
 
-# Inputs by name and a backend to results by name.
+# (inputs by name, backend) -> results by name
 Call = Callable[[Mapping[str, Any], str], Mapping[str, Tensor]]
 
 
 def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype, only: Sequence[str] | None = None) -> dict[str, Any]:
-    """`only`: those that are cast, all when left out; the others become float32, or float64 for float64."""
-    real = torch.float64 if dtype == torch.float64 else torch.float32
+    """`only`: the inputs to cast, all by default. The others become float32, or float64 if `dtype` is float64."""
+    acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def cast(name: str, x: Any) -> Any:
         if not (torch.is_tensor(x) and x.is_floating_point()):
             return x
-        return x.to(dtype if only is None or name in only else real)
+        return x.to(dtype if only is None or name in only else acc_dtype)
 
     return {name: cast(name, x) for name, x in inputs.items()}
 
 
 def accurate(call: Call, inputs: Mapping[str, Any], backend: str, dtype: torch.dtype, only: Sequence[str]) -> Figures:
-    """Ours on `backend`, eager in the same dtype, and the truth; the figures of the worst result."""
+    """Compares ours on `backend`, eager in the same dtype, and float64; returns the figures of the worst result."""
     narrow = in_dtype(inputs, dtype, only)
     ours, eager = call(narrow, backend), call(narrow, "reference")
     exact = {name: x.double() for name, x in call(in_dtype(narrow, torch.float64), "reference").items()}

@@ -1,4 +1,4 @@
-"""That no call synchronises, and that each can be captured and replayed on other inputs."""
+"""Checks that no call synchronises, and that each can be captured and replayed on other inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WARM_UP = 3
 
 
 class Replayed:
-    """A call captured once; on a CPU, where there are no graphs, called again into the memory of its first results."""
+    """A call captured once. On a CPU, which has no graphs, a replay calls again and overwrites the first results."""
 
     def __init__(self, context: Context, call: Callable[[], Mapping[str, Tensor]]) -> None:
         self._call, self._graph = call, None
@@ -50,7 +50,7 @@ class Replayed:
 
 @contextlib.contextmanager
 def no_waiting(context: Context) -> Iterator[None]:
-    """Whatever synchronises raises."""
+    """Raises an error at every synchronisation."""
     if context.small:
         yield
         return
@@ -64,7 +64,7 @@ def no_waiting(context: Context) -> Iterator[None]:
 
 def waits(context: Context, inputs_of: Callable[..., Mapping[str, Any]], call: Call, name: str) -> Figures:
     inputs = inputs_of(context, name)
-    call(inputs, context.kernels)  # what is made once may wait once
+    call(inputs, context.kernels)  # the first call may synchronise
     context.synchronize()
     with no_waiting(context):
         call(inputs, context.kernels)
@@ -72,7 +72,7 @@ def waits(context: Context, inputs_of: Callable[..., Mapping[str, Any]], call: C
 
 
 def captured(context: Context, inputs_of: Callable[..., Mapping[str, Any]], call: Call, name: str) -> Figures:
-    """A replay on new numbers gives what a call on them gives."""
+    """A replay on new numbers gives the result of a call on them."""
     inputs, fresh = inputs_of(context, name), inputs_of(context, f"{name}, fresh")
     graph = Replayed(context, lambda: call(inputs, context.kernels))
     for key, x in inputs.items():
@@ -85,7 +85,7 @@ def captured(context: Context, inputs_of: Callable[..., Mapping[str, Any]], call
 
 
 def annealed(context: Context, name: str) -> dict[str, Any]:
-    """A KL coefficient on the device, which a replay reads anew."""
+    """A KL coefficient on the device, which every replay reads again."""
     g = context.generator(name)
     coefficient = torch.rand((), generator=g, device=context.device)
     return {**others.token_inputs(context, name, shape=(3, 50)), "kl_coef": coefficient}
@@ -101,7 +101,7 @@ def annealed_policy(inputs: Mapping[str, Any], backend: str) -> dict[str, Tensor
 
 
 def coefficients_on_the_device(context: Context) -> bool:
-    """Whether this version of the library takes them."""
+    """Whether this version of the library accepts them."""
     try:
         gk.LossConfig(kl_coef=torch.tensor(0.1, device=context.device))
     except (TypeError, ValueError):
@@ -132,7 +132,7 @@ def calls(context: Context) -> Iterator[tuple[str, str, Any, Call]]:
 
     tokens = functools.partial(others.token_inputs, shape=(3, 50))
     packed = functools.partial(others.token_inputs, shape=(100,), cu=(0, 20, 21, 90))
-    grid = functools.partial(others.grid_inputs, shape=(3, 50))
+    bt_inputs = functools.partial(others.bt_inputs, shape=(3, 50))
     rewards = functools.partial(others.reward_inputs, samples=64)
     yield "grpo_loss", "rows", logits, rows.loss
     inplace = context.kernels != "reference"
@@ -142,9 +142,9 @@ def calls(context: Context) -> Iterator[tuple[str, str, Any, Call]]:
     for name, options in others.FORMS.items():
         yield f"policy_loss, {name}", "waits", tokens, functools.partial(others.policy, **options)
     yield "policy_loss packed", "waits", packed, functools.partial(others.policy, **others.FORMS["level sequence"])
-    yield "value_loss", "plain", grid, others.value_of
-    yield "whiten", "plain", grid, others.whitened
-    yield "gae", "waits", grid, others.gae_of
+    yield "value_loss", "plain", bt_inputs, others.value_of
+    yield "whiten", "plain", bt_inputs, others.whitened
+    yield "gae", "waits", bt_inputs, others.gae_of
     for size in (16, None):
         call = functools.partial(others.advantages, size=size, scale="group")
         yield f"group_advantages, size {size}", "plain", rewards, call

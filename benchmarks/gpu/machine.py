@@ -1,4 +1,4 @@
-"""What the machine is, as the last line of JSON: device, versions, and the milliseconds of the unit, a copy."""
+"""Describes the machine in a last line of JSON: device, versions, and the milliseconds of the unit, a copy."""
 
 from __future__ import annotations
 

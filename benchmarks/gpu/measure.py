@@ -1,4 +1,4 @@
-"""Milliseconds of a call on its device, and of the host's part of it."""
+"""Milliseconds of a call on the device, and on the host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _clock(device: str) -> Clock:
 
 
 def milliseconds(call: Callable[[], object], device: str, rounds: int = ROUNDS) -> float:
-    """Median by events behind a sleep of the device (tools/bench/clock.py), with cold caches: the kernels' time."""
+    """The kernels' time: the median, with cold caches, between events behind a sleep kernel (tools/bench/clock.py)."""
     clock = _clock(device)
     call()  # warm
     seconds = []
@@ -31,7 +31,7 @@ def milliseconds(call: Callable[[], object], device: str, rounds: int = ROUNDS) 
 
 
 def host_milliseconds(call: Callable[[], object], device: str, rounds: int = 20) -> float:
-    """Until the call is back, the device busy or not: what Python and the launches take. Few enough for any queue."""
+    """The time until the call returns: Python and the launches. There are few enough rounds for any launch queue."""
     call()
     synchronize(device)
     begin = time.perf_counter()

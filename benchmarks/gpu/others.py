@@ -1,4 +1,4 @@
-"""Everything per token, per sequence and per group."""
+"""The kernels per token, per sequence and per group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMS = {
     **{f"level {level}": {"ratio_level": level} for level in RATIO_LEVELS},
     **{name: {"objective": name} for name in OBJECTIVES if name not in ("clip", "dro", "clip_cov")},
     "dro": {"objective": "dro", "dro_beta": 0.3},
-    # All tokens within the bounds: nothing is left to chance.
+    # All tokens are within the bounds, so that nothing is random.
     "clip_cov": {"objective": "clip_cov", "cov_ratio": 1.0, "cov_low": -0.3, "cov_high": 0.2},
 }
 FIRST_FORMS = ("level token", "level sequence", "gmpo")
@@ -85,7 +85,7 @@ def loss_cases(context: Context, names: tuple[str, ...], family: str) -> Iterato
 
 
 def packed_cases(context: Context, family: str) -> Iterator[Case]:
-    """Sequences over several tiles, of one token and of none, and tokens behind the last."""
+    """Sequences of several tiles, of one token and of none, and tokens after the last sequence."""
     cu = (0, 1, 1, 50, 59) if context.small else (0, 1, 1, 3 * TOKENS_PER_TILE, 5900 + TOKENS_PER_TILE)
     inputs = functools.partial(token_inputs, shape=(cu[-1] + 100,), cu=cu)
     for name in ("level sequence", "level token"):
@@ -95,16 +95,14 @@ def packed_cases(context: Context, family: str) -> Iterator[Case]:
 # ---- advantages, returns, the critic ----
 
 
-def grid_inputs(
-    context: Context, name: str, shape: tuple[int, ...], cu: tuple[int, ...] | None = None
-) -> dict[str, Any]:
+def bt_inputs(context: Context, name: str, shape: tuple[int, ...], cu: tuple[int, ...] | None = None) -> dict[str, Any]:
     g, device = context.generator(name), context.device
-    found: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         who: torch.randn(shape, generator=g, device=device) for who in ("rewards", "values", "old", "returns")
     }
-    found["mask"] = torch.rand(shape, generator=g, device=device) < 0.8
-    found["cu"] = None if cu is None else torch.tensor(cu, device=device)
-    return found
+    inputs["mask"] = torch.rand(shape, generator=g, device=device) < 0.8
+    inputs["cu"] = None if cu is None else torch.tensor(cu, device=device)
+    return inputs
 
 
 def gae_of(inputs: Inputs, backend: str) -> dict[str, Tensor]:
@@ -152,7 +150,7 @@ def group_cases(context: Context) -> Iterator[Case]:
 
 
 def critic_cases(context: Context) -> Iterator[Case]:
-    inputs = functools.partial(grid_inputs, shape=(3, 50 if context.small else 5000))
+    inputs = functools.partial(bt_inputs, shape=(3, 50 if context.small else 5000))
     yield case("value loss", "plain", context, inputs, value_of)
     yield case("whitening", "plain", context, inputs, whitened)
 
@@ -160,10 +158,10 @@ def critic_cases(context: Context) -> Iterator[Case]:
 def gae(context: Context) -> Iterator[Case]:
     shapes: dict[str, tuple[int, ...]] = {"three tiles": (3, 5000), "nine tiles": (2, 9 * TOKENS_PER_TILE - 5)}
     for name, shape in shapes.items():
-        inputs = functools.partial(grid_inputs, shape=(shape[0], 77) if context.small else shape)
+        inputs = functools.partial(bt_inputs, shape=(shape[0], 77) if context.small else shape)
         yield case(f"gae, {name}", "waits", context, inputs, gae_of)
     cu = (0, 1, 1, 40, 60) if context.small else (0, 1, 1, 3 * TOKENS_PER_TILE, 5900 + TOKENS_PER_TILE)
-    inputs = functools.partial(grid_inputs, shape=(cu[-1] + 10,), cu=cu)
+    inputs = functools.partial(bt_inputs, shape=(cu[-1] + 10,), cu=cu)
     yield case("gae, packed", "waits", context, inputs, gae_of)
 
 
@@ -171,7 +169,7 @@ def gae(context: Context) -> Iterator[Case]:
 
 
 def token_ids(context: Context, name: str, samples: int, tokens: int) -> Inputs:
-    """Every third sample is the one before it."""
+    """Every third sample equals its predecessor."""
     g = context.generator(name)
     ids = torch.randint(50, (samples, tokens), generator=g, device=context.device)
     ids[1::3] = ids[::3][: len(ids[1::3])]
@@ -193,7 +191,7 @@ def diversity(context: Context) -> Iterator[Case]:
 
 
 def plain(context: Context) -> Iterator[Case]:
-    """No block waits for another."""
+    """Kernels whose blocks do not wait for each other."""
     yield from group_cases(context)
     yield from critic_cases(context)
     yield from loss_cases(context, ("level token",), "plain")
@@ -205,7 +203,7 @@ def sequences(context: Context) -> Iterator[Case]:
 
 
 def tokens(context: Context) -> Iterator[Case]:
-    """All of it in one family, for Triton."""
+    """All of them in one family, for Triton."""
     yield from loss_cases(context, FIRST_FORMS, "triton")
     yield from group_cases(context)
     yield from gae(context)
@@ -215,12 +213,12 @@ def tokens(context: Context) -> Iterator[Case]:
 
 
 def forms(context: Context) -> Iterator[Case]:
-    """Every form of the loss that was not there before."""
+    """Every form of the loss that the earlier lists lack."""
     yield from loss_cases(context, tuple(name for name in FORMS if name not in FIRST_FORMS), "waits")
 
 
 def few(context: Context) -> Iterator[Case]:
-    """One of each kernel: under a sanitizer a case takes a hundred times as long."""
+    """One case per kernel: under a sanitizer a case takes a hundred times as long."""
     from .rows import NARROW, cases_of
 
     yield from (case for case in cases_of(NARROW[:2], context) if case.name.startswith(("log-probs", "loss")))

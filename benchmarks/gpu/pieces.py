@@ -1,4 +1,4 @@
-"""The pieces of a check, by information a second: first whether anything runs at all, last what takes minutes."""
+"""The pieces of a check, by information per second: first whether anything runs at all, last what takes minutes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEST_LIMIT = 90.0  # of one file
 
 
 def result_of(done: Done, own_limit: bool, **figures: Any) -> dict[str, Any] | None:
-    """None where the call's time ended it."""
+    """None if the call's time limit ended it."""
     if done.status is None and not own_limit:
         return None
     result = {"ok": done.status == 0, **figures}
@@ -27,20 +27,20 @@ def result_of(done: Done, own_limit: bool, **figures: Any) -> dict[str, Any] | N
     return result if result["ok"] else {**result, "output": done.output[-TAIL:]}
 
 
-# ---- what every call begins with ----
+# ---- at the start of every call ----
 
 
 def machine(run: Run, piece: Piece) -> dict[str, Any] | None:
-    """Also starts the build, which then has the first pieces' time."""
+    """Also starts the build, which runs while the first pieces run."""
     done, own = run.execute(piece, run.limit(piece), *run.python("machine"))
-    found = json.loads(done.output.strip().splitlines()[-1]) if done.status == 0 else {}
-    if found:
-        run.build = start_build(run, found["device"]["capability"])
-    return result_of(done, own, **found)
+    described = json.loads(done.output.strip().splitlines()[-1]) if done.status == 0 else {}
+    if described:
+        run.build = start_build(run, described["device"]["capability"])
+    return result_of(done, own, **described)
 
 
 def start_build(run: Run, capability: list[int] | None) -> Any:
-    """`_cuda` alone, for this device alone, with the wheels that are given unpacked first."""
+    """Builds only `_cuda`, only for this device, after unpacking the given wheels."""
     build = f"{sys.executable} setup.py -q build_ext --inplace"
     switches = {"GRPO_KERNELS_CPU": "0", "GRPO_KERNELS_CUDA": "1"}
     if run.dry:
@@ -57,11 +57,11 @@ def start_build(run: Run, capability: list[int] | None) -> Any:
 def built(run: Run, piece: Piece) -> dict[str, Any] | None:
     if run.build is None:
         return {"ok": False, "output": "the build was not started"}
-    own, left = run.limit(piece), run.remaining()
-    done = run.build.wait(min(own, left))
-    result = result_of(done, own <= left, build_seconds=round(done.seconds, 1))
+    own, remaining = run.limit(piece), run.remaining()
+    done = run.build.wait(min(own, remaining))
+    result = result_of(done, own <= remaining, build_seconds=round(done.seconds, 1))
     if result:
-        result.pop("hang", None)  # of nvcc: nothing to do with the GPU
+        result.pop("hang", None)  # a hang of nvcc, not of the GPU
     return result
 
 
@@ -69,11 +69,11 @@ def built(run: Run, piece: Piece) -> dict[str, Any] | None:
 
 
 FAMILIES = ("rows", "clusters", "waits", "plain", "triton")
-QUIET = {"cuda": 3.0, "triton": 20.0}  # seconds in a case that nothing but a hang explains: Triton compiles
+QUIET = {"cuda": 3.0, "triton": 20.0}  # seconds of silence that only a hang explains: Triton compiles
 
 
 def cases(name: str, backend: str) -> Any:
-    """Runs a list, again behind each case that ended its process, until it is through or its family hangs."""
+    """Runs a list of cases. If a case ends the process, continues after it, until the list ends or the family hangs."""
 
     def work(run: Run, piece: Piece) -> dict[str, Any] | None:
         if backend == "cuda" and not run.results.get("build", {}).get("ok"):
@@ -100,7 +100,7 @@ def cases(name: str, backend: str) -> Any:
             if running is not None:
                 behind = running.name
                 result["cases"][behind] = died(done, hang)
-            elif STUCK in done.output:  # the kernel's own watchdog, of which the case then heard
+            elif STUCK in done.output:  # the kernel's watchdog has ended it, as the case reports
                 hang, running = True, Started(behind, said[behind].get("family", ""))
             if hang and running is not None:
                 run.hang(piece.families or (running.family,), piece, running.name)
@@ -112,7 +112,7 @@ def cases(name: str, backend: str) -> Any:
 
 
 def hung(done: Done, own_limit: bool, running: Started | None, quiet: float) -> bool:
-    """Whether a case stood still: by its own clock, or by ours where that one did not end it."""
+    """Whether a case hung: by its own time limit, or by ours if that did not end it."""
     if running is None:
         return False
     return TIMED_OUT in done.output or (done.status is None and own_limit and done.quiet >= quiet)
@@ -125,7 +125,7 @@ def died(done: Done, hang: bool) -> dict[str, Any]:
 def judged(result: dict[str, Any], done: Done) -> dict[str, Any]:
     bad = [name for name, case in result["cases"].items() if not case["ok"]]
     result = {**result, "ok": not bad and done.status == 0, "bad": bad}
-    if not bad and done.status != 0:  # before the first case, or after the last
+    if not bad and done.status != 0:  # it failed before the first case, or after the last
         result |= {"output": done.output[-TAIL:], "never_began": not result["cases"]}
     return result
 
@@ -137,11 +137,11 @@ def command(run: Run, name: str, backend: str, behind: str | None, skip: list[st
 
 
 def environment(run: Run, name: str) -> dict[str, str]:
-    """On a CPU the probe's kernels are interpreted."""
+    """On a CPU the probe's kernels run in the interpreter."""
     return {"TRITON_INTERPRET": "1"} if run.dry and name in ("probe", "tuning") else {}
 
 
-# ---- tools, and the tests ----
+# ---- tools and tests ----
 
 
 def sanitizer(tool: str, backend: str) -> Any:
@@ -152,7 +152,7 @@ def sanitizer(tool: str, backend: str) -> Any:
             return result_of(*run.execute(piece, run.limit(piece), *inner), errors=0)
         if path is None:
             return {"ok": True, "unavailable": "compute-sanitizer is not on the PATH"}
-        # So that the end of a tensor is the end of its memory.
+        # Without a caching allocator, memory ends where a tensor ends.
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         slow = (*inner, "--seconds", "60", "--first-seconds", "60")
         options = ("--tool", tool, "--error-exitcode", "9")
@@ -167,7 +167,7 @@ def sanitizer(tool: str, backend: str) -> Any:
 
 
 def traffic(backend: str) -> Any:
-    """Bytes of device memory by logit of each row kernel, by the hardware's counters."""
+    """Bytes of device memory per logit for each row kernel, from hardware counters."""
 
     def work(run: Run, piece: Piece) -> dict[str, Any] | None:
         inner = command(run, "traffic", backend, None, run.ended(("rows", "clusters", "triton")))
@@ -187,29 +187,29 @@ def traffic(backend: str) -> Any:
 
 
 def tests(run: Run, piece: Piece) -> dict[str, Any] | None:
-    """The suite by file, in what time is left; its tensors travel to the GPU (python_tests/device_proxy.py)."""
+    """The suite by file, in the remaining time; device_proxy.py of python_tests moves its tensors to the GPU."""
     files = ["loss/test_logps.py"] if run.dry else [f for f in tools.TEST_FILES if (ROOT / "python_tests" / f).exists()]
     before = run.results.get(piece.name, {})
-    found = dict(before["files"]) if before.get("unfinished") else {}
-    for file in (f for f in files if f not in found):
+    by_file = dict(before["files"]) if before.get("unfinished") else {}
+    for file in (f for f in files if f not in by_file):
         done, own = run.execute(
             piece, run.patient(TEST_LIMIT), *tools.pytest(file, run.dry), **tools.test_environment(run.dry)
         )
         counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.output)}
         result = result_of(done, own, **counts)
         if result is None:
-            return {"ok": False, "unfinished": True, "files": found}
+            return {"ok": False, "unfinished": True, "files": by_file}
         if done.status == 5:  # every test deselected
             result = {"ok": True, **counts}
-        found[file] = result
+        by_file[file] = result
         if result.get("hang") or (done.status != 0 and "Timeout" in done.output):
             run.check_health()
-    bad = [name for name, one in found.items() if not one["ok"]]
-    return {"ok": not bad, "files": found, "bad": bad}
+    bad = [name for name, one in by_file.items() if not one["ok"]]
+    return {"ok": not bad, "files": by_file, "bad": bad}
 
 
 def every() -> list[Piece]:
-    """The limits of the first call's pieces add up to less than 270 s: test_gpu_check.py."""
+    """The limits of the first call's pieces add up to less than 270 s (see test_gpu_check.py)."""
     first = [
         Piece("machine", 24, machine, always=True),
         Piece("probe", 12, cases("probe", "triton"), ("triton",), "triton"),

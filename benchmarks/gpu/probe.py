@@ -1,4 +1,4 @@
-"""How exact this device's quotients, exponentials and logarithms are in Triton: figures, and the few that must hold."""
+"""Measures how exact Triton's division, exp and log are on this device, and checks the properties that must hold."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def ran(function: str, first: Tensor, second: Tensor | None = None) -> Tensor:
 
 
 def mantissas(context: Context) -> Tensor:
-    """Every float32 of [1, 2), or few of them."""
+    """Every float32 in [1, 2), or a few of them."""
     bits = torch.arange(0, 1 << MANTISSA_BITS, 4099 if context.small else 1, dtype=torch.int32, device=context.device)
     return (bits + ONE).view(torch.float32)
 
 
 def quotients(context: Context, function: str) -> Figures:
-    """x / x: strikes above or below 1 where the division is an approximate reciprocal."""
+    """x / x: above or below 1 where the division multiplies with an approximate reciprocal."""
     x = mantissas(context)
     q = ran(function, x)
     assert q.isfinite().all(), "a quotient was not written"
@@ -40,7 +40,7 @@ def quotients(context: Context, function: str) -> Figures:
 
 
 def powers(context: Context) -> Figures:
-    """exp2 of whole numbers."""
+    """exp2 of integers."""
     n = torch.arange(-126, 128, device=context.device)
     got, exact = ran("exp2", n.float()).double(), torch.ldexp(torch.ones_like(n, dtype=torch.float64), n)
     assert got[126] == 1, f"exp2(0) is {float(got[126])!r}"
@@ -48,7 +48,7 @@ def powers(context: Context) -> Figures:
 
 
 def ulps(got: Tensor, exact: Tensor) -> Tensor:
-    """Distance in units of the last place of the float32 nearest to `exact`, at least the smallest normal one's."""
+    """Distance in units in the last place of the float32 nearest to `exact`, but at least of the smallest normal."""
     exponent = torch.frexp(exact)[1].clamp(min=-125)  # of [0.5, 1) * 2^e
     return (got.double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 24)
 
@@ -65,7 +65,7 @@ def accuracy(context: Context, function: str, low: float, high: float, exact: Ca
 def cases(context: Context) -> Iterator[Case]:
     for function in ("quotient", "div_rn"):
         yield Case(f"{function} of equals", "triton", functools.partial(quotients, function=function))
-    yield Case("exp2 of whole numbers", "triton", powers)
+    yield Case("exp2 of integers", "triton", powers)
     for name, low, high, exact in (
         ("exp2", -100.0, 0.0, torch.exp2), ("exp", -60.0, 0.0, torch.exp), ("log", 1.0, 3e5, torch.log),
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""What Triton's own operations do on this device, one kernel for all of them."""
+"""One kernel for all operations of Triton that are probed on this device."""
 
 import triton
 import triton.language as tl

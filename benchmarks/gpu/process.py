@@ -1,6 +1,6 @@
-"""A command in a process group of its own, which ends in time with everything that it started.
+"""Runs a command in a separate process group, which is ended in time with everything that it started.
 
-Nothing here imports torch: the process that watches the GPU must not be one that the GPU can hang.
+Nothing here imports torch: the GPU must not be able to hang the process that watches it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Done:
-    """`status` None: it was killed when `limit` had passed, and had written nothing for `quiet` seconds."""
+    """`status` is None if it was killed after `limit`; it had then written nothing for `quiet` seconds."""
 
     status: int | None
     output: str
@@ -28,7 +28,7 @@ class Done:
 
 
 class Job:
-    """A started command; its output goes to a file, which a killed process leaves behind."""
+    """A started command. Its output goes to a file, which survives if the process is killed."""
 
     def __init__(self, command: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str]) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ class Job:
             )  # fmt: skip
 
     def wait(self, limit: float) -> Done:
-        """Its end, or that of its whole group after `limit` seconds from now. Also when this process is interrupted."""
+        """Waits for its end, and kills its process group after `limit` seconds, or if this process is interrupted."""
         status: int | None = None
         quiet = 0.0
         try:
@@ -48,13 +48,13 @@ class Job:
         except subprocess.TimeoutExpired:
             quiet = time.time() - self._log.stat().st_mtime
         finally:
-            self.kill()  # a group outlives its leader: a profiler's child goes on using the GPU
+            self.kill()  # a group may outlive its leader: a profiler's child continues to use the GPU
         return Done(status, self._log.read_text(errors="replace"), time.monotonic() - self._begin, quiet)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        # A process inside the driver may not die: it is left behind rather than waited for.
+        # A process that hangs in the driver may not die, so nobody waits for it.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(2)
 
@@ -64,7 +64,7 @@ def run(command: Sequence[str], limit: float, log: Path, folder: Path, environme
 
 
 def write_json(path: Path, value: Any) -> None:
-    """All or nothing: what is killed while it writes leaves the last file whole."""
+    """Writes atomically: a process that is killed while writing leaves the previous file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.new")
     draft.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""The row kernels: log-probs, their backward, the single pass in and out of place, a row of NaN behind the mask."""
+"""The row kernels: log-probs, their backward, the single pass in and out of place, a masked row of NaN."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .protocol import Figures
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 REPEATS = 20
 CONFIG = {"kl_coef": 0.1, "entropy_coef": 0.05, "delta": 1.6, "dual_clip": 1.4}
-CLUSTERS_FROM = 110_000  # columns: below, one block holds the row
+CLUSTERS_FROM = 110_000  # columns: one block holds a smaller row
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,27 @@ WIDE = (
     Rows(151936, BF16), Rows(262144, BF16), Rows(151936, FP32), Rows(262144, FP32), Rows(151935, BF16),
     Rows(151936, BF16, 300),
 )  # fmt: skip
-SMALL = (Rows(1024, BF16), Rows(1031, FP32))  # what a CPU walks
+SMALL = (Rows(1024, BF16), Rows(1031, FP32))  # shapes for a CPU
 Inputs = Mapping[str, Any]
 
 
 def inputs_of(shape: Rows, context: Context, name: str = "rows") -> dict[str, Any]:
-    """Two sequences: of all tokens, and with the last one masked, whose row is NaN."""
+    """Two sequences: one with all tokens active, one with the last token masked and its row NaN."""
     g = context.generator(f"{name} {shape.name}")
-    device, grid = context.device, (2, shape.rows // 2)
+    device, bt_shape = context.device, (2, shape.rows // 2)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=g, device=device)
 
-    logits = (3 * normal(*grid, shape.vocab)).to(shape.dtype)
-    targets = torch.randint(shape.vocab, grid, generator=g, device=device)
+    logits = (3 * normal(*bt_shape, shape.vocab)).to(shape.dtype)
+    targets = torch.randint(shape.vocab, bt_shape, generator=g, device=device)
     logps = torch.stack(
         [row.float().log_softmax(-1).gather(-1, t[:, None])[:, 0] for row, t in zip(logits, targets, strict=True)]
     )
-    mask = torch.ones(grid, dtype=torch.bool, device=device)
+    mask = torch.ones(bt_shape, dtype=torch.bool, device=device)
     mask[1, -1] = False
     logits[1, -1] = float("nan")
-    old, ref = (torch.where(mask, logps + 0.3 * normal(*grid), float("nan")) for _ in range(2))
+    old, ref = (torch.where(mask, logps + 0.3 * normal(*bt_shape), float("nan")) for _ in range(2))
     return {
         "logits": logits,
         "targets": targets,
@@ -115,7 +115,7 @@ def check_logps(context: Context, shape: Rows, **options: Any) -> Figures:
 
 
 def check_bits(context: Context, shape: Rows) -> Figures:
-    """In place as out of place, the masked row of NaN as zeros, and every repeat as the first call."""
+    """In place gives the bits of out of place, a masked row of NaN gives zeros, and repeats give equal bits."""
     inputs = in_dtype(inputs_of(shape, context), shape.dtype, ("logits",))
     first = loss(inputs, context.kernels)
     assert not first["gradient"][1, -1].any(), "the masked row's gradient is not 0"
@@ -126,10 +126,10 @@ def check_bits(context: Context, shape: Rows) -> Figures:
 
 
 def check_upstream(context: Context, shape: Rows) -> Figures:
-    """A gradient of the loss other than 1: one sweep more, `scale`."""
+    """A gradient of the loss other than 1 adds a sweep, `scale`."""
     inputs = in_dtype(inputs_of(shape, context), shape.dtype, ("logits",))
-    whole, half = (loss(inputs, context.kernels, upstream=g)["gradient"] for g in (1.0, 0.5))
-    same_bits({"gradient": whole.float() / 2}, {"gradient": half.float()}, "half the upstream gradient")
+    full, half = (loss(inputs, context.kernels, upstream=g)["gradient"] for g in (1.0, 0.5))
+    same_bits({"gradient": full.float() / 2}, {"gradient": half.float()}, "half the upstream gradient")
     return {}
 
 
@@ -153,7 +153,7 @@ def wide(context: Context) -> Iterator[Case]:
 
 
 def every(context: Context) -> Iterator[Case]:
-    """By information a second, for a backend of one family: few of each, then the rest."""
+    """All cases, by information per second, for a backend with one family: a few of each first, then the rest."""
     first = (NARROW[0], NARROW[1], WIDE[0])
     rest = tuple(shape for shape in (*NARROW, *WIDE) if shape not in first)
     return cases_of((*first, *rest), context)

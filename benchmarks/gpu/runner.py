@@ -1,4 +1,4 @@
-"""Which piece comes next, what is kept of it, and when to stop."""
+"""Chooses the next piece, saves its result, and stops in time."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from typing import Any
 from .process import Done, Job, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-WORK = ROOT / "build" / "gpu_check"  # logs and unpacked wheels: nothing that is kept
+WORK = ROOT / "build" / "gpu_check"  # logs and unpacked wheels, which may be deleted
 HEALTH_LIMIT = 20.0
-LEAST = 3.0  # seconds left below which no piece begins
-TAIL = 1500  # characters of a failure's output that are kept
-PATIENCE = 20  # on a CPU, which others use too
+LEAST = 3.0  # no piece starts with fewer seconds remaining
+TAIL = 1500  # characters of a failure's output that are saved
+PATIENCE = 20  # factor of the limits on a CPU, which may be busy
 SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh")
 
-# What a result hangs on. A change of one backend does not make the other's results old.
+# The sources on which a result depends. A change of one backend does not invalidate the other's results.
 SHARED = ("setup.py", "grpo_kernels")
 TRITON = ("grpo_kernels/backends/triton",)
 SOURCES = {"triton": (SHARED, ()), "cuda": ((*SHARED, "csrc"), TRITON), "all": ((*SHARED, "csrc"), ())}
 
 
 class Unhealthy(RuntimeError):
-    """The GPU answers no more: nothing after it would mean anything."""
+    """The GPU no longer answers, so later results would mean nothing."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`work` gives the result, or None where the time of the whole call was over first."""
+    """`work` returns the result, or None if the time of the call ran out first."""
 
     name: str
     limit: float  # seconds
     work: Callable[[Run, Piece], dict[str, Any] | None]
-    families: tuple[str, ...] = ()  # not begun where one of them has hung
-    of: str = "all"  # of SOURCES
-    later: bool = False  # after everything else and after the repeats
-    always: bool = False  # in each call: the machine may be another
+    families: tuple[str, ...] = ()  # skipped if one of them has hung
+    of: str = "all"  # a key of SOURCES
+    later: bool = False  # runs after everything else and after repeats
+    always: bool = False  # runs in each call, since the machine may have changed
 
 
 @dataclass
@@ -52,8 +52,8 @@ class Run:
     deadline: float
     dry: bool = False
     wheels: Path | None = None
-    case_seconds: float = 12.0  # the kernels' own watchdog takes ten
-    first_seconds: float = 25.0  # a first call compiles
+    case_seconds: float = 12.0  # the kernels' watchdog takes ten
+    first_seconds: float = 25.0  # the first call compiles
     state: dict[str, Any] = field(default_factory=dict)
     build: Job | None = None
 
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def hung(self) -> dict[str, Any]:
-        """By family: the piece, the case and the sources of its first hang."""
+        """For each family: the piece, the case and the sources of its first hang."""
         return self.state.setdefault("hung", {})
 
     def remaining(self) -> float:
@@ -88,7 +88,7 @@ class Run:
         return Job(command, WORK / f"{name}.log", ROOT, environment)
 
     def execute(self, piece: Piece, limit: float, *command: str, **environment: str) -> tuple[Done, bool]:
-        """How it ended, and whether its own limit ended it and not that of the call."""
+        """How it ended, and whether the piece's limit, rather than the call's, ended it."""
         allowed = min(limit, self.remaining())
         done = self.start(piece.name, command, **environment).wait(allowed)
         return done, done.status is None and allowed == limit
@@ -101,12 +101,12 @@ class Run:
             self.hung.setdefault(family, {"piece": piece.name, "case": case, "sources": digest(piece.of)})
 
     def ended(self, families: Iterable[str]) -> list[str]:
-        """Those of the families that have hung, with the sources as they are now."""
-        known = {digest(of) for of in SOURCES}
-        return [f for f in families if f in self.hung and self.hung[f]["sources"] in known]
+        """The families among these that have hung with the current sources."""
+        current = {digest(of) for of in SOURCES}
+        return [f for f in families if f in self.hung and self.hung[f]["sources"] in current]
 
     def check_health(self) -> None:
-        """After a hang or an error of CUDA: whether the GPU still adds."""
+        """After a hang or a CUDA error, checks that the GPU still adds numbers."""
         done = self.start("health", self.python("health")).wait(HEALTH_LIMIT)
         self.state["healthy"] = done.status == 0
         self.save()
@@ -116,7 +116,7 @@ class Run:
             raise Unhealthy(f"the GPU does not answer after {self.state.get('current')}")
 
     def run(self, pieces: Sequence[Piece], again: Sequence[str] = ()) -> None:
-        """Every piece that is to be done, saved after each; what finds no time stays in `missing`."""
+        """Runs the pieces that are due and saves after each. Those without time stay in `missing`."""
         todo = order(pieces, self.results, again)
         self.state["missing"] = [p.name for p in todo]
         cut: set[str] = set()
@@ -124,7 +124,7 @@ class Run:
             piece = todo.pop(0)
             if self._do(piece):
                 self.state["missing"].remove(piece.name)
-            elif piece.name not in cut:  # slower than its limit: once more, when everything new has had its turn
+            elif piece.name not in cut:  # slower than its limit: retry once, after everything new
                 cut.add(piece.name)
                 todo.insert(sum(not p.later or piece.later for p in todo), piece)
             self.save()
@@ -136,7 +136,7 @@ class Run:
             self.results.setdefault(piece.name, {"ok": False, "skipped": reason, "sources": digest(piece.of)})
             return True
         self.state["current"] = piece.name
-        self.save()  # so that a machine that is taken away in the middle leaves word of what it was at
+        self.save()  # if the machine disappears, the file says what was running
         begin = time.monotonic()
         result = piece.work(self, piece)
         if result is None:
@@ -160,8 +160,8 @@ def brief(result: dict[str, Any]) -> str:
 
 
 def order(pieces: Sequence[Piece], results: dict[str, Any], again: Sequence[str] = ()) -> list[Piece]:
-    """New pieces, then those that failed, then those that were good with other sources; and so again for the later
-    ones. A hang is not repeated until the sources change."""
+    """New pieces, then those that failed, then those that were good with other sources; then the same for `later`
+    pieces. A hang is not repeated until the sources change."""
 
     def rank(piece: Piece) -> int | None:
         result, late = results.get(piece.name), 3 * piece.later
@@ -180,14 +180,14 @@ _digests: dict[str, str] = {}
 
 
 def digest(of: str) -> str:
-    """Of the sources that a result hangs on; a copy of the files without their history has one too."""
+    """Hash of the sources on which a result depends, which needs no git."""
     if of not in _digests:
-        found, (roots, without) = hashlib.sha256(), SOURCES[of]
+        hashed, (roots, without) = hashlib.sha256(), SOURCES[of]
         for file in sorted(file for root in roots for file in _files(ROOT / root)):
             name = file.relative_to(ROOT).as_posix()
             if not name.startswith(without):
-                found.update(f"{name}\n".encode() + file.read_bytes())
-        _digests[of] = found.hexdigest()[:16]
+                hashed.update(f"{name}\n".encode() + file.read_bytes())
+        _digests[of] = hashed.hexdigest()[:16]
     return _digests[of]
 
 

@@ -1,4 +1,4 @@
-"""Kernels whose blocks wait for each other, with more blocks than fit, again and again, alone and next to others."""
+"""Repeats kernels whose blocks wait for each other, with more blocks than fit, alone and next to other kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .case import Case, Context
 from .compare import same_bits
-from .others import FORMS, gae_of, grid_inputs, policy, token_inputs
+from .others import FORMS, bt_inputs, gae_of, policy, token_inputs
 from .protocol import Figures
 
 ROUNDS = 30
@@ -20,7 +20,7 @@ Round = Callable[[], Mapping[str, Tensor]]
 
 def gae_round(context: Context) -> Round:
     shape = (4, 77) if context.small else (64, 65536)
-    inputs = grid_inputs(context, "stress gae", shape)
+    inputs = bt_inputs(context, "stress gae", shape)
     return lambda: gae_of(inputs, context.kernels)
 
 
@@ -43,7 +43,7 @@ def stream(context: Context) -> contextlib.AbstractContextManager:
 
 
 def together(context: Context) -> Figures:
-    """Both at once on two streams, next to a matmul on a third, which takes multiprocessors away from them."""
+    """Both on two streams, with a matmul on a third that occupies multiprocessors."""
     rounds = [gae_round(context), ratio_round(context)]
     first = [run() for run in rounds]
     a = torch.randn(64 if context.small else 8192, 64 if context.small else 8192, device=context.device).bfloat16()
@@ -56,7 +56,7 @@ def together(context: Context) -> Figures:
         for run, on in zip(rounds, streams, strict=False):
             with on:
                 results.append(run())
-        context.synchronize()  # also before the results' memory is used again by another stream
+        context.synchronize()  # before another stream reuses the results' memory
         for mine, expected in zip(results, first, strict=True):
             same_bits(expected, mine, f"round {turn}, together")
         del product

@@ -1,5 +1,5 @@
-"""Milliseconds, each with the copy of what it reads. `kernel_ms` lies between events behind a sleep of the device, so
-that the host does not show; `host_ms` is what Python and the launches take."""
+"""Milliseconds, each with those of a copy of the input. `kernel_ms` is measured between events behind a sleep kernel,
+which hides the host; `host_ms` is the time of Python and the launches."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .case import Case, Context
 from .measure import host_milliseconds, milliseconds
 from .protocol import Figures
 
-VOCABULARIES = (151936, 32000, 50257, 128256, 262144)  # the first one first: time may run out
-LOGITS = 1 << 28  # about so many: half a gigabyte of bfloat16, ten times the L2
-GRIDS = ((64, 1024), (512, 4096))
+VOCABULARIES = (151936, 32000, 50257, 128256, 262144)  # the most important first, since time may run out
+LOGITS = 1 << 28  # approximate number: half a gigabyte in bfloat16, ten times the L2
+BT_SHAPES = ((64, 1024), (512, 4096))
 TUNED = 151936
 
 
@@ -38,7 +38,7 @@ def copy_milliseconds(context: Context, read: Tensor) -> float:
 
 
 def figures(context: Context, call: Callable[[], object], read: Tensor) -> Figures:
-    """`read` is what a copy would move."""
+    """`read` is the input that the unit copies."""
     copy = copy_milliseconds(context, read)
     kernel = milliseconds(call, context.device)
     return {
@@ -59,7 +59,7 @@ def forward(context: Context, vocab: int) -> Figures:
 
 
 def loss(context: Context, vocab: int, inplace: bool) -> Figures:
-    """Loss and gradient. In place the second call reads the first one's gradient: numbers as good as any to time."""
+    """Loss and gradient. In place, the second call reads the first one's gradient, which takes the same time."""
     batch = rows_batch(context, vocab)
     t = batch.tokens
     config = gk.LossConfig(kl_coef=0.04)
@@ -75,8 +75,8 @@ def loss(context: Context, vocab: int, inplace: bool) -> Figures:
     return figures(context, call, batch.source)
 
 
-def token_loss(context: Context, grid: tuple[int, int], **config: Any) -> Figures:
-    t = tokens_batch((2, 9) if context.small else grid, device=context.device).tokens
+def policy(context: Context, bt_shape: tuple[int, int], **config: Any) -> Figures:
+    t = tokens_batch((2, 9) if context.small else bt_shape, device=context.device).tokens
     chosen = gk.LossConfig(kl_coef=0.04, **config)
 
     def call() -> object:
@@ -113,8 +113,8 @@ def cases(context: Context) -> Iterator[Case]:
     inplace = functools.partial(loss, inplace=True)
     yield Case(f"loss in place {first}", family(first), functools.partial(inplace, vocab=first))
     yield Case(f"log-probs {first}", family(first), functools.partial(forward, vocab=first))
-    for grid in GRIDS:
-        yield Case(f"tokens {grid[0]} x {grid[1]}", waits, functools.partial(token_loss, grid=grid))
+    for bt_shape in BT_SHAPES:
+        yield Case(f"tokens {bt_shape[0]} x {bt_shape[1]}", waits, functools.partial(policy, bt_shape=bt_shape))
     yield Case("16384 rewards in groups of 16", "triton" if triton else "plain", groups)
     yield Case("gae 512 x 4096", waits, returns)
     for vocab in VOCABULARIES[1:]:
@@ -123,7 +123,7 @@ def cases(context: Context) -> Iterator[Case]:
     yield Case(f"loss {first}", family(first), functools.partial(loss, vocab=first, inplace=False))
 
 
-# ---- others, candidates, a profiler's view ----
+# ---- peers, launch configurations, traffic ----
 
 
 def peer(context: Context, name: str) -> Figures:
@@ -140,7 +140,7 @@ def peer(context: Context, name: str) -> Figures:
 
 
 def peers(context: Context) -> Iterator[Case]:
-    """Whose wheels are here; nobody that compiles, which takes longer than all the rest."""
+    """The installed providers, without those that compile, which would take longer than everything else."""
     ours = [p.name for p in providers(context.device) if p.name.startswith("ours")]
     for provider in providers(context.device):
         here = provider.missing(context.device) is None and provider.unsupported(Task()) is None
@@ -149,7 +149,7 @@ def peers(context: Context) -> Iterator[Case]:
 
 
 def candidate(context: Context, config: Any) -> Figures:
-    """A launch configuration in place of the table's."""
+    """A launch configuration instead of the table's."""
     from triton.runtime.errors import OutOfResources
 
     from grpo_kernels.backends.triton import tuning
@@ -163,7 +163,7 @@ def candidate(context: Context, config: Any) -> Figures:
 
 
 def tuning(context: Context) -> Iterator[Case]:
-    """A case each, as each compiles."""
+    """One case per configuration, since each compiles."""
     from grpo_kernels.backends.triton import tuning
 
     for config in tuning.CANDIDATES[: 2 if context.small else None]:
@@ -172,7 +172,7 @@ def tuning(context: Context) -> Iterator[Case]:
 
 
 def moved(context: Context, kind: str) -> Figures:
-    """One launch of each kind on logits of a real vocabulary, for a profiler to count its bytes."""
+    """One launch of each kind on logits of a realistic vocabulary, for a profiler to count its bytes."""
     batch = rows_batch(context, TUNED)
     t, x = batch.tokens, batch.source
     if kind == "log-probs":

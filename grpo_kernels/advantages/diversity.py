@@ -40,7 +40,7 @@ def group_diversity(
     `threshold`, and joins the cluster of the most similar one (the first of equals). Every pair is compared exactly, on
     any number of threads; the CPU kernels tell n-grams of two or more tokens apart by 64-bit hashes, where a collision
     among 16 million has a chance of 1e-5. Time grows with S^2 in a group and memory as the token ids'. The backend
-    "triton" waits for the GPU, for the numbers of tokens and n-grams; "cuda" does not.
+    "triton" synchronises with the GPU for the numbers of tokens and n-grams; "cuda" does not.
 
     A loss without the repetitions reads ``mask & keep[:, None]``, and ``group_advantages(valid=keep)`` leaves their
     rewards out. Or every cluster counts as one sample: pass ``sequence_weights=weights``, and ``weights.sum()``, the
@@ -72,7 +72,7 @@ def group_diversity(
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be from 0 to 1; got {threshold!r}")
     if not isinstance(ngram, int) or ngram < 1:
-        raise ValueError(f"ngram must be a whole number of at least 1; got {ngram!r}")
+        raise ValueError(f"ngram must be an integer of at least 1; got {ngram!r}")
     check_groups(layout.sequences, group_size, group_ids, token_ids.device)
     mask = layout.tokens(mask, "mask", torch.bool)
     ids = None if group_ids is None else group_ids.to(torch.int64)

@@ -21,7 +21,7 @@ from .group import EPS, GroupAdvantages, group_advantages
 def _one_reward(rewards: Tensor) -> None:
     check_tensor("rewards", rewards)
     if rewards.dim() != 1:
-        raise ValueError(f"rewards must be [S], one a sample; got shape {tuple(rewards.shape)}")
+        raise ValueError(f"rewards must be [S], one per sample; got shape {tuple(rewards.shape)}")
 
 
 def _counted(there: Tensor, valid: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Advantages from one reward a sample, or several, group by group."""
+"""Advantages from one or several rewards per sample, group by group."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _samples(
 ) -> Samples:
     check_tensor("rewards", rewards)
     if rewards.dim() not in (1, 2):
-        raise ValueError(f"rewards must be [S] or [S, K], one or K a sample; got shape {tuple(rewards.shape)}")
+        raise ValueError(f"rewards must be [S] or [S, K], one or K per sample; got shape {tuple(rewards.shape)}")
     weights = None
     if reward_weights is not None:
         weights = reward_weights_of(reward_weights, rewards)

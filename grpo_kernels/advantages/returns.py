@@ -56,7 +56,7 @@ class Tokens(NamedTuple):
 def tokens_of(
     like: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None, backend: str, per_token: bool = True
 ) -> Tokens:
-    """The mask gives the shape where `like` need not be per token: it may hold one value per sequence."""
+    """The mask gives the shape where `like` need not be per token: it may have one value per sequence."""
     check_tensor(name, like)
     if mask is not None:
         check_tensor("mask", mask, device=like.device)
@@ -77,14 +77,14 @@ def gae(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> TokenAdvantages:
-    """Generalised advantage estimation, ``A_t = r_t + gamma V_next - V_t + gamma lam A_next`` (arXiv:1506.02438):
-    a reverse scan of every sequence in one launch, in float64.
+    """Generalised advantage estimation, ``A_t = r_t + gamma V_next - V_t + gamma lam A_next`` (arXiv:1506.02438): a
+    reverse scan of every sequence in one launch, in float64.
 
     ``next`` is the following active token of the sequence: masked ones (a tool's output) are passed over, and read
     neither for rewards nor for values. Behind the last one everything is 0. Not whitened: see ``whiten``.
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` packed; or one a sequence, ``[B]`` or ``[R]``, which its last active token gets.
+        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence, ``[B]`` or ``[R]``, for its last active token.
         values: per token, of the critic.
         mask: per token, any dtype, 0 masks.
         gamma, lam: in [0, 1].
@@ -141,7 +141,7 @@ def reinforce_plus_plus(
     Masked tokens are passed over as in ``gae``. The defaults are verl's; OpenRLHF: ``ddof=0, eps_mode="floor"``.
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` packed; or one a sequence (then ``mask`` gives the tokens), for its last one.
+        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence (then ``mask`` gives the tokens), for its last one.
         mask: per token, any dtype, 0 masks.
         gamma: in [0, 1].
         kl: per token, e.g. a log-ratio to the reference: ``kl_coef * kl`` is taken off each token's reward.
@@ -182,7 +182,7 @@ def reinforce_plus_plus_baseline(
     verl: ``single="raw"``; OpenRLHF's reinforce_baseline and NeMo-RL: ``ddof=0, eps_mode="floor"``.
 
     Args:
-        rewards: ``[S]``, one a sequence; NaN as in ``group_advantages``, as are group_size, group_ids, single, valid.
+        rewards: ``[S]``, one per sequence; NaN as in ``group_advantages``, as are group_size, group_ids, single, valid.
         mask: ``[S, T]``, or ``[N]`` packed with cu_seqlens; any dtype, 0 masks.
         kl, kl_coef, ddof, eps, eps_mode, cu_seqlens, dp_group: as in ``reinforce_plus_plus``.
 
@@ -198,7 +198,7 @@ def reinforce_plus_plus_baseline(
         dp_group=dp_group, backend=backend,
     ).advantages  # fmt: skip
     if centred.shape != (tokens.layout.sequences,):
-        raise ValueError(f"rewards must be one a sequence, {(tokens.layout.sequences,)}; got {tuple(rewards.shape)}")
+        raise ValueError(f"rewards must be one per sequence, {(tokens.layout.sequences,)}; got {tuple(rewards.shape)}")
     shaped = _minus_kl(tokens, tokens.layout.of_sequences(centred), kl, kl_coef)
     shaped = torch.where(tokens.active, shaped, 0.0)
     return _whitened(tokens, shaped, dp_group, ddof=ddof, eps=eps, eps_mode=eps_mode)
@@ -215,7 +215,7 @@ def remax(
     """ReMax (arXiv:2310.10505): the return from each token on, minus the reward of the greedy response.
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` packed; or one a sequence (then ``mask`` gives the tokens), for its last one.
+        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence (then ``mask`` gives the tokens), for its last one.
         baselines: ``[B]`` (packed: ``[R]``), the greedy responses' rewards.
         mask: per token, any dtype, 0 masks.
         cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences.

@@ -98,7 +98,7 @@ def implementation(name: str) -> Backend:
     """The backend of this name.
 
     Raises:
-        ValueError: for a name that nobody has registered.
+        ValueError: for a name that is not registered.
         BackendUnavailable: if it cannot run here.
     """
     if name not in _LOADERS:
@@ -165,11 +165,11 @@ def _device(kind: str, index: int | None) -> torch.device:
 
 def available_backends() -> dict[str, str]:
     """Every backend's name, with "ok" or the reason why it cannot run here."""
-    found = {}
+    states = {}
     for name in _LOADERS:
         try:
             implementation(name)
-            found[name] = "ok"
+            states[name] = "ok"
         except BackendUnavailable as error:
-            found[name] = error.reason
-    return found
+            states[name] = error.reason
+    return states

@@ -17,10 +17,10 @@ def index_of(device: torch.device) -> int:
 @functools.cache
 def too_old(index: int) -> str | None:
     """Why no kernel runs on this GPU, or None. An AMD one has no such number."""
-    if torch.version.hip is not None or (found := torch.cuda.get_device_capability(index)) >= OLDEST:
+    if torch.version.hip is not None or (capability := torch.cuda.get_device_capability(index)) >= OLDEST:
         return None
     return (
-        f"its kernels need sm_80 or later and cuda:{index} is sm_{found[0]}{found[1]}; "
+        f"its kernels need sm_80 or later and cuda:{index} is sm_{capability[0]}{capability[1]}; "
         "use backend='reference', which runs on any device"
     )
 

@@ -83,7 +83,7 @@ class CorrectionConfig:
     Args:
         weight: of a token: ``"none"`` 1; ``"ratio"`` rho; ``"truncate"`` ``min(rho, high)`` (TIS); ``"clip"``
             ``clamp(rho, low, high)``; ``"mask"`` rho within ``[low, high]``, else 0 (IcePop).
-        level: whose rho: the ``"token"``'s, or one a row: ``"sequence_sum"`` ``exp(sum_t d)``, ``"sequence_mean"``
+        level: whose rho: the ``"token"``'s, or one per row: ``"sequence_sum"`` ``exp(sum_t d)``, ``"sequence_mean"``
             ``exp(mean_t d)`` (geometric mean).
         low, high: bounds of the weight. A weight outside is not a rejection: the mask never changes for it.
         filters: every ``RejectionFilter`` must keep a token for it to be kept.

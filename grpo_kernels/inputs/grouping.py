@@ -102,13 +102,13 @@ class Groups(NamedTuple):
         return torch.zeros_like(x).index_add(0, self.membership, x)[self.membership]
 
     def maxima(self, x: Tensor) -> Tensor:
-        """Of [S]."""
+        """For each sample of [S], the maximum of its group."""
         if self.membership is None:
             return x.view(-1, self.size).amax(1).repeat_interleave(self.size) if x.numel() else x
         return torch.full_like(x, float("-inf")).scatter_reduce(0, self.membership, x, "amax")[self.membership]
 
     def best_two(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of float [S]: whether a sample is its group's only best, the best and the best of the others."""
+        """For float [S]: whether a sample is its group's only best, the group's best, and the best of the others."""
         best = self.maxima(x)
         alone = (x == best) & (self.sums((x == best).to(torch.float64)) == 1)
         second = self.maxima(torch.where(alone, float("-inf"), x))

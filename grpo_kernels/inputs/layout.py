@@ -91,7 +91,7 @@ class Layout(NamedTuple):
             return values.expand(self.bt_shape)
         if values.dim() == 1 and self.knows_sequences and values.numel() == self.sequences:
             return self.of_sequences(values)
-        hint = "" if self.knows_sequences else "; flat tokens with one value a sequence need cu_seqlens"
+        hint = "" if self.knows_sequences else "; flat tokens with one value per sequence need cu_seqlens"
         per_sequence = f" or ({self.sequences},)" if self.knows_sequences else ""
         raise ValueError(f"{name} must have shape {tuple(self.shape)}{per_sequence}; got {tuple(values.shape)}{hint}")
 
@@ -250,7 +250,7 @@ def rows_of(
     check_positive("logit_scale", logit_scale)
     if softcap is not None:
         check_positive("softcap", softcap)
-    grid = (1, targets.numel()) if targets.dim() < 2 else (math.prod(targets.shape[:-1]), targets.shape[-1])
+    bt_shape = (1, targets.numel()) if targets.dim() < 2 else (math.prod(targets.shape[:-1]), targets.shape[-1])
     if targets.dim() < 2:
         logits = logits.reshape(1, *logits.shape) if targets.dim() == 1 else logits.reshape(1, 1, -1)
     elif targets.dim() > 2:
@@ -260,25 +260,25 @@ def rows_of(
     if mask is not None:
         check_tensor("mask", mask, device=targets.device, shape=targets.shape)
         active = torch.logical_and(active, mask)  # one operation for a mask of any dtype
-    active = active.reshape(grid)
+    active = active.reshape(bt_shape)
     if layout is not None:
         active = within_sequences(active, layout)
-    number, tensor = _temperature(temperature, targets, acc_dtype(logits.dtype), grid)
-    return Rows(logits, targets.reshape(grid), active, number, tensor, float(logit_scale), float(softcap or 0))
+    number, tensor = _temperature(temperature, targets, acc_dtype(logits.dtype), bt_shape)
+    return Rows(logits, targets.reshape(bt_shape), active, number, tensor, float(logit_scale), float(softcap or 0))
 
 
 def _temperature(
-    temperature: float | Tensor, targets: Tensor, dtype: torch.dtype, grid: tuple[int, int]
+    temperature: float | Tensor, targets: Tensor, dtype: torch.dtype, bt_shape: tuple[int, int]
 ) -> tuple[float, Tensor | None]:
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
         return float(temperature), None
     check_tensor("temperature", temperature)
     t = temperature.detach().to(targets.device, dtype)
-    if t.dim() == 1 and targets.dim() >= 2 and t.shape[0] == targets.shape[0]:  # one a row
+    if t.dim() == 1 and targets.dim() >= 2 and t.shape[0] == targets.shape[0]:  # one per row
         t = t.reshape(-1, *[1] * (targets.dim() - 1))
     try:
-        return 1.0, t.expand(targets.shape).reshape(grid)
+        return 1.0, t.expand(targets.shape).reshape(bt_shape)
     except RuntimeError:
         raise ValueError(
             f"temperature must be a number or a tensor per row or per token of {tuple(targets.shape)}; "

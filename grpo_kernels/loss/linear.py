@@ -34,7 +34,7 @@ class LinearLogps(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         *stats, squares = ops.linear_forward(hidden, *rows, weight, bias, chunk_rows, sum_p2, validate, backend)
         ctx.save_for_backward(hidden, weight, bias, *rows[:2], rows[3], *stats)
-        ctx.numbers, ctx.chunk_rows, ctx.backend = (rows[2], *rows[4:]), chunk_rows, backend
+        ctx.transform, ctx.chunk_rows, ctx.backend = (rows[2], *rows[4:]), chunk_rows, backend
         ctx.mark_non_differentiable(squares)
         none_for_unused_outputs(ctx)
         return (*stats[:2], squares)
@@ -45,7 +45,7 @@ class LinearLogps(torch.autograd.Function):
         if g_logps is None and g_entropy is None:
             return (None,) * (7 + N_ROWS)
         hidden, weight, bias, targets, active, temperatures, *stats = ctx.saved_tensors
-        temperature, logit_scale, softcap = ctx.numbers
+        temperature, logit_scale, softcap = ctx.transform
         needs = list(ctx.needs_input_grad[:3])
         rows = (targets, active, temperature, temperatures, logit_scale, softcap)
         g_logps = torch.zeros_like(stats[0]) if g_logps is None else g_logps

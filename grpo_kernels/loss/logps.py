@@ -49,7 +49,7 @@ class RowLogps(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         *stats, squares = ops.row_forward(logits, *rows, sum_p2, validate, backend)
         ctx.save_for_backward(logits, *rows[:2], rows[3], *stats)
-        ctx.numbers, ctx.inplace, ctx.backend, ctx.consumed = (rows[2], *rows[4:]), inplace, backend, False
+        ctx.transform, ctx.inplace, ctx.backend, ctx.consumed = (rows[2], *rows[4:]), inplace, backend, False
         ctx.mark_non_differentiable(squares)
         none_for_unused_outputs(ctx)
         return (*stats[:2], squares)
@@ -62,7 +62,7 @@ class RowLogps(torch.autograd.Function):
         if g_logps is None and g_entropy is None:
             return (None,) * (5 + N_ROWS)
         logits, targets, active, temperatures, *stats = ctx.saved_tensors
-        temperature, logit_scale, softcap = ctx.numbers
+        temperature, logit_scale, softcap = ctx.transform
         g_logps = torch.zeros_like(stats[0]) if g_logps is None else g_logps
         rows = (targets, active, temperature, temperatures, logit_scale, softcap)
         args = (logits, *rows, *stats, g_logps, g_entropy, ctx.backend)

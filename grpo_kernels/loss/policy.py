@@ -173,16 +173,16 @@ def _coefficients(
     config: LossConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The coefficients that kernels on `device` read, None where they are numbers, and all numbers."""
-    found: dict[str, Tensor | None] = dict.fromkeys(("kl_coef", "entropy_coef"))
+    tensors: dict[str, Tensor | None] = dict.fromkeys(("kl_coef", "entropy_coef"))
     scalars = config.scalars
-    for name, value in zip(found, config.tensors, strict=True):
+    for name, value in zip(tensors, config.tensors, strict=True):
         if value is None:
             continue
-        found[name] = readable(name, value, device, dtype)
-        if found[name] is None:
+        tensors[name] = readable(name, value, device, dtype)
+        if tensors[name] is None:
             scalars = scalars.clone()
             scalars[Scalars._fields.index(name)] = value.reshape(())
-    return found["kl_coef"], found["entropy_coef"], scalars
+    return tensors["kl_coef"], tensors["entropy_coef"], scalars
 
 
 def _check_given(config: LossConfig, given: LossArguments, layout: Layout) -> None:

@@ -111,10 +111,10 @@ def cispo_objective(v: TokenValues, s: Scalars) -> Objective:
 def sapo_objective(v: TokenValues, s: Scalars) -> Objective:
     """-(4 / tau) sigmoid(tau (r - 1)) A (arXiv:2511.20347)."""
     tau = _choose(v.adv > 0, s.sapo_tau_pos, s.sapo_tau_neg, v.adv)
-    shut = torch.sigmoid(-tau * (v.log_ratio.detach().exp() - 1))
-    ratio = only_where(shut != 0, v.log_ratio).exp()  # an infinite ratio is shut
+    one_minus_gate = torch.sigmoid(-tau * (v.log_ratio.detach().exp() - 1))
+    ratio = only_where(one_minus_gate != 0, v.log_ratio).exp()  # an infinite ratio has no gradient
     gate = torch.sigmoid(tau * (ratio - 1))
-    return -4 / tau * gate * v.adv, times(shut, 4 * gate * ratio), _no_flags(v.adv)
+    return -4 / tau * gate * v.adv, times(one_minus_gate, 4 * gate * ratio), _no_flags(v.adv)
 
 
 def gmpo_objective(v: TokenValues, s: Scalars) -> Objective:

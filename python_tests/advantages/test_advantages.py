@@ -1,4 +1,4 @@
-"""group_advantages against formulas written out, and its exact facts."""
+"""group_advantages against formulas written out, and results that must be exact."""
 
 import itertools
 import math
@@ -49,11 +49,11 @@ def test_equal_rewards_are_exactly_zero(backend, value, size):
     assert (out.advantages == 0).all() and (out.std == 0).all() and not out.informative.any()
 
 
-def test_small_spread_on_a_large_offset(backend, real):
-    """Centred in a second pass: E[x^2] - E[x]^2 would lose everything here."""
-    r = torch.tensor([1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3], dtype=real)
+def test_small_spread_on_a_large_offset(backend, acc_dtype):
+    """The kernel centres in a second pass: E[x^2] - E[x]^2 would lose all digits here."""
+    r = torch.tensor([1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3], dtype=acc_dtype)
     out = gk.group_advantages(r, group_size=4, eps=0.0, backend=backend)
-    rtol = 1e-9 if real == torch.float64 else 1e-6
+    rtol = 1e-9 if acc_dtype == torch.float64 else 1e-6
     torch.testing.assert_close(
         out.advantages, gk.group_advantages(r - 1e6, group_size=4, eps=0.0).advantages, rtol=rtol, atol=0
     )
@@ -69,7 +69,7 @@ FORMS = [
 
 
 def ragged(form, count=200, seed=1):
-    """A form's call on ragged groups, with rewards missing; what belongs to a sample is a tensor."""
+    """A call of this form on ragged groups, with missing rewards; its per-sample arguments are the tensors."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, count // 5, (count,), generator=g) * 1_000_003 - 5
     rewards = torch.randn(count, generator=g) * 10 ** torch.randint(-3, 4, (count,), generator=g)
@@ -95,7 +95,7 @@ def run(call, **changes):
 def test_the_order_of_samples_changes_no_bit(backend, form):
     count, shuffles = {"cpu": (500, 3), "triton": (40, 1)}.get(
         backend, (80, 3)
-    )  # a program a sample in its interpreter
+    )  # the interpreter runs a program per sample
     call = ragged(form, count)
     out = run(call, backend=backend)
     for seed in range(shuffles):
@@ -107,7 +107,7 @@ def test_the_order_of_samples_changes_no_bit(backend, form):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_order_of_consecutive_groups_changes_no_bit(scale):
-    """As many samples as make the kernel use threads; the whole groups shuffled, and the samples in them."""
+    """Enough samples for the kernel to use threads; the groups are shuffled, and the samples within them."""
     g = torch.Generator().manual_seed(0)
     rewards = torch.randn(8192, 16, generator=g) * 10 ** torch.randint(-3, 4, (8192, 1), generator=g)
     out = gk.group_advantages(rewards.flatten(), group_size=16, scale=scale).advantages.view_as(rewards)
@@ -159,9 +159,9 @@ def test_a_scale_of_zero_does_not_divide(backend, scale):
     assert critic.informative.all()
 
 
-def test_equal_others_have_a_deviation_of_exactly_zero(backend, real):
-    """1e6 among equal rewards: their squares do not cancel."""
-    r = torch.tensor([0.1, 1e6, 0.1, 0.1, 0.1], dtype=real)
+def test_equal_others_have_a_deviation_of_exactly_zero(backend, acc_dtype):
+    """1e6 among equal rewards: a difference of squares would not be 0."""
+    r = torch.tensor([0.1, 1e6, 0.1, 0.1, 0.1], dtype=acc_dtype)
     out = gk.group_advantages(
         r, group_size=5, baseline="leave_one_out", scale="leave_one_out", eps=1e-6, backend=backend
     )
@@ -169,7 +169,7 @@ def test_equal_others_have_a_deviation_of_exactly_zero(backend, real):
     torch.testing.assert_close(out.advantages[1], r[1] - 0.1)
 
 
-def test_dense_far_and_extreme_group_ids():
+def test_dense_distant_and_extreme_group_ids():
     r = torch.randn(64)
     expected = gk.group_advantages(r, group_size=8).advantages
     base = torch.arange(64) // 8
@@ -196,12 +196,12 @@ def test_missing_rewards(backend):
     assert (gk.group_advantages(torch.full((4,), math.nan), group_size=2, backend=backend).advantages == 0).all()
 
 
-def test_shapes_and_dtypes(backend, real):
+def test_shapes_and_dtypes(backend, acc_dtype):
     assert gk.group_advantages(torch.zeros(0), group_size=4, backend=backend).advantages.shape == (0,)
-    assert gk.group_advantages(R.to(real), group_size=4, backend=backend).advantages.dtype == real
+    assert gk.group_advantages(R.to(acc_dtype), group_size=4, backend=backend).advantages.dtype == acc_dtype
     assert gk.group_advantages(R.bfloat16(), group_size=4, backend=backend).advantages.dtype == torch.float32
-    whole = gk.group_advantages(torch.tensor([1, 0, 0, 1]), group_size=2, backend=backend)
-    assert whole.advantages.dtype == torch.float32 and whole.advantages[0] > 0
+    integers = gk.group_advantages(torch.tensor([1, 0, 0, 1]), group_size=2, backend=backend)
+    assert integers.advantages.dtype == torch.float32 and integers.advantages[0] > 0
     with pytest.raises(ValueError, match=r"rewards requires grad.*pass rewards.detach\(\)"):
         gk.group_advantages(R.clone().requires_grad_(), group_size=4, backend=backend)
 
@@ -212,7 +212,7 @@ def test_clip(backend):
 
 
 def test_several_rewards(backend):
-    """The weighted sum of what is there; a row without anything is left out."""
+    """The weighted sum of the rewards that are present; a sample without any is left out."""
     r = torch.tensor([[1.0, 2.0], [math.nan, 1.0], [3.0, math.nan], [math.nan, math.nan]])
     out = gk.group_advantages(r, group_size=4, scale="none", reward_weights=[1.0, -2.0], backend=backend)
     torch.testing.assert_close(out.advantages, torch.tensor([-3.0 + 2 / 3, -2.0 + 2 / 3, 3.0 + 2 / 3, 0.0]))

@@ -1,4 +1,4 @@
-"""Two processes hold the samples of one batch: together they compute what one computes alone."""
+"""Two processes that each hold part of a batch compute together what one process computes from all of it."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def batch() -> dict[str, Any]:
 def everything(part: slice, group: Any) -> list[torch.Tensor]:
     b = {name: x[part] for name, x in batch().items()}
     one, ids = b["rewards"][:, 1], b["ids"]
-    found = []
+    results = []
     for baseline in BASELINES:
         for scale in SCALES:
             lengths = b["lengths"] if baseline == "length_weighted" else None
-            found += gk.group_advantages(
+            results += gk.group_advantages(
                 b["rewards"], group_ids=ids, baseline=baseline, scale=scale, lengths=lengths, valid=b["valid"],
                 critic_values=b["critic"], critic_weight=0.4, reward_weights=[1.0, 0.5], dp_group=group,
             )  # fmt: skip
-    found += gk.pass_at_k_advantages(one, group_ids=ids, valid=b["valid"], dp_group=group)
-    found += gk.gpg_advantages(one, group_ids=ids, dp_group=group)
-    found += gk.gdpo_advantages(b["rewards"], group_ids=ids, lengths=b["lengths"], dp_group=group)
-    found += gk.reinforce_plus_plus(b["values"], b["mask"], dp_group=group)
-    found += gk.reinforce_plus_plus_baseline(one.nan_to_num(0.0), b["mask"], group_ids=ids, dp_group=group)
-    found.append(gk.whiten(b["values"], b["mask"], dp_group=group))
+    results += gk.pass_at_k_advantages(one, group_ids=ids, valid=b["valid"], dp_group=group)
+    results += gk.gpg_advantages(one, group_ids=ids, dp_group=group)
+    results += gk.gdpo_advantages(b["rewards"], group_ids=ids, lengths=b["lengths"], dp_group=group)
+    results += gk.reinforce_plus_plus(b["values"], b["mask"], dp_group=group)
+    results += gk.reinforce_plus_plus_baseline(one.nan_to_num(0.0), b["mask"], group_ids=ids, dp_group=group)
+    results.append(gk.whiten(b["values"], b["mask"], dp_group=group))
     constant = torch.full_like(b["values"], 0.1)
     assert not gk.whiten(constant, b["mask"], dp_group=group).any()
-    return found
+    return results
 
 
 def consecutive(part: slice, group: Any) -> list[torch.Tensor]:
-    """18 samples in groups of 6, 7 of them on the first rank: consecutive groups straddle the ranks too."""
+    """18 samples in groups of 6, 7 of the samples on the first rank: consecutive groups straddle the ranks too."""
     rewards = batch()["values"][:18, 0][part]
     return [*gk.group_advantages(rewards, group_size=6, scale="batch", dp_group=group)]
 
@@ -73,7 +73,7 @@ def worker(rank: int, store: str, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("ranks")
     mp.start_processes(worker, (str(folder / "store"), str(folder)), nprocs=RANKS, start_method="spawn")
     results = [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
@@ -83,8 +83,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["ids", "size"])
-def test_ranks_together_are_one(shared: list[Any], which: int) -> None:
+def test_ranks_together_are_one(by_rank: list[Any], which: int) -> None:
     alone = (everything, consecutive)[which](slice(None), None)
-    for parts, whole in zip(zip(*(result[which] for result in shared), strict=True), alone, strict=True):
-        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
-    assert torch.equal(torch.cat([result[0][0] for result in shared]), everything(slice(None), None)[0])
+    for parts, expected in zip(zip(*(result[which] for result in by_rank), strict=True), alone, strict=True):
+        torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(torch.cat([result[0][0] for result in by_rank]), everything(slice(None), None)[0])

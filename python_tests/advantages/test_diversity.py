@@ -1,4 +1,4 @@
-"""group_diversity against brute force over Python sets, and its exact facts."""
+"""group_diversity against brute force over Python sets, and results that must be exact."""
 
 import random
 import time
@@ -43,7 +43,7 @@ def brute_force(samples, groups, threshold, n):
 
 
 def padded(samples, rng, dtype=torch.int64, width=None):
-    """Tokens anywhere in the row, in order, between masked garbage."""
+    """Each completion's tokens in order, at random columns of a row whose other columns are masked garbage."""
     width = width or max(map(len, samples), default=0) + 3
     ids, mask = torch.zeros(len(samples), width, dtype=dtype), torch.zeros(len(samples), width)
     limit = torch.iinfo(dtype)
@@ -62,7 +62,7 @@ def packed(samples):
 
 
 def mutated_samples(rng, count, longest=24, vocab=30):
-    """Ragged completions, many of them near another one."""
+    """Ragged completions, many of them similar to another one."""
     samples = []
     for _ in range(count):
         if samples and rng.random() < 0.6:
@@ -127,7 +127,7 @@ def test_any_completions(samples, n, threshold, seed):
 
 
 def large_samples(count=700, tokens=90, seed=0):
-    """Some tokens in nearly every sample, some in a few, most in one; near-duplicates at every distance."""
+    """Some tokens are in nearly every sample, some in a few, most in one; near-duplicates of every similarity."""
     rng = random.Random(seed)
     samples = []
     for _ in range(count):
@@ -151,7 +151,7 @@ def test_one_large_group(instruction_set, threshold, n):
 
 
 def test_many_hash_buckets():
-    """So many n-grams that the kernel divides them; identical and half-identical samples among them."""
+    """So many n-grams that the kernel divides them into buckets; some samples are identical or half identical."""
     ids = torch.randint(0, 1 << 40, (40, 4000), generator=torch.Generator().manual_seed(0))
     ids[7], ids[30, :2000] = ids[3].flip(0), ids[11, :2000]
     out = gk.group_diversity(ids, group_size=40)
@@ -209,7 +209,7 @@ def test_dtypes_and_strides(backend, dtype):
 
 
 def test_first_of_equals_leads(backend):
-    """Both kept samples are as similar to the last one: its cluster is the first's."""
+    """The last sample is equally similar to both kept samples, and joins the cluster of the first."""
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 5, 6]])
     out = gk.group_diversity(ids, group_size=3, threshold=1 / 3, backend=backend)
     assert out.keep.tolist() == [True, True, False] and out.weights.tolist() == [0.5, 1.0, 0.5]
@@ -217,7 +217,7 @@ def test_first_of_equals_leads(backend):
 
 
 def test_dropped_samples_drop_no_others(backend):
-    """A chain: each is near the one before it, but only kept samples count."""
+    """A chain in which each sample is similar to its predecessor: only kept samples are compared with."""
     ids = torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6]])
     out = gk.group_diversity(ids, group_size=3, threshold=0.6, backend=backend)
     assert out.keep.tolist() == [True, False, True]
@@ -234,7 +234,7 @@ def test_empty_and_short_completions(backend):
 
 
 def test_no_structure_of_small_tokens_collides(backend):
-    """Every pair and every single of the first tokens is an n-gram of its own: no two samples share one."""
+    """Every pair of the first tokens and every single one is a distinct n-gram: no two samples have one in common."""
     tokens = torch.arange(30 if backend != "emulated" else 8)
     pairs = torch.cartesian_prod(tokens, tokens)
     ids = torch.cat([pairs, torch.stack([tokens, torch.zeros_like(tokens)], 1)])
@@ -351,7 +351,7 @@ def test_devices_must_agree():
 @pytest.mark.slow
 @pytest.mark.parametrize("near_duplicates", [False, True])
 def test_a_group_of_4096_completions_is_quick(near_duplicates):
-    """Seconds on two cores (benchmarks/bench_losses.py measures); pairwise merging would take minutes."""
+    """Seconds on two cores (benchmarks/bench_losses.py measures it), where pairwise merging would take minutes."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 150_000, (4096, 4096), generator=generator)
     if near_duplicates:

@@ -1,4 +1,4 @@
-"""GAE, the value loss, whitening and what is built on them: edges, properties, threads, torch.compile, wrong arguments."""
+"""GAE, value loss, whitening and what is built on them: edges, properties, threads, torch.compile, wrong arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ units = st.sampled_from([0.0, 0.5, 0.95, 1.0])
 
 
 def draw(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, values, a mask; NaN behind the mask."""
+    """Rewards, values and a mask; masked positions are NaN."""
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(shape, generator=g) > 0.3
     rewards, values = (
@@ -40,7 +40,7 @@ def test_gae_agrees_with_the_reference_and_skips_masked_tokens(
     out = gk.gae(rewards, values, mask, gamma=gamma, lam=lam)
     for mine, theirs in zip(out, gk.gae(rewards, values, mask, gamma=gamma, lam=lam, backend="reference"), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-    for b in range(shape[0]):  # the active tokens alone
+    for b in range(shape[0]):  # computed from the active tokens only
         m = mask[b]
         alone = gk.gae(rewards[b, m][None], values[b, m][None], gamma=gamma, lam=lam)
         assert torch.equal(alone.advantages[0], out.advantages[b, m]) and not out.advantages[b, ~m].any()
@@ -60,8 +60,8 @@ def test_packed_is_padded(lengths: list[int], tail: int, seed: int) -> None:
         assert not out.advantages[int(cu[-1]) :].any() and not out.returns[int(cu[-1]) :].any()
 
 
-def test_gae_facts(backend: str, real: torch.dtype) -> None:
-    rewards, values, mask = draw((5, 30), dtype=real)
+def test_gae_special_cases(backend: str, acc_dtype: torch.dtype) -> None:
+    rewards, values, mask = draw((5, 30), dtype=acc_dtype)
     exact = gk.gae(rewards, torch.where(mask, values, 0.0), mask, gamma=1.0, lam=1.0, backend=backend)
     later = torch.where(mask, rewards, 0.0).flip(-1).cumsum(-1).flip(-1)
     torch.testing.assert_close(exact.returns, later * mask)  # lam = 1: Monte Carlo returns
@@ -71,7 +71,7 @@ def test_gae_facts(backend: str, real: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_one_reward_a_sequence_lies_on_its_last_active_token(backend: str, layout: str) -> None:
+def test_a_reward_per_sequence_belongs_to_its_last_active_token(backend: str, layout: str) -> None:
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]])
     rewards, values = torch.tensor([2.0, 5.0, -1.0]), torch.randn(3, 5)
     on_token = torch.tensor([[0.0, 0, 0, 2, 0], [0] * 5, [-1.0, 0, 0, 0, 0]])
@@ -83,8 +83,8 @@ def test_one_reward_a_sequence_lies_on_its_last_active_token(backend: str, layou
     assert torch.equal(a.advantages, b.advantages) and torch.equal(a.returns, b.returns)
 
 
-def test_strides_dtypes_and_empty_shapes(backend: str, real: torch.dtype) -> None:
-    rewards, values, mask = draw((6, 9), dtype=real)
+def test_strides_dtypes_and_empty_shapes(backend: str, acc_dtype: torch.dtype) -> None:
+    rewards, values, mask = draw((6, 9), dtype=acc_dtype)
     plain = gk.gae(rewards, values, mask, gamma=0.9, lam=0.8, backend=backend)
     turned = gk.gae(
         rewards.t().contiguous().t(), values.repeat_interleave(2, 1)[:, ::2], mask.t().contiguous().t(), gamma=0.9,
@@ -134,8 +134,8 @@ def test_whiten_agrees_with_the_reference(
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e8, 0.0])
 @pytest.mark.parametrize("count", [1, 2, 4097, 70_001])
-def test_equal_values_whiten_to_exactly_zero(backend: str, real: torch.dtype, value: float, count: int) -> None:
-    values = torch.full((count,), value, dtype=real)
+def test_equal_values_whiten_to_exactly_zero(backend: str, acc_dtype: torch.dtype, value: float, count: int) -> None:
+    values = torch.full((count,), value, dtype=acc_dtype)
     for options in ({}, {"eps": 0.0}, {"eps": 0.0, "eps_mode": "std", "ddof": 0}, {"divide": False}):
         assert not gk.whiten(values, backend=backend, **options).any()
     assert torch.equal(gk.whiten(values, backend=backend, shift_mean=False), values)
@@ -166,9 +166,11 @@ def test_threads_change_no_bit() -> None:
 
 @pytest.mark.parametrize("clip", [0.3, None])
 @pytest.mark.parametrize("aggregation", ["token_mean", "token_sum", "sequence_mean", "sequence_sum", "fixed_length"])
-def test_value_loss_is_the_references(backend: str, real: torch.dtype, aggregation: str, clip: float | None) -> None:
-    returns, values, mask = draw((7, 33), dtype=real)
-    old = values + 0.3 * torch.randn(values.shape, dtype=real)
+def test_value_loss_agrees_with_the_reference(
+    backend: str, acc_dtype: torch.dtype, aggregation: str, clip: float | None
+) -> None:
+    returns, values, mask = draw((7, 33), dtype=acc_dtype)
+    old = values + 0.3 * torch.randn(values.shape, dtype=acc_dtype)
     mask[2] = False
     options = {"clip": clip, "aggregation": aggregation, "scale": 0.5}
     if aggregation == "fixed_length":
@@ -181,13 +183,13 @@ def test_value_loss_is_the_references(backend: str, real: torch.dtype, aggregati
         results.append((out.loss.detach(), leaf.grad, out.per_token_loss, *out.metrics.values()))
         assert not leaf.grad[~mask].any() and not out.per_token_loss[~mask].any()
         assert not out.per_token_loss.requires_grad
-    close = {"rtol": 1e-12, "atol": 1e-14} if real == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    close = {"rtol": 1e-12, "atol": 1e-14} if acc_dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, **close)
 
 
-def test_value_gradient_by_differences(backend: str, real: torch.dtype) -> None:
-    if real != torch.float64:
+def test_value_gradient_by_finite_differences(backend: str, acc_dtype: torch.dtype) -> None:
+    if acc_dtype != torch.float64:
         pytest.skip("differences need float64")
     torch.manual_seed(0)
     values, old, returns = (torch.randn(3, 5, dtype=torch.float64) for _ in range(3))
@@ -203,8 +205,8 @@ def test_value_loss_without_tokens_has_a_graph(backend: str) -> None:
     assert out.loss == 0 and not values.grad.any() and all(m.isfinite() for m in out.metrics.values())
 
 
-def test_clip_only_holds_back(backend: str) -> None:
-    """Inside the range nothing changes; beyond it the larger error counts, and the clipped one passes no gradient."""
+def test_clip_only_limits(backend: str) -> None:
+    """Within the range nothing changes; beyond it the larger error is taken, and a clipped one has no gradient."""
     old, target = torch.zeros(4), torch.tensor([1.0, 1.0, -1.0, 1.0])
     values = torch.tensor([0.1, 0.5, 0.5, 3.0], requires_grad=True)
     out = gk.value_loss(values, old, target, clip=0.2, aggregation="token_sum", backend=backend)
@@ -218,7 +220,7 @@ def test_clip_only_holds_back(backend: str) -> None:
 
 
 def pipeline(rewards: Tensor, values: Tensor, mask: Tensor, ids: Tensor) -> list[Tensor]:
-    """Every public function here, in one graph."""
+    """Every public function that this file tests, in one graph."""
     outcome, steps = rewards.sum(-1), rewards[:, :2]
     ends, group = mask.long().cumsum(-1)[:, :2] * 0 + 1, {"group_ids": ids}
     several = torch.stack([outcome, -values.sum(-1)], 1)
@@ -266,9 +268,9 @@ def test_one_graph_for_all_shapes() -> None:
 def test_opcheck() -> None:
     rewards, values, mask, ids = arguments(6, 5)
     outcome, cu = rewards.sum(-1), torch.tensor([0, 3, 5])
-    numbers = (1, "mean", "group", 1, 1e-4, 0.5, -9.0, 9.0, False, "cpu")
+    options = (1, "mean", "group", 1, 1e-4, 0.5, -9.0, 9.0, False, "cpu")
     cases = {
-        ops.group_advantages: (torch.randn(6, 2), outcome[:2].double(), mask[:, 0], ids, outcome, outcome, *numbers),
+        ops.group_advantages: (torch.randn(6, 2), outcome[:2].double(), mask[:, 0], ids, outcome, outcome, *options),
         ops.gae: (rewards[:1], values[:1], mask[:1], cu, 0.9, 0.8, "cpu"),
         ops.value_loss: (values, values + 1, rewards, torch.ones_like(values), mask, 0.2, "cpu"),
         ops.masked_moments: (values, mask, "cpu"),

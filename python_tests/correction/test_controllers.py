@@ -104,7 +104,7 @@ OPTIONS = [
 
 
 def windows(g):
-    """Steps of two micro-batches whose entropies wander about the target; the last step has no token."""
+    """Steps of two micro-batches whose entropies fluctuate around the target; the last step has no active token."""
     for level in (1.2, 1.6, 1.1, 1.0, 1.3, 1.9, 1.8, 1.2, 1.39, 1.41, 2.0, 2.0):
         yield [
             (level * torch.rand(3, n, generator=g, dtype=torch.float64) * 2, torch.rand(3, n, generator=g) < 0.7)
@@ -126,7 +126,7 @@ def by_hand(options, steps):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_entropy_follows_the_rule(options):
     controller = gk.AdaptiveEntropyController(**options)
-    assert controller.coef == 0, "no bonus before an entropy is known"
+    assert controller.coef == 0, "no bonus before the first entropy"
     steps = list(windows(torch.Generator().manual_seed(0)))
     for batches, (coef, value, entropy) in zip(steps, by_hand(options, steps), strict=True):
         before = controller.coef
@@ -137,7 +137,7 @@ def test_entropy_follows_the_rule(options):
         assert controller.value == pytest.approx(value) and controller.last_entropy == pytest.approx(entropy)
 
 
-def test_entropy_without_a_mask_counts_every_token():
+def test_entropy_without_a_mask_uses_every_token():
     controller = gk.AdaptiveEntropyController(target=1.0)
     controller.observe(torch.tensor([0.5, 1.5, 2.5]))
     controller.update()
@@ -146,7 +146,7 @@ def test_entropy_without_a_mask_counts_every_token():
 
 @pytest.mark.parametrize("options", OPTIONS[:2])
 def test_entropy_is_trls(options):
-    """TRL's _compute_loss through a training of many windows: the bonus that each micro-batch gets, and the state."""
+    """TRL's _compute_loss over a training run of many windows: the bonus of each micro-batch, and the state."""
     trl = pytest.importorskip("trl.trainer.grpo_trainer", reason="pip install trl==1.16.0")
     from test_oracle_trl import Case, trainer, trl_inputs
 
@@ -182,7 +182,7 @@ def test_entropy_is_trls(options):
         controller.update()
         assert controller.value == pytest.approx(me.entropy_coef, rel=1e-12)
         assert controller.last_entropy == pytest.approx(me._last_world_entropy, rel=1e-12)
-    assert len(set(applied)) >= 3 and 0.0 in applied[2:], "the batch reaches too little"
+    assert len(set(applied)) >= 3 and 0.0 in applied[2:], "the batch covers too few cases"
 
 
 def test_entropy_defaults_are_trls():
@@ -206,7 +206,7 @@ def test_entropy_arguments(options, name):
         gk.AdaptiveEntropyController(**options)
 
 
-def test_entropy_refuses_what_it_cannot_use():
+def test_entropy_refuses_invalid_inputs():
     controller = gk.AdaptiveEntropyController()
     with pytest.raises(ValueError, match="needs an observe"):
         controller.update()
@@ -221,7 +221,7 @@ def test_entropy_refuses_what_it_cannot_use():
 # ---- state ----
 
 
-def test_state_goes_through_json_and_continues():
+def test_state_survives_json_and_continues():
     kl, entropy = gk.AdaptiveKLController(0.1, 0.1, 10), gk.AdaptiveEntropyController(target=1.0, delta=0.1)
     kl.update(5.0, 3)
     entropy.observe(torch.tensor([0.5]))

@@ -1,4 +1,4 @@
-"""rollout_correction: definitions by hand and edges. Trainers' values: test_oracle_correction."""
+"""rollout_correction: definitions by hand and edge cases. test_oracle_correction.py compares it with the trainers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grpo_kernels.correction.config import LEVELS, NANS, REDUCTIONS
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 def test_weights_by_hand(weight: dict[str, Any], level: str, nan: str) -> None:
-    """The definition, one token after the other."""
+    """The definition, token by token."""
     if not weight and level != "token":
         return  # refused, see below
     b = batch_of((5, 8), 1)
@@ -71,7 +71,7 @@ def test_filters_by_hand(f: gk.RejectionFilter, renormalise: bool) -> None:
         assert torch.equal(got.mask, kept if renormalise else given_["mask"])
 
 
-def test_filters_together_are_and() -> None:
+def test_several_filters_must_all_pass() -> None:
     b = batch_of((20, 30), 3)
     arguments = b["old_logps"], b["rollout_logps"], b["mask"]
     alone = [gk.rollout_correction(*arguments, filters=(f,), renormalise=True).mask for f in FILTERS]
@@ -79,8 +79,8 @@ def test_filters_together_are_and() -> None:
     assert torch.equal(both.mask, alone[0] & alone[1] & alone[2])
 
 
-def test_bounds_are_inside() -> None:
-    """A value on its bound is kept; d = 0 is exactly 1."""
+def test_bounds_are_inclusive() -> None:
+    """A value equal to its bound is kept; d = 0 gives exactly 1."""
     zero = torch.zeros(1, 3)
     on = gk.rollout_correction(zero, zero, weight="mask", low=1.0, high=1.0)
     assert (on.token_weights == 1).all()
@@ -94,7 +94,7 @@ def test_bounds_are_inside() -> None:
 
 @pytest.mark.parametrize("level", ["token", "sequence_sum"])
 def test_batch_normalise(level: str) -> None:
-    """Mean 1 over tokens, or over rows that have tokens; rejection comes after it."""
+    """The mean is 1 over tokens, or over rows that have tokens; rejection comes afterwards."""
     b = batch_of((30, 12), 4)
     arguments = {k: b[k] for k in ("old_logps", "rollout_logps", "mask")}
     options = {"weight": "truncate", "high": 1.1, "level": level, "batch_normalise": True}
@@ -109,7 +109,7 @@ def test_batch_normalise(level: str) -> None:
     assert torch.equal(rejecting.token_weights[kept], got.token_weights[kept])
 
 
-def test_the_loss_takes_both() -> None:
+def test_the_loss_takes_weights_and_mask() -> None:
     """renormalise only changes the denominator."""
     b = batch_of((8, 10), 5)
     losses = {}
@@ -168,7 +168,7 @@ def test_one_token() -> None:
 
 @pytest.mark.parametrize("nan", NANS)
 def test_infinite_log_probs(nan: str) -> None:
-    """A token that one side holds impossible, and both; the clamp bounds what they weigh."""
+    """A token of probability 0 under one policy, or under both; the clamp bounds its weight."""
     inf = math.inf
     old = torch.tensor([[-1.0, -inf], [-1.0, -1.0], [-inf, -1.0], [-1.0, -1.0]])
     roll = torch.tensor([[-1.0, -1.0], [-inf, -1.0], [-inf, -1.0], [-1.0, -1.0]])
@@ -185,7 +185,7 @@ def test_infinite_log_probs(nan: str) -> None:
 
 
 def test_opposite_infinities_in_a_row() -> None:
-    """They cancel instead of turning the row into NaN, as in TRL."""
+    """They cancel, as in TRL, instead of making the row NaN."""
     old, roll = torch.tensor([[-math.inf, -1.0]]), torch.tensor([[-1.0, -math.inf]])
     got = gk.rollout_correction(old, roll, weight="truncate", level="sequence_sum", high=2.0, log_clamp=None)
     assert (got.token_weights == 1).all()
@@ -205,7 +205,7 @@ def test_all_rejected() -> None:
         assert out.loss == 0
 
 
-def test_nan_rejects_the_row_that_a_filter_sees() -> None:
+def test_nan_rejects_the_row_where_a_filter_applies() -> None:
     old, roll = torch.zeros(2, 3), torch.zeros(2, 3)
     roll[0, 1] = math.nan
     for reduction in REDUCTIONS[1:]:
@@ -228,7 +228,7 @@ def test_nothing_is_differentiated() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
-    """Half-precision log-probs are read as they are; what comes out is float32."""
+    """Log-probs may have half precision; the results are float32."""
     b = batch_of((4, 6), 7)
     halves = {k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()}
     got = gk.rollout_correction(**halves, config=FULL)
@@ -244,7 +244,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_long_rows_are_summed_in_float64() -> None:
-    """A product over 200,000 tokens: float32 sums would be off by more than the weights' rounding."""
+    """A product over 200,000 tokens: the error of a float32 sum would exceed the weights' rounding."""
     g = torch.Generator().manual_seed(8)
     old = -torch.rand(1, 200_000, generator=g) * 8
     roll = old + 0.05 * torch.randn(1, 200_000, generator=g)

@@ -1,4 +1,4 @@
-"""What CorrectionConfig, RejectionFilter and rollout_correction refuse, and what they say."""
+"""What CorrectionConfig, RejectionFilter and rollout_correction refuse, and their error messages."""
 
 from __future__ import annotations
 

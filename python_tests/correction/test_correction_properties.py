@@ -44,11 +44,11 @@ configs = st.builds(
 @given(shapes, seeds, configs)
 def test_packed_is_padded(shape: tuple[int, int], seed: int, config: gk.CorrectionConfig) -> None:
     b = batch_of(shape, seed)
-    whole = gk.rollout_correction(**b, config=config)
+    padded = gk.rollout_correction(**b, config=config)
     kept = torch.ones_like(b["mask"])
     kept[::2] = b["mask"][::2]  # masked tokens removed from every other row
     flat = gk.rollout_correction(**packed(b, kept), config=config)
-    assert_close(flat, whole._replace(token_weights=whole.token_weights[kept], mask=whole.mask[kept]), 1e-11)
+    assert_close(flat, padded._replace(token_weights=padded.token_weights[kept], mask=padded.mask[kept]), 1e-11)
 
 
 @quick
@@ -61,18 +61,21 @@ def test_masked_tokens_are_not_read(shape: tuple[int, int], seed: int, config: g
 
 @quick
 @given(shapes, seeds, configs)
-def test_rows_do_not_see_each_other(shape: tuple[int, int], seed: int, config: gk.CorrectionConfig) -> None:
+def test_rows_do_not_affect_each_other(shape: tuple[int, int], seed: int, config: gk.CorrectionConfig) -> None:
     config = replace(config, batch_normalise=False)
     b = batch_of(shape, seed)
     order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
-    whole, moved = (gk.rollout_correction(**x, config=config) for x in (b, {k: v[order] for k, v in b.items()}))
-    assert torch.equal(whole.token_weights[order], moved.token_weights) and torch.equal(whole.mask[order], moved.mask)
+    original, permuted = (gk.rollout_correction(**x, config=config) for x in (b, {k: v[order] for k, v in b.items()}))
+    assert torch.equal(original.token_weights[order], permuted.token_weights)
+    assert torch.equal(original.mask[order], permuted.mask)
 
 
 @quick
 @given(shapes, seeds, configs)
-def test_the_sampler_is_the_policy(shape: tuple[int, int], seed: int, config: gk.CorrectionConfig) -> None:
-    """old = rollout: every weight is exactly 1, nothing is rejected, no divergence."""
+def test_the_policy_as_its_own_sampler_needs_no_correction(
+    shape: tuple[int, int], seed: int, config: gk.CorrectionConfig
+) -> None:
+    """old = rollout: every weight is exactly 1, nothing is rejected, and the divergence is 0."""
     config = replace(config, opsm_delta=None)
     b = batch_of(shape, seed)
     got = gk.rollout_correction(b["old_logps"], b["old_logps"], b["mask"], config=config)
@@ -91,9 +94,9 @@ def test_metrics_are_finite_and_in_range(shape: tuple[int, int], seed: int, conf
     assert all(x.dim() == 0 for x in got.metrics.values())
     assert m["weight_min"] <= m["weight_mean"] + 1e-12 <= m["weight_max"] + 2e-12 and m["k3"] >= 0
     assert 0 <= m["effective_sample_size"] <= 1 + 1e-12 and 0 <= m["rejected_tokens"] <= 1
-    lost = b["mask"] & ~got.mask
+    rejected = b["mask"] & ~got.mask
     if config.renormalise and b["mask"].any():
-        assert m["rejected_tokens"] == pytest.approx(float(lost.sum() / b["mask"].sum()), abs=1e-6)
+        assert m["rejected_tokens"] == pytest.approx(float(rejected.sum() / b["mask"].sum()), abs=1e-6)
 
 
 def test_metrics_are_documented() -> None:
@@ -113,7 +116,7 @@ def test_metrics_are_documented() -> None:
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("config", [gk.CorrectionConfig.preset("verl_token_icepop"), FULL], ids=["icepop", "full"])
 def test_compiled_is_eager(config: gk.CorrectionConfig, form: str) -> None:
-    """One graph for each; C++ is made of the largest alone, as inductor takes half a minute."""
+    """One graph for each. Inductor compiles only the largest, since it takes half a minute."""
     backend = "inductor" if config is FULL and form == "packed" else "aot_eager"
     b = batch_of((5, 7), 10)
     b = b if form == "padded" else packed(b, torch.ones_like(b["mask"]))
@@ -156,8 +159,8 @@ def test_lengths_keep_their_graph() -> None:
 
 
 @pytest.mark.parametrize("form", ["padded", "packed"])
-def test_nothing_waits_for_a_device(form: str) -> None:
-    """On tensors without data: whatever would read one raises."""
+def test_no_host_sync(form: str) -> None:
+    """On tensors without data, reading a value raises an error."""
     b = batch_of((5, 7), 13)
     b = b if form == "padded" else packed(b, torch.ones_like(b["mask"]))
     b = {name: x.to("meta") for name, x in b.items()}
@@ -177,10 +180,10 @@ def normalise_on(rank: int, path: str) -> None:
     for level in ("token", "sequence_sum"):
         options = {"weight": "ratio", "level": level, "batch_normalise": True}
         arguments = [b[k] for k in ("old_logps", "rollout_logps", "mask")]
-        whole = gk.rollout_correction(*arguments, **options)
+        expected = gk.rollout_correction(*arguments, **options)
         rows = slice(0, 2) if rank == 0 else slice(2, 6)
         mine = gk.rollout_correction(*(x[rows] for x in arguments), dp_group=torch.distributed.group.WORLD, **options)
-        torch.testing.assert_close(mine.token_weights, whole.token_weights[rows], rtol=1e-12, atol=0)
+        torch.testing.assert_close(mine.token_weights, expected.token_weights[rows], rtol=1e-12, atol=0)
     torch.distributed.destroy_process_group()
 
 

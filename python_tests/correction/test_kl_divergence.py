@@ -1,4 +1,4 @@
-"""kl_divergence against verl's own function and the other trainers' formulas written out, values and gradients."""
+"""kl_divergence against verl's function and the other trainers' formulas, values and gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batch():
 
 
 def value_and_gradient(f, logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the masked sum, weighted differently at every token."""
+    """Value and gradient of the masked sum, with a different weight at every token."""
     x = logps.detach().clone().requires_grad_()
     kl = f(x)
     weights = torch.linspace(0.5, 1.5, x.numel(), dtype=torch.float64).view(x.shape) * (mask != 0)
@@ -35,8 +35,8 @@ def value_and_gradient(f, logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_matches(oracle, estimator: str = "k3", *, only_double: bool = False, **options: Any) -> None:
-    """Ours, in both dtypes and layouts, masked tokens poisoned; a string among the options names a tensor of the batch.
-    `only_double`: eager torch itself loses the gradient in float32, where e^u cancels."""
+    """Compares ours in both dtypes and layouts, with NaN at masked tokens; a string among the options names a tensor of
+    the batch. `only_double`: eager torch itself loses the gradient in float32, where e^u cancels."""
     b = batch()
     exact = value_and_gradient(lambda x: oracle(x, b), b.logps, b.mask)
     assert exact[0].isfinite().all() and exact[1].isfinite().all()
@@ -75,23 +75,23 @@ def test_verl(kind: str, plus: str) -> None:
     assert_matches(lambda x, b: core_algos.kl_penalty(x, b.ref, kind + plus), **options)
 
 
-def written(estimator: str, u: Tensor) -> Tensor:
+def estimate(estimator: str, u: Tensor) -> Tensor:
     return {"k1": -u, "abs": u.abs(), "k2": u * u / 2, "k3": u.exp() - 1 - u}[estimator]
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_openrlhf(estimator: str) -> None:
-    """Every estimate is clamped to +-10, the exponent is not."""
-    assert_matches(lambda x, b: written(estimator, b.ref - x).clamp(-10, 10), estimator=estimator, output_clamp=10.0)
+    """Every estimate is clamped to +-10; the exponent is not."""
+    assert_matches(lambda x, b: estimate(estimator, b.ref - x).clamp(-10, 10), estimator=estimator, output_clamp=10.0)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_slime(estimator: str, unbiased: bool) -> None:
-    """use_unbiased_kl multiplies by exp(lp - old), gradient kept."""
+    """use_unbiased_kl multiplies by exp(lp - old) and keeps its gradient."""
 
     def oracle(x, b):
-        return written(estimator, b.ref - x) * ((x - b.old).exp() if unbiased else 1.0)
+        return estimate(estimator, b.ref - x) * ((x - b.old).exp() if unbiased else 1.0)
 
     gradient = "importance_weighted" if unbiased else "pathwise"
     assert_matches(oracle, estimator, gradient=gradient, old_logps="old", only_double=unbiased)
@@ -100,12 +100,12 @@ def test_slime(estimator: str, unbiased: bool) -> None:
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("behaviour", [False, True])
 def test_nemo(estimator: str, behaviour: bool) -> None:
-    """u clamped to +-20, weighted, then clamped to +-10; use_on_policy_kl_approximation weighs by exp(lp - roll)."""
+    """u is clamped to +-20, weighted, then clamped to +-10; use_on_policy_kl_approximation weighs by exp(lp - roll)."""
 
     def oracle(x, b):
         u, weight = b.ref - x, (x - (b.roll if behaviour else x.detach())).exp()
         weight = torch.where(u.abs() > 20, weight.detach(), weight)
-        return (weight * written(estimator, u.clamp(-20, 20))).clamp(-10, 10)
+        return (weight * estimate(estimator, u.clamp(-20, 20))).clamp(-10, 10)
 
     gradient = "behaviour_weighted" if behaviour else "score_function"
     assert_matches(oracle, estimator=estimator, gradient=gradient, rollout_logps="roll", **CLAMPS)
@@ -113,11 +113,13 @@ def test_nemo(estimator: str, behaviour: bool) -> None:
 
 def test_trl_bias_correction_on_policy() -> None:
     assert_matches(
-        lambda x, b: (x - x.detach()).exp() * written("k3", b.ref - x), gradient="importance_weighted", only_double=True
+        lambda x, b: (x - x.detach()).exp() * estimate("k3", b.ref - x),
+        gradient="importance_weighted",
+        only_double=True,
     )
 
 
-def test_the_losses_penalty_is_this() -> None:
+def test_the_losses_use_this_penalty() -> None:
     """kl_loss of policy_loss is kl_coef times the mean of kl_divergence, in every form."""
     b = batch()
     for estimator in ESTIMATORS:
@@ -138,7 +140,7 @@ def test_same_log_probs_have_no_divergence() -> None:
 
 
 def test_k3_keeps_small_differences() -> None:
-    """expm1: e^u - 1 - u in float32 would be 0 or noise here."""
+    """Without expm1, e^u - 1 - u in float32 would be 0 or noise here."""
     u = torch.tensor([1e-4, -1e-4])
     torch.testing.assert_close(gk.kl_divergence(-u, torch.zeros(2)), u * u / 2, rtol=2e-3, atol=0)
 
@@ -155,8 +157,8 @@ def test_not_negative_and_k1_has_the_mean(vocab: int, seed: int, estimator: str)
         torch.testing.assert_close((p.exp() * gk.kl_divergence(p, q, unbiased)).sum(), exact, rtol=1e-10, atol=1e-12)
 
 
-def test_impossible_tokens() -> None:
-    """-inf log-probs: an infinite KL is infinite, a clamped one is the clamp, and gradients stay numbers."""
+def test_tokens_of_probability_0() -> None:
+    """-inf log-probs: an infinite KL is infinite, a clamped one is the clamp, and gradients are not NaN."""
     inf = math.inf
     logps, ref = torch.tensor([-1.0, -inf, -1.0]), torch.tensor([-inf, -1.0, -2.0])
     assert gk.kl_divergence(logps, ref, "k1").tolist() == [inf, -inf, 1.0]

@@ -1,4 +1,4 @@
-"""Every public function that takes tensors, in every form that takes another way through the code: name -> form -> call."""
+"""Every public function that takes tensors, in every form that runs different code: name -> form -> call."""
 
 from __future__ import annotations
 
@@ -77,49 +77,52 @@ def group_diversity() -> Iterator[tuple[str, Call]]:
 
 def gae() -> Iterator[tuple[str, Call]]:
     for layout, x, k in both_layouts():
-        a = (x.a_token(), x.a_token())
+        a = (x.per_token(), x.per_token())
         yield layout, lambda a=a, k=k: gk.gae(*a, gamma=0.9, lam=0.9, **k)
         yield f"{layout}, mask", lambda a=a, x=x, k=k: gk.gae(*a, x.mask(), gamma=0.9, lam=0.9, **k)
         yield (
-            f"{layout}, a reward a sequence",
-            lambda x=x, a=a, k=k: gk.gae(x.a_sequence(), a[1], x.mask(), gamma=0.9, lam=0.9, **k),
+            f"{layout}, a reward per sequence",
+            lambda x=x, a=a, k=k: gk.gae(x.per_sequence(), a[1], x.mask(), gamma=0.9, lam=0.9, **k),
         )
 
 
 def reinforce_plus_plus() -> Iterator[tuple[str, Call]]:
     for layout, x, k in both_layouts():
-        yield layout, lambda x=x, k=k: gk.reinforce_plus_plus(x.a_token(), x.mask(), **k)
+        yield layout, lambda x=x, k=k: gk.reinforce_plus_plus(x.per_token(), x.mask(), **k)
         yield (
             f"{layout}, KL",
-            lambda x=x, k=k: gk.reinforce_plus_plus(x.a_sequence(), x.mask(), kl=x.a_token(), kl_coef=0.1, **k),
+            lambda x=x, k=k: gk.reinforce_plus_plus(x.per_sequence(), x.mask(), kl=x.per_token(), kl_coef=0.1, **k),
         )
 
 
 def reinforce_plus_plus_baseline() -> Iterator[tuple[str, Call]]:
     for layout, x, k in both_layouts():
-        for form, call in _each_group(gk.reinforce_plus_plus_baseline, x.a_sequence(), x.mask(), **k):
+        for form, call in _each_group(gk.reinforce_plus_plus_baseline, x.per_sequence(), x.mask(), **k):
             yield f"{layout}, {form}", call
 
 
 def remax() -> Iterator[tuple[str, Call]]:
     for layout, x, k in both_layouts():
-        yield layout, lambda x=x, k=k: gk.remax(x.a_token(), x.a_sequence(), x.mask(), **k)
-        yield f"{layout}, a reward a sequence", lambda x=x, k=k: gk.remax(x.a_sequence(), x.a_sequence(), x.mask(), **k)
+        yield layout, lambda x=x, k=k: gk.remax(x.per_token(), x.per_sequence(), x.mask(), **k)
+        yield (
+            f"{layout}, a reward per sequence",
+            lambda x=x, k=k: gk.remax(x.per_sequence(), x.per_sequence(), x.mask(), **k),
+        )
 
 
 def optimal_token_baseline() -> Iterator[tuple[str, Call]]:
     x = Inputs()
     for turns in (False, True):
         for form, call in _each_group(
-            gk.optimal_token_baseline, x.a_token(), x.a_token(), x.a_token(), x.mask(), multi_turn=turns,
-            token_weights=x.a_token(),
+            gk.optimal_token_baseline, x.per_token(), x.per_token(), x.per_token(), x.mask(), multi_turn=turns,
+            token_weights=x.per_token(),
         ):  # fmt: skip
             yield f"{form}, several turns" if turns else form, call
 
 
 def value_loss() -> Iterator[tuple[str, Call]]:
     for layout, x, k in both_layouts():
-        values = x.a_token(grad=True)
+        values = x.per_token(grad=True)
         for form, more in {
             "": {},
             ", mask": {"mask": x.mask()},
@@ -127,17 +130,19 @@ def value_loss() -> Iterator[tuple[str, Call]]:
         }.items():
             yield (
                 layout + form,
-                lambda v=values, x=x, k={**k, **more}: backward(gk.value_loss(v, x.a_token(), x.a_token(), **k).loss),
+                lambda v=values, x=x, k={**k, **more}: backward(
+                    gk.value_loss(v, x.per_token(), x.per_token(), **k).loss
+                ),
             )
     x = Inputs()
-    v = x.a_token(grad=True)
-    yield "no clip", lambda: backward(gk.value_loss(v, None, x.a_token(), clip=None).loss)
-    yield "scale=tensor", lambda: backward(gk.value_loss(v, None, x.a_token(), clip=None, scale=gpu()).loss)
+    v = x.per_token(grad=True)
+    yield "no clip", lambda: backward(gk.value_loss(v, None, x.per_token(), clip=None).loss)
+    yield "scale=tensor", lambda: backward(gk.value_loss(v, None, x.per_token(), clip=None, scale=gpu()).loss)
 
 
 def whiten() -> Iterator[tuple[str, Call]]:
     x = Inputs()
-    values, mask = x.a_token(), x.mask()
+    values, mask = x.per_token(), x.mask()
     yield "plain", lambda: gk.whiten(values)
     yield "mask", lambda: gk.whiten(values, mask)
     for mode in ("floor", "std"):
@@ -150,27 +155,27 @@ def whiten() -> Iterator[tuple[str, Call]]:
 
 def kl_divergence() -> Iterator[tuple[str, Call]]:
     x = Inputs()
-    logps = x.a_token(grad=True)
+    logps = x.per_token(grad=True)
     for estimator in ("k1", "abs", "k2", "k3"):
-        yield estimator, lambda e=estimator: backward(gk.kl_divergence(logps, x.a_token(), e).sum())
+        yield estimator, lambda e=estimator: backward(gk.kl_divergence(logps, x.per_token(), e).sum())
     for gradient in ("straight_through", "importance_weighted", "score_function", "behaviour_weighted"):
         k = {"gradient": gradient, "mask": x.mask(), "input_clamp": 20.0, "output_clamp": 10.0}
-        k |= {"rollout_logps": x.a_token()} if gradient == "behaviour_weighted" else {}
-        yield gradient, lambda k=k: backward(gk.kl_divergence(logps, x.a_token(), **k).sum())
+        k |= {"rollout_logps": x.per_token()} if gradient == "behaviour_weighted" else {}
+        yield gradient, lambda k=k: backward(gk.kl_divergence(logps, x.per_token(), **k).sum())
 
 
 def rollout_correction() -> Iterator[tuple[str, Call]]:
     for layout, x, k in both_layouts():
         for name in CORRECTION_PRESETS if layout == "padded" else ("trl_sequence_mask", "verl_seq_is_rs", "slime_opsm"):
             config = gk.CorrectionConfig.preset(name)
-            more = {} if config.opsm_delta is None else {"logps": x.a_token(), "advantages": x.a_sequence()}
+            more = {} if config.opsm_delta is None else {"logps": x.per_token(), "advantages": x.per_sequence()}
             more |= {"config": config, "mask": x.mask(), **k}
-            yield f"{layout}, {name}", lambda x=x, m=more: gk.rollout_correction(x.a_token(), x.a_token(), **m)
-        yield f"{layout}, metrics", lambda x=x, k=k: gk.rollout_correction(x.a_token(), x.a_token(), **k)
+            yield f"{layout}, {name}", lambda x=x, m=more: gk.rollout_correction(x.per_token(), x.per_token(), **m)
+        yield f"{layout}, metrics", lambda x=x, k=k: gk.rollout_correction(x.per_token(), x.per_token(), **k)
         all_of_them = {"batch_normalise": True, "veto": 1e-4, "weight": "clip", "low": 0.5, "high": 2.0}
         yield (
             f"{layout}, normalised",
-            lambda x=x, k={**k, **all_of_them}: gk.rollout_correction(x.a_token(), x.a_token(), x.mask(), **k),
+            lambda x=x, k={**k, **all_of_them}: gk.rollout_correction(x.per_token(), x.per_token(), x.mask(), **k),
         )
 
 
@@ -180,7 +185,7 @@ def controllers() -> tuple[Callable[[], Iterator[tuple[str, Call]]], ...]:
 
     def entropy() -> Iterator[tuple[str, Call]]:
         x = Inputs()
-        yield "observe", lambda: gk.AdaptiveEntropyController().observe(x.a_token(), x.mask())
+        yield "observe", lambda: gk.AdaptiveEntropyController().observe(x.per_token(), x.mask())
         observed = gk.AdaptiveEntropyController()
         observed._window = gpu(2, dtype=torch.float64)
         yield "update", lambda: observed.update()
@@ -207,11 +212,11 @@ FUNCTIONS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
 }  # fmt: skip
 
 
-# Without operators of the library, so that there is nothing more to see inside.
+# These use no operators of the library, so there is nothing inside to record.
 LOSSES = ("policy_loss", "grpo_loss", "linear_grpo_loss")
 PLAIN_TORCH = ("kl_divergence", "rollout_correction", "AdaptiveKLController", "AdaptiveEntropyController")
-# Of the losses' common forms: the others are told apart before the operators are called, or in the kernels.
-INSIDE = ("plain", "mask", "weights a sequence", "entropy", "sequence", "gmpo", "vespo", "clip_cov")
+# Common forms of the losses in which operators run different code: the others differ before them, or in the kernels.
+INSIDE = ("plain", "mask", "weights per sequence", "entropy", "sequence", "gmpo", "vespo", "clip_cov")
 
 
 @functools.cache
@@ -220,7 +225,7 @@ def _common_forms() -> set[str]:
 
 
 def differs_inside(function: str, form: str) -> bool:
-    """Whether an operator may run other code in this form than in the others."""
+    """Whether an operator may run different code for this form."""
     if function not in LOSSES:
         return function not in PLAIN_TORCH
     form = form.removeprefix("packed, ")
@@ -228,7 +233,7 @@ def differs_inside(function: str, form: str) -> bool:
 
 
 def takes_tensors(name: str) -> bool:
-    """Of a public name: not what a call gives back, nor what only holds numbers."""
+    """Whether a public name is a function or class that takes tensors, rather than a result or a config."""
     public = getattr(gk, name)
     holds_numbers = dataclasses.is_dataclass(public) or name == "available_backends"
     return not holds_numbers and not hasattr(public, "_fields")

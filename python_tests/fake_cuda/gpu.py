@@ -1,5 +1,4 @@
-"""A GPU for the library's own checks, in a process of its own: what is installed, and kernels that only note that they
-were launched."""
+"""A GPU for the library's own checks, in a separate process, and kernels that only record that they were launched."""
 
 from __future__ import annotations
 
@@ -11,16 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from dry_driver import dry_run
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
 from grpo_kernels import backends
 from grpo_kernels.ops import advantages, loss
-from dry_driver import dry_run
 
 
 class _NativeModule:
-    """In the place of `_cuda`: a number for each constant of kernels.h, a name for each kernel."""
+    """Replaces `_cuda`: a number for each constant of kernels.h, a name for each kernel."""
 
     __name__ = "grpo_kernels.backends._cuda"
     TOKEN_SUMS = GAE_SUMS = VALUE_SUMS = MOMENT_SUMS = 8
@@ -41,13 +40,13 @@ class _NativeModule:
 
 
 class _Launches:
-    """Who is told of a launch."""
+    """The callback for launches."""
 
     note: Callable[[str], None] = staticmethod(lambda name: None)
 
 
 def install() -> None:
-    """Makes `backend="auto"` what it is on an H100: "cuda", and "triton" for float64."""
+    """Makes `backend="auto"` resolve as on an H100: "cuda", and "triton" for float64."""
     module: Any = _NativeModule()
     sys.modules[module.__name__] = backends._cuda = module  # type: ignore[attr-defined]
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
@@ -65,7 +64,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def launches_noted(note: Callable[[str], None]) -> Iterator[None]:
-    """Gives `note` the name of every kernel that would have been launched."""
+    """Calls `note` with the name of every kernel that would have been launched."""
     before, _Launches.note = _Launches.note, staticmethod(note)
     try:
         yield
@@ -75,7 +74,7 @@ def launches_noted(note: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_native_kernels() -> Iterator[None]:
-    """`backend="auto"` where nvcc was not there."""
+    """`backend="auto"` as in a build without nvcc."""
     before, backends._of_gpu = backends._of_gpu, lambda index, dtype: "triton"
     try:
         yield

@@ -1,4 +1,4 @@
-"""Fake tensors on the GPU, by the names of the functions' arguments. Making them is not recorded: it launches nothing."""
+"""Fake tensors on the GPU, named like the functions' arguments. Making them is not recorded: it launches nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 SEQUENCES, TOKENS, VOCAB, HIDDEN, GROUP, REWARDS = 4, 8, 64, 16, 2, 3
 Call = Callable[[], Any]
-LEAVES: list[Tensor] = []  # whose gradient goes before each call, or it would be added to that of the call before
+LEAVES: list[Tensor] = []  # their gradients are cleared before each call, or calls would add to earlier gradients
 
 
 def gpu(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
@@ -20,25 +20,25 @@ def gpu(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> 
 
 
 class Inputs:
-    """Of one form: what it takes, by the names of the functions' arguments."""
+    """The inputs of one form, named like the functions' arguments."""
 
     def __init__(self, packed: bool = False, dtype: torch.dtype = torch.float32) -> None:
         self.tokens = (SEQUENCES * TOKENS,) if packed else (SEQUENCES, TOKENS)
         self.dtype, self.packed = dtype, packed
         self.cu_seqlens = gpu(SEQUENCES + 1, dtype=torch.int32) if packed else None
 
-    def a_token(self, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
-        real = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return gpu(*self.tokens, dtype=dtype or real, grad=grad)
+    def per_token(self, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
+        acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return gpu(*self.tokens, dtype=dtype or acc_dtype, grad=grad)
 
-    def a_sequence(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def per_sequence(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return gpu(SEQUENCES, dtype=dtype)
 
     def mask(self) -> Tensor:
-        return self.a_token(torch.bool)
+        return self.per_token(torch.bool)
 
     def targets(self) -> Tensor:
-        return self.a_token(torch.int64)
+        return self.per_token(torch.int64)
 
     def logits(self, grad: bool = True) -> Tensor:
         return gpu(*self.tokens, VOCAB, dtype=self.dtype, grad=grad)

@@ -15,10 +15,10 @@ BUILD = Path(__file__).parents[2] / "build"
 
 
 def _torch() -> Path:
-    """Where torch lies: found, not imported, as the library goes before it."""
-    found = importlib.util.find_spec("torch")
-    assert found is not None and found.origin is not None
-    return Path(found.origin).parent
+    """torch's folder. torch is not imported, since the library has to be loaded before it."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def compiler() -> str | None:
@@ -26,7 +26,7 @@ def compiler() -> str | None:
 
 
 def nothing_gpu() -> Path:
-    """The shared library; processes that ask at once compile it once."""
+    """The shared library. Processes that need it at the same time compile it once."""
     torch, cxx = _torch(), compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler: neither $CXX nor c++ is on the path")

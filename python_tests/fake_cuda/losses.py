@@ -1,4 +1,4 @@
-"""The losses and log-probs in every form that takes another way through the code: form -> call."""
+"""The losses and log-probs in every form that runs different code: form -> call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo_kernels.config import OBJECTIVES, RATIO_LEVELS
 
 from .inputs import GROUP, SEQUENCES, TOKENS, VOCAB, Call, Inputs, backward, gpu
 
-# ---- what the losses have in common: form -> keywords ----
+# ---- forms that all losses have: form -> keywords ----
 
 
 def _config(**options: Any) -> dict[str, Any]:
@@ -21,17 +21,18 @@ def _config(**options: Any) -> dict[str, Any]:
 
 
 def loss_forms(x: Inputs) -> dict[str, dict[str, Any]]:
-    """Of policy_loss, grpo_loss and linear_grpo_loss, for padded tokens and packed ones."""
-    old = {"old_logps": x.a_token()}
-    kl = {**old, "ref_logps": x.a_token()}
+    """Forms of policy_loss, grpo_loss and linear_grpo_loss, for padded and packed tokens."""
+    old = {"old_logps": x.per_token()}
+    kl = {**old, "ref_logps": x.per_token()}
     everything = {
-        **kl, "rollout_logps": x.a_token(), "token_weights": x.a_token(), "entropy_mask": x.a_token(), "mask": x.mask(),
+        **kl, "rollout_logps": x.per_token(), "token_weights": x.per_token(), "entropy_mask": x.per_token(),
+        "mask": x.mask(),
     }  # fmt: skip
     forms = {
         "plain": {},
         "old": old,
         "mask": {**old, "mask": x.mask()},
-        "int mask": {**old, "mask": x.a_token(torch.int64)},
+        "int mask": {**old, "mask": x.per_token(torch.int64)},
         "KL": {**kl, **_config(kl_coef=0.1)},
         "scale=tensor": {**old, "scale": gpu()},
         "scale on the CPU": {**old, "scale": torch.empty(())},
@@ -39,13 +40,13 @@ def loss_forms(x: Inputs) -> dict[str, dict[str, Any]]:
         "scale=0.5": {**old, "scale": 0.5},
         "denominator=tensor": {**old, "denominator": gpu(dtype=torch.int64)},
         "denominator=number": {**old, "denominator": 7},
-        "weights a sequence": {**old, "token_weights": x.a_sequence(), "sequence_weights": x.a_sequence()},
-        "entropy": {**everything, "entropy": x.a_token(grad=True), **_config(entropy_coef=0.1)},
-        "entropy a token": {
-            **everything, "entropy": x.a_token(grad=True),
+        "weights per sequence": {**old, "token_weights": x.per_sequence(), "sequence_weights": x.per_sequence()},
+        "entropy": {**everything, "entropy": x.per_token(grad=True), **_config(entropy_coef=0.1)},
+        "entropy per token": {
+            **everything, "entropy": x.per_token(grad=True),
             **_config(entropy_coef=0.1, entropy_aggregation="token_mean", entropy_mask_bonus=True, aggregation="sequence_mean"),
         },
-        "return_entropy": {**old, "entropy": x.a_token(), "return_entropy": True},
+        "return_entropy": {**old, "entropy": x.per_token(), "return_entropy": True},
         **{how: {**old, "mask": x.mask(), **_config(aggregation=how)} for how in ("token_sum", "sequence_mean", "sequence_sum")},
         "fixed_length": {**old, **_config(aggregation="fixed_length", max_length=TOKENS)},
         "sequences with tokens": {**old, **_config(aggregation="sequence_sum", count_empty_sequences=False)},
@@ -58,7 +59,8 @@ def loss_forms(x: Inputs) -> dict[str, dict[str, Any]]:
 
 
 BY_BOUNDARIES = (
-    "plain", "mask", "weights a sequence", "entropy a token", "sequence_mean", "fixed_length", "sequences with tokens",
+    "plain", "mask", "weights per sequence", "entropy per token", "sequence_mean", "fixed_length",
+    "sequences with tokens",
     "sequence", "gmpo", "clip_cov",
 )  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {"dro": {"dro_beta": 0.1}}
@@ -77,17 +79,17 @@ def _each_loss(dtype: torch.dtype = torch.float32) -> Iterator[tuple[Inputs, str
 
 def policy_loss() -> Iterator[tuple[str, Call]]:
     for x, form, k in _each_loss():
-        logps, advantages = x.a_token(grad=True), x.a_sequence()
+        logps, advantages = x.per_token(grad=True), x.per_sequence()
         yield form, lambda a=(logps, advantages), k=k: backward(gk.policy_loss(*a, **k).loss)
     x = Inputs()
-    bf16 = x.a_token(torch.bfloat16, grad=True)
-    yield "bfloat16", lambda: backward(gk.policy_loss(bf16, x.a_token()).loss)
-    logps, entropy = x.a_token(grad=True), x.a_token(grad=True)
-    yield "float64", _of_float64(lambda y: gk.policy_loss(y.a_token(grad=True), y.a_sequence()).loss)
+    bf16 = x.per_token(torch.bfloat16, grad=True)
+    yield "bfloat16", lambda: backward(gk.policy_loss(bf16, x.per_token()).loss)
+    logps, entropy = x.per_token(grad=True), x.per_token(grad=True)
+    yield "float64", _of_float64(lambda y: gk.policy_loss(y.per_token(grad=True), y.per_sequence()).loss)
     yield (
         "entropy alone has a gradient",
         lambda: backward(
-            gk.policy_loss(logps.detach(), x.a_sequence(), entropy=entropy, **_config(entropy_coef=0.1)).loss
+            gk.policy_loss(logps.detach(), x.per_sequence(), entropy=entropy, **_config(entropy_coef=0.1)).loss
         ),
     )
 
@@ -99,7 +101,7 @@ def _of_float64(call: Callable[[Inputs], Tensor]) -> Call:
 
 def grpo_loss() -> Iterator[tuple[str, Call]]:
     def step(x: Inputs, k: dict[str, Any], **more: Any) -> Call:
-        a = (x.logits(), x.targets(), x.a_sequence())
+        a = (x.logits(), x.targets(), x.per_sequence())
         return lambda: backward(gk.grpo_loss(*a, **_without_entropy(k), **more).loss)
 
     for x, form, k in _each_loss():
@@ -116,13 +118,13 @@ def grpo_loss() -> Iterator[tuple[str, Call]]:
         yield (
             name,
             lambda s=single: backward(
-                gk.grpo_loss(logits * 1, targets, x.a_sequence(), inplace=True, single_pass=s).loss
+                gk.grpo_loss(logits * 1, targets, x.per_sequence(), inplace=True, single_pass=s).loss
             ),
         )
-    yield "no grad", lambda: gk.grpo_loss(logits.detach(), targets, x.a_sequence())
-    yield "upstream gradient", lambda: backward(gk.grpo_loss(logits, targets, x.a_sequence()).loss * 0.5)
-    yield "two backwards", lambda: _twice(gk.grpo_loss(logits, targets, x.a_sequence()).loss)
-    yield "metrics kept", lambda: list(gk.grpo_loss(logits, targets, x.a_sequence()).metrics.values())
+    yield "no grad", lambda: gk.grpo_loss(logits.detach(), targets, x.per_sequence())
+    yield "upstream gradient", lambda: backward(gk.grpo_loss(logits, targets, x.per_sequence()).loss * 0.5)
+    yield "two backwards", lambda: _twice(gk.grpo_loss(logits, targets, x.per_sequence()).loss)
+    yield "metrics kept", lambda: list(gk.grpo_loss(logits, targets, x.per_sequence()).metrics.values())
 
 
 def _twice(loss: Tensor) -> None:
@@ -131,11 +133,11 @@ def _twice(loss: Tensor) -> None:
 
 
 def _row_forms(x: Inputs) -> dict[str, dict[str, Any]]:
-    """Of everything that reads rows of logits."""
+    """Forms of all functions that take rows of logits."""
     return {
         "temperature=0.7": {"temperature": 0.7},
-        "temperature a row": {"temperature": gpu(SEQUENCES)},
-        "temperature a token": {"temperature": x.a_token()},
+        "temperature per row": {"temperature": gpu(SEQUENCES)},
+        "temperature per token": {"temperature": x.per_token()},
         "softcap": {"softcap": 30.0, "logit_scale": 0.5},
     }
 
@@ -149,7 +151,7 @@ def _rewards(loss: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
 
 def linear_grpo_loss() -> Iterator[tuple[str, Call]]:
     def step(x: Inputs, k: dict[str, Any]) -> Call:
-        a = (*x.head(), x.targets(), x.a_sequence())
+        a = (*x.head(), x.targets(), x.per_sequence())
         return lambda: backward(gk.linear_grpo_loss(*a, **_without_entropy(k)).loss)
 
     for x, form, k in _each_loss():
@@ -163,14 +165,14 @@ def linear_grpo_loss() -> Iterator[tuple[str, Call]]:
     hidden, weight = x.head()
     yield (
         "frozen head",
-        lambda: backward(gk.linear_grpo_loss(hidden, weight.detach(), x.targets(), x.a_sequence()).loss),
+        lambda: backward(gk.linear_grpo_loss(hidden, weight.detach(), x.targets(), x.per_sequence()).loss),
     )
 
 
 def modules(module: type, *first: Callable[[Inputs], Any]) -> Iterator[tuple[str, Call]]:
     x = Inputs()
     a = [y for f in first for y in f(x)]
-    yield "plain", lambda: backward(module(temperature=0.7)(*a, x.targets(), x.a_sequence()).loss)
+    yield "plain", lambda: backward(module(temperature=0.7)(*a, x.targets(), x.per_sequence()).loss)
 
 
 def _logps_forms(x: Inputs) -> dict[str, dict[str, Any]]:
@@ -187,20 +189,20 @@ def token_logps() -> Iterator[tuple[str, Call]]:
     x = Inputs()
     logits, targets = x.logits(), x.targets()
     for form, k in _logps_forms(x).items():
-        yield form, lambda k=k: gk.token_logps(logits, targets, **k).logps.backward(x.a_token())
-    yield "entropy alone", lambda: gk.token_logps(logits, targets, return_entropy=True).entropy.backward(x.a_token())
+        yield form, lambda k=k: gk.token_logps(logits, targets, **k).logps.backward(x.per_token())
+    yield "entropy alone", lambda: gk.token_logps(logits, targets, return_entropy=True).entropy.backward(x.per_token())
     yield (
         "inplace_backward",
-        lambda: gk.token_logps(logits * 1, targets, inplace_backward=True).logps.backward(x.a_token()),
+        lambda: gk.token_logps(logits * 1, targets, inplace_backward=True).logps.backward(x.per_token()),
     )
     yield "no grad", lambda: gk.token_logps(logits.detach(), targets)
     one_more = gpu(SEQUENCES, TOKENS + 1, VOCAB, grad=True)
-    yield "a position more", lambda: gk.token_logps(one_more, targets).logps.backward(x.a_token())
+    yield "one position more", lambda: gk.token_logps(one_more, targets).logps.backward(x.per_token())
 
 
 def linear_token_logps() -> Iterator[tuple[str, Call]]:
     x = Inputs()
     head, targets = x.head(), x.targets()
     for form, k in {**_logps_forms(x), "chunks": {"chunk_rows": 8}}.items():
-        yield form, lambda k=k: gk.linear_token_logps(*head, targets, **k).logps.backward(x.a_token())
+        yield form, lambda k=k: gk.linear_token_logps(*head, targets, **k).logps.backward(x.per_token())
     yield "no grad", lambda: gk.linear_token_logps(head[0].detach(), head[1].detach(), targets)

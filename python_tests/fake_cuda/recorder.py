@@ -1,4 +1,4 @@
-"""What a call gives a GPU to do, and what it waits for: seen in the operations that reach torch's dispatcher."""
+"""Records a call's launches and host synchronisations, from the operations that reach torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-# Their results' sizes, or a number for Python, are known only when the device has come so far.
+# Operations whose result's size, or a number that Python needs, requires the device to have finished.
 WAITS = {
     aten._local_scalar_dense.default: "item",
     aten.is_nonzero.default: "bool",
@@ -53,7 +53,7 @@ def _is_view(op: Any) -> bool:
 
 
 def _by_mask(args: Any) -> bool:
-    """Whether the indices have a mask, of which torch takes the nonzero elements; one value is written without."""
+    """Whether an index is a boolean mask, for which torch needs nonzero; writing a single value does not."""
     one_value = len(args) > 2 and args[2].numel() == 1
     return not one_value and any(x.dtype in (torch.bool, torch.uint8) for x in _tensors(args[1]))
 
@@ -64,10 +64,10 @@ def _is_made_of_others(op: Any) -> bool:
 
 
 class Recorder(TorchDispatchMode):
-    """Lists the waits of a call, and counts its launches.
+    """Lists the host synchronisations of a call, and counts its launches.
 
     A launch is an operation on the GPU that is neither a view nor an allocation. An operator of torch counts as one,
-    whatever its kernels, and so does one of the library, unless `bodies` has a function to run in its place.
+    whatever its kernels, and so does one of the library, unless `bodies` has a function to run instead.
     """
 
     def __init__(self, bodies: dict[Any, Callable] | None = None) -> None:
@@ -81,11 +81,11 @@ class Recorder(TorchDispatchMode):
         if op in self._bodies:
             with self:
                 return self._bodies[op](*args, **kwargs)
-        if _is_made_of_others(op):  # which arrives as a whole below autograd, in a body
+        if _is_made_of_others(op):  # below autograd, in a body, it arrives undecomposed
             with self:
                 return op.decompose(*args, **kwargs)
         given = _tensors(args, kwargs)
-        if op in WAITS:  # on the CPU too a fake tensor has no data, but there nothing waits
+        if op in WAITS:  # a fake tensor on the CPU has no data either, but does not synchronise
             self.waits += [WAITS[op]] if _on_gpu(given) else []
             return self._without_data(op, args, kwargs)
         if op in BY_INDEX and _on_gpu(given) and _by_mask(args):
@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
         return outputs
 
     def launched(self, name: str) -> None:
-        """Of a launch that does not pass the dispatcher."""
+        """Records a launch that does not pass the dispatcher."""
         self.launches[name] += 1
 
     def _note(self, op: Any, given: list[Tensor], made: list[Tensor]) -> None:
@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):
             self.launches[str(op).removesuffix(".default")] += 1
 
     def _without_data(self, op: Any, args: Any, kwargs: Any) -> Any:
-        """Something to go on with, as if every element were 1; or torch's own error."""
+        """A result as if every element were 1, so that the call can continue; or torch's own error."""
         x = args[0]
         if op is aten.nonzero.default:
             return torch.zeros(x.numel(), x.dim(), dtype=torch.int64, device=x.device)

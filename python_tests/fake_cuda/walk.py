@@ -1,10 +1,10 @@
-"""Every public function on a GPU that is not there: what each call waits for, and how many launches it takes.
+"""Calls every public function on a fake GPU: lists each call's host synchronisations and counts its launches.
 
     PYTHONPATH=python_tests python -m fake_cuda.walk [--markdown | --pin]
 
-prints JSON, {"calls": {function: {form: {"waits": [...], "launches": n, ...}}}, ...}, a table, or writes what
-test_no_sync.py compares with.
-A process of its own: it loads nothing_gpu.cpp before torch, and replaces parts of the library.
+prints JSON, {"calls": {function: {form: {"waits": [...], "launches": n, ...}}}, ...}, or a table, or writes
+launches.json, with which test_no_sync.py compares. It runs in a separate process, since it loads nothing_gpu.cpp before
+torch and replaces parts of the library.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ PINNED = Path(__file__).with_name("launches.json")
 
 
 def walk() -> dict[str, dict[str, Any]]:
-    """Three times: an operator of the library is one launch; and what it runs inside, on each backend, for the waits."""
+    """Three walks: one in which an operator of the library is one launch, and one on each backend for waits inside."""
     from . import calls, gpu
 
     gpu.install()
-    found: dict[str, dict[str, Any]] = {}
+    walked: dict[str, dict[str, Any]] = {}
     for name, form, recorder in _recorded(calls.FUNCTIONS, None):
         entry = {"waits": recorder.waits, "launches": sum(recorder.launches.values()), "what": dict(recorder.launches)}
-        found.setdefault(name, {})[form] = entry
+        walked.setdefault(name, {})[form] = entry
     for name, form, recorder in _recorded(calls.FUNCTIONS, gpu.operator_bodies()):
-        found[name][form]["waits in cuda"] = recorder.waits
-    # group_diversity says that it waits there: for how many tokens count, and how many n-grams there are.
+        walked[name][form]["waits in cuda"] = recorder.waits
+    # group_diversity documents that it waits there, for the number of active tokens and the number of n-grams.
     kernels = {name: forms for name, forms in calls.FUNCTIONS.items() if name != "group_diversity"}
     with gpu.without_native_kernels():
         for name, form, recorder in _recorded(kernels, gpu.operator_bodies()):
-            found[name][form]["waits in triton"] = recorder.waits
-    return found
+            walked[name][form]["waits in triton"] = recorder.waits
+    return walked
 
 
 def known_waits() -> dict[str, list[str]]:
-    """What the recorder says of calls that do wait."""
+    """What the recorder lists for calls that do wait."""
     import torch
     from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
@@ -75,7 +75,7 @@ def known_waits() -> dict[str, list[str]]:
 
 
 def auto() -> dict[str, str]:
-    """What backend="auto" is, by dtype."""
+    """The backend that "auto" resolves to, by dtype."""
     import torch
 
     from grpo_kernels.backends import resolve
@@ -104,13 +104,13 @@ def _recorded(functions: dict[str, Any], bodies: Any) -> Iterator[tuple[str, str
                 yield name, form, recorder
 
 
-def launches(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
-    return {name: {form: entry["launches"] for form, entry in forms.items()} for name, forms in found.items()}
+def launches(walked: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    return {name: {form: entry["launches"] for form, entry in forms.items()} for name, forms in walked.items()}
 
 
-def markdown(found: dict[str, dict[str, Any]]) -> str:
+def markdown(walked: dict[str, dict[str, Any]]) -> str:
     lines = ["| function | form | launches |", "|---|---|---|"]
-    for name, forms in launches(found).items():
+    for name, forms in launches(walked).items():
         lines += [f"| `{name}` | {form} | {count} |" for form, count in forms.items()]
     return "\n".join(lines)
 
@@ -119,16 +119,16 @@ def main(option: str = "") -> None:
     from .library import nothing_gpu
 
     ctypes.CDLL(str(nothing_gpu()), mode=ctypes.RTLD_GLOBAL)  # before torch
-    found = walk()
+    walked = walk()
     if option == "--markdown":
-        print(markdown(found))
+        print(markdown(walked))
     elif option == "--pin":
         import torch
 
-        pinned = {"torch": torch.__version__.partition("+")[0], "launches": launches(found)}
+        pinned = {"torch": torch.__version__.partition("+")[0], "launches": launches(walked)}
         PINNED.write_text(json.dumps(pinned, indent=1) + "\n")
     else:
-        json.dump({"calls": found, "known waits": known_waits(), "auto": auto()}, sys.stdout)
+        json.dump({"calls": walked, "known waits": known_waits(), "auto": auto()}, sys.stdout)
 
 
 if __name__ == "__main__":

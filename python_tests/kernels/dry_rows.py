@@ -1,10 +1,11 @@
-"""Compiles the Triton row kernels for a GPU that need not be here; `python dry_rows.py cuda 90`. Run by test_triton.py
-in a process of its own."""
+"""Compiles the Triton row kernels for a GPU that need not be present: `python dry_rows.py cuda 90`. test_triton.py runs
+it in a separate process."""
 
 import sys
 from collections import Counter
 
 import torch
+from dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 from forms import FORMS
 
 import grpo_kernels as gk
@@ -13,7 +14,6 @@ from grpo_kernels.backends.triton import launch, tuning
 from grpo_kernels.backends.triton.row import gradient_kernel, policy_kernel, stats_kernel
 from grpo_kernels.inputs.layout import acc_dtype, layout_of, rows_of
 from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
-from dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
 KERNELS = (stats_kernel, gradient_kernel, policy_kernel)
 PHASES = {"stats_kernel": 3, "gradient_kernel": 1, "policy_kernel": 2}  # row, segments, merge; -; row, merge
@@ -22,15 +22,15 @@ DRY = dry_run(sys.argv[1], ARCH)
 
 
 def arguments(dtype, batch, tokens, vocab, *, config=None, softcap=None, temperature=1.0, advantages=None):
-    """Every row is the same one: no memory, and offsets past 2^32."""
+    """All rows share one row's memory, so shapes may be huge, with offsets past 2^32."""
     logits = torch.empty(1, 1, vocab, dtype=dtype).expand(batch, tokens, vocab)
     targets = torch.empty(1, 1, dtype=torch.int64).expand(batch, tokens)
     rows = rows_of(
         logits, targets, None, temperature=temperature, logit_scale=1.0, softcap=softcap, ignore_index=-100
     )  # fmt: skip
-    real, per_token = acc_dtype(dtype), torch.empty(1, 1, dtype=acc_dtype(dtype)).expand(batch, tokens)
+    per_token = torch.empty(1, 1, dtype=acc_dtype(dtype)).expand(batch, tokens)
     inputs = policy_inputs(
-        layout_of(targets.shape, None), rows.active, real, config or gk.LossConfig(kl_coef=0.1),
+        layout_of(targets.shape, None), rows.active, per_token.dtype, config or gk.LossConfig(kl_coef=0.1),
         advantages or Advantages(per_token), LossArguments(per_token, per_token, per_token),
     )  # fmt: skip
     return rows, inputs, per_token
@@ -49,7 +49,7 @@ def launched():
     return grids
 
 
-def counts():
+def variant_counts():
     return {k.__name__: len(DRY.variants(k)) for k in KERNELS}
 
 
@@ -58,10 +58,10 @@ def one_variant_for_all_lengths_and_numbers():
         config = gk.LossConfig(kl_coef=0.01 * (i + 1), eps_low=0.1 + 0.01 * i, entropy_coef=0.01 * i)
         vocab, tokens = 128 * (1 + 97 * i), 1 + 997 * i
         launch_all(torch.bfloat16, 1000 + i, tokens, vocab, config=config, temperature=0.5 + 0.1 * i)
-    assert set(counts().values()) == {1}, counts()
+    assert set(variant_counts().values()) == {1}, variant_counts()
     for rows in (1, 3, 7):  # shared between programs
         launch_all(torch.bfloat16, rows, 1, 151936)
-    assert counts() == PHASES, counts()
+    assert variant_counts() == PHASES, variant_counts()
 
 
 def one_variant_for_tensors_as_coefficients():
@@ -69,7 +69,7 @@ def one_variant_for_tensors_as_coefficients():
     for value in (0.0, 0.1):
         tensor = torch.tensor(value)
         launch_all(torch.bfloat16, 5000, 1, 4096, config=gk.LossConfig(kl_coef=tensor, entropy_coef=tensor))
-    assert len(DRY.variants(policy_kernel)) == before + 1, counts()
+    assert len(DRY.variants(policy_kernel)) == before + 1, variant_counts()
 
 
 def legal_grids_and_offsets():
@@ -79,7 +79,7 @@ def legal_grids_and_offsets():
     launch_all(torch.bfloat16, 1, 1, 151_936)
     segments = -(-151_936 // tuning.shape_for(torch.empty(0, dtype=torch.bfloat16)).SEGMENT)
     assert segments >= 5 and ("stats_kernel", (1, segments, 1)) in launched()
-    assert counts() == PHASES, counts()
+    assert variant_counts() == PHASES, variant_counts()
 
 
 def every_dtype_alignment_and_form():
@@ -131,10 +131,10 @@ assert not launch.INTERPRETED
 one_variant_for_all_lengths_and_numbers()
 legal_grids_and_offsets()
 one_variant_for_tensors_as_coefficients()
-if ARCH not in (86, 89, 120):  # those differ in shared memory from their neighbours, of which rows need little
+if ARCH not in (86, 89, 120):  # these differ from their neighbours in shared memory only, and rows need little of it
     every_dtype_alignment_and_form()
 if ARCH == 90:
     candidates_with_few_registers()
 no_spills_no_doubles_wide_accesses()
 worst = max((resources(c).registers, k.__name__) for k in KERNELS for c in DRY.variants(k))
-print(f"{sys.argv[1]} {ARCH}: {sum(counts().values())} variants, at most {worst[0]} registers ({worst[1]})")
+print(f"{sys.argv[1]} {ARCH}: {sum(variant_counts().values())} variants, at most {worst[0]} registers ({worst[1]})")

@@ -1,9 +1,10 @@
-"""Compiles the Triton kernels per token and per sample for a GPU that need not be here; `python dry_tokens.py cuda 90`.
-Run by test_triton_token.py in a process of its own."""
+"""Compiles the Triton kernels per token and per sample for a GPU that need not be present: `python dry_tokens.py cuda
+90`. test_triton_token.py runs it in a separate process."""
 
 import sys
 
 import torch
+from dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 from forms import FORMS
 
 import grpo_kernels as gk
@@ -17,20 +18,19 @@ from grpo_kernels.backends.triton.token import token_kernel
 from grpo_kernels.inputs.grouping import BASELINES, SCALES, AdvantageForm, Samples
 from grpo_kernels.inputs.layout import layout_of
 from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
-from dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
 ARCH = int(sys.argv[2]) if sys.argv[1] == "cuda" else sys.argv[2]
 DRY = dry_run(sys.argv[1], ARCH)
 KERNELS = (token_kernel, group_kernel, batch_kernel, gae_kernel, value_kernel, greedy_kernel, scale_kernel)
 
 
-def token_loss(config, batch, tokens, real=torch.float32, cu_seqlens=None, advantages=None):
-    x = torch.zeros(1, 1, dtype=real).expand(batch, tokens)
+def token_loss(config, batch, tokens, dtype=torch.float32, cu_seqlens=None, advantages=None):
+    x = torch.zeros(1, 1, dtype=dtype).expand(batch, tokens)
     active = torch.ones(1, 1, dtype=torch.bool).expand(batch, tokens)
     layout = layout_of(torch.Size([tokens]) if cu_seqlens is not None else x.shape, cu_seqlens)
     flat = x.reshape(layout.shape) if cu_seqlens is not None else x
     inputs = policy_inputs(
-        layout, active, real, config, advantages or Advantages(flat),
+        layout, active, dtype, config, advantages or Advantages(flat),
         LossArguments(flat, flat, flat, token_weights=flat),
     )  # fmt: skip
     backend.token_policy(x, x if config.has_entropy else None, active, layout.cu_seqlens, inputs)
@@ -47,10 +47,10 @@ def one_variant_for_all_shapes_and_numbers():
         rewards, valid = torch.zeros(16 * (1 + i), 1), torch.ones(16 * (1 + i), dtype=torch.bool)
         form = AdvantageForm(1 << (i % 5), "mean", "batch", i % 2, 1e-4 * (1 + i), 0.0, -9.0, 9.0 + i, i % 2 == 0)
         backend.group_advantages(Samples(rewards, None, valid, None, None, None), form)
-        grid = torch.zeros(1 + i, 1 + 500 * i)
-        active = torch.ones_like(grid, dtype=torch.bool)
-        backend.gae(grid, grid, active, None, 0.9 + 0.005 * i, 0.95)
-        backend.value_loss(grid, grid, grid, grid, active, 0.1 + 0.01 * i)
+        x = torch.zeros(1 + i, 1 + 500 * i)
+        active = torch.ones_like(x, dtype=torch.bool)
+        backend.gae(x, x, active, None, 0.9 + 0.005 * i, 0.95)
+        backend.value_loss(x, x, x, x, active, 0.1 + 0.01 * i)
         backend.scale(torch.zeros(1 + i, 3, 5 + 7 * i).bfloat16(), torch.ones(()))
         backend.scale(torch.zeros(1 + i, 3, 64 + 8 * i).bfloat16()[..., : 8 + i], torch.ones(()))
         greedy(torch.zeros(1 + i, 2 + i, 2 + i, dtype=torch.int64), torch.ones(1 + i, dtype=torch.int64), 0.05 * i)
@@ -74,9 +74,9 @@ def every_form():
                 one = torch.ones(8, dtype=torch.float64)
                 samples = Samples(torch.zeros(8, 2), None, None, ids, one, one)
                 backend.group_advantages(samples, AdvantageForm(4, baseline, scale, 1, 1e-4, 0.5, -9.0, 9.0, False))
-    grid, cu = torch.zeros(1, 9), torch.tensor([0, 4, 9])
-    backend.gae(grid, None, None, cu, 0.9, 1.0)
-    backend.gae(grid, grid, torch.ones_like(grid, dtype=torch.bool), cu, 0.9, 1.0)
+    x, cu = torch.zeros(1, 9), torch.tensor([0, 4, 9])
+    backend.gae(x, None, None, cu, 0.9, 1.0)
+    backend.gae(x, x, torch.ones_like(x, dtype=torch.bool), cu, 0.9, 1.0)
     for dtype in (torch.float32, torch.float16, torch.float64):
         for first in (0, 1):
             backend.scale(torch.zeros(2, 3, 64, dtype=dtype)[..., first:], torch.ones(()))

@@ -1,4 +1,4 @@
-"""Which backend runs, and what is said of one that cannot."""
+"""Which backend is chosen, and what the error says when one cannot run."""
 
 import contextlib
 import importlib
@@ -16,9 +16,9 @@ from grpo_kernels.backends import cpu, gpu
 
 
 def test_available_backends_name_the_reason():
-    found = gk.available_backends()
-    assert tuple(found)[: len(backends.NAMES)] == backends.NAMES and found["cpu"] == found["reference"] == "ok"
-    assert all(state == "ok" or len(state) > 20 for state in found.values())
+    states = gk.available_backends()
+    assert tuple(states)[: len(backends.NAMES)] == backends.NAMES and states["cpu"] == states["reference"] == "ok"
+    assert all(state == "ok" or len(state) > 20 for state in states.values())
 
 
 def test_auto_resolves_by_device():
@@ -65,7 +65,7 @@ def test_triton_is_what_a_gpu_gets():
 
 
 def test_a_gpu_gets_cuda_where_it_has_kernels(monkeypatch):
-    """Built, the GPU new enough and the dtype there; inside a compiled graph too."""
+    """That is: built, on a GPU that is new enough, for a supported dtype. The same inside a compiled graph."""
 
     class Cuda:
         def rejects(self, device, dtype):
@@ -97,7 +97,7 @@ def test_a_gpu_gets_cuda_where_it_has_kernels(monkeypatch):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """GPUs that are not there: gpus(capabilities, what the driver says of the native module on each)."""
+    """Pretends that there are GPUs: gpus(capabilities, the driver's error for the native module on each)."""
     pytest.importorskip("triton")
     triton = importlib.import_module("grpo_kernels.backends.triton")
     current = [0]
@@ -130,7 +130,7 @@ def gpus(monkeypatch):
     forget()
 
 
-def test_a_driver_that_runs_no_kernel_of_ours_leaves_the_gpu_to_triton(gpus):
+def test_a_gpu_whose_driver_cannot_run_our_kernels_goes_to_triton(gpus):
     gpus([(9, 0), (9, 0)], ["CUDA driver version is insufficient", "no kernel image is available"])
     state = gk.available_backends()
     assert "CUDA driver version is insufficient" in state["cuda"] and "use 'triton'" in state["cuda"]
@@ -138,7 +138,7 @@ def test_a_driver_that_runs_no_kernel_of_ours_leaves_the_gpu_to_triton(gpus):
     with pytest.raises(backends.BackendUnavailable, match="version is insufficient"):
         backends.resolve("cuda", torch.device("cuda"))
 
-    gpus([(9, 0), (11, 0)], ["", "no kernel image is available"])  # an image for the first alone
+    gpus([(9, 0), (11, 0)], ["", "no kernel image is available"])  # only the first has a kernel image
     assert gk.available_backends()["cuda"] == "ok"
     names = [backends.resolve("auto", torch.device(name)) for name in ("cuda", "cuda:0", "cuda:1")]
     assert names == ["cuda", "cuda", "triton"]
@@ -161,7 +161,7 @@ def test_a_gpu_that_is_too_old_is_refused_with_what_to_use(gpus, monkeypatch):
         with pytest.raises(ValueError, match="cuda:1 is sm_70; use backend='reference'"):
             backends.resolve(name, torch.device("cuda:1"))
 
-    monkeypatch.setattr(torch.version, "hip", "6.4")  # whose numbers are others
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # ROCm numbers its architectures differently
     gpus([(7, 0)], [""])
     assert backends.resolve("triton", torch.device("cuda")) == "triton"
 
@@ -203,7 +203,8 @@ def test_threads_follow_torch(monkeypatch):
 
 
 def test_importing_the_library_does_not_import_the_compiler():
-    """torch._dynamo takes longer than the rest of torch. The mark that stands in for its decorator is the same."""
+    """torch._dynamo takes longer to import than the rest of torch. The attribute that we set instead of using its
+    decorator is the one that the decorator sets."""
     program = "import sys, grpo_kernels; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

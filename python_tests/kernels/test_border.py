@@ -1,5 +1,5 @@
-"""What crosses the border between Python and C++ does so by position, since names would cost 6 microseconds per call
-(docs/measurements.md). So the positions are compared: those of Python's tuples, of the structs of kernels.h, and the
+"""Arguments cross the border between Python and C++ by position, since names would cost 6 microseconds per call
+(docs/measurements.md). These tests compare the positions in Python's tuples, the structs of kernels.h and the
 subscripts in bindings.cpp. A swapped pair fails here."""
 
 import ast

@@ -1,4 +1,4 @@
-"""The build: what a missing compiler says, and that CUDA comes along where it can and never breaks the CPU module."""
+"""The build: the error for a missing compiler; CUDA is built where possible and never breaks the CPU module."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def empty_tree(tree):
-    """The same with nothing in the sources: what setup.py does with them is soon seen."""
+    """The same with empty sources, which compile quickly."""
     for file in (tree / "csrc").rglob("*"):
         if file.suffix in (".cpp", ".cu"):
             file.write_text("")
@@ -113,8 +113,8 @@ print(cuda.unusable())
 """
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
-def test_cuda_joins_where_nvcc_is(empty_tree):
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_is_built_where_nvcc_is_installed(empty_tree):
     done = build(empty_tree)
     assert done.returncode == 0 and modules(empty_tree) == {"_cpu", "_cuda"}, done.stderr
 
@@ -130,9 +130,9 @@ def test_errors_of_the_cuda_module_name_the_kernel():
 
 @pytest.mark.parametrize("compiler", ["c++", "clang++", "aarch64-linux-gnu-g++"])
 def test_compiles_without_x86(compiler, tree):
-    """The portable path has no intrinsics: as on arm64, with that compiler too where it is here."""
+    """The portable path uses no intrinsics. An arm64 compiler checks it too, where one is installed."""
     if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not here")
+        pytest.skip(f"needs {compiler}")
     sources = sorted((tree / "csrc/cpu").glob("*.cpp"))
     flags = "-std=c++17 -O1 -Wall -Wextra -Werror -DGK_ISA=generic -fsyntax-only".split()
     done = subprocess.run([compiler, *flags, *sources], capture_output=True, text=True, check=False)

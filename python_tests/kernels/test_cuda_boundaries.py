@@ -1,5 +1,5 @@
-"""Boundaries of packed sequences that nobody has checked, as on a GPU nobody does: the CUDA kernels end, write nowhere
-but into their results, and take them for boundaries that rise."""
+"""Invalid boundaries of packed sequences, which nothing checks on a GPU: the CUDA kernels terminate, write only into
+their results, and act as if the boundaries had been clamped so that they rise."""
 
 import contextlib
 import functools
@@ -39,11 +39,11 @@ UNCHECKED = {
     **{f"any integers {i}": of_any_integers(3 + 7 * i, i) for i in range(2)},
     **{f"around the tokens {i}": around_the_tokens(3 + 7 * i, i) for i in range(2)},
 }
-PLACE = {"token_policy": 3, "gae": 3, "group_diversity": 2}  # of cu_seqlens among a backend's arguments
+PLACE = {"token_policy": 3, "gae": 3, "group_diversity": 2}  # the position of cu_seqlens among a backend's arguments
 
 
-def taken(boundaries):
-    """gk::Boundaries: each as clamped to what a binary search has left over, the first as 0."""
+def clamped_boundaries(boundaries):
+    """As gk::Boundaries: each boundary clamped to the range that a binary search has reached, the first to 0."""
     rising = [0, *boundaries[1:]]
 
     def split(first, after, begin, end):
@@ -58,14 +58,14 @@ def taken(boundaries):
 
 
 @pytest.mark.parametrize("name", UNCHECKED)
-def test_what_they_are_taken_for(name):
-    boundaries, rising = UNCHECKED[name], taken(UNCHECKED[name])
+def test_clamped_boundaries_rise(name):
+    boundaries, rising = UNCHECKED[name], clamped_boundaries(UNCHECKED[name])
     clamped = [min(max(b, 0), TOKENS) for b in boundaries[1:]]
     assert rising == sorted(rising) and rising[0] == 0 and rising[-1] <= TOKENS
     assert clamped != sorted(clamped) or rising[1:] == clamped
 
 
-def test_sums_over_sequences_read_nothing_elsewhere():
+def test_sums_over_sequences_stay_within_the_tokens():
     layout = Layout(torch.Size([6]), torch.tensor([-5, 2, 2**40]))  # on a GPU an index out of range ends the process
     assert layout.sequence_sums(torch.ones(1, 6, dtype=torch.int64)).tolist() == [2, 4]
 
@@ -76,22 +76,22 @@ def backend(request):
 
 
 class Guarded:
-    """Gives a kernel its memory in the middle of more; what is not zeros is NaN or a number as unlikely."""
+    """Allocates a kernel's memory between guard zones. All bytes but those of zeros are 0xFF, a NaN in floats."""
 
     def __init__(self):
         self.all = []
 
     def make(self, shape, dtype, device, zeros):
         count = math.prod(shape)
-        whole = torch.full(((count + 2 * ROOM) * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=device).view(dtype)
+        padded = torch.full(((count + 2 * ROOM) * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=device).view(dtype)
         if zeros:
-            whole[ROOM : ROOM + count] = 0
-        self.all.append((whole, count))
-        return whole[ROOM : ROOM + count].view(shape)
+            padded[ROOM : ROOM + count] = 0
+        self.all.append((padded, count))
+        return padded[ROOM : ROOM + count].view(shape)
 
     def check(self):
-        for whole, count in self.all:
-            for guard in (whole[:ROOM], whole[ROOM + count :]):
+        for padded, count in self.all:
+            for guard in (padded[:ROOM], padded[ROOM + count :]):
                 assert (guard.contiguous().view(torch.uint8) == 0xFF).all()
 
     @contextlib.contextmanager
@@ -113,7 +113,7 @@ class Guarded:
 
 @contextlib.contextmanager
 def unchecked(backend, boundaries):
-    """The kernels alone get these boundaries, and memory that is checked afterwards."""
+    """Passes these boundaries to the kernels only, with guarded memory that is checked afterwards."""
     implementation, guarded = HERE[backend], Guarded()
     given = on_device(torch.tensor(boundaries), backend)
 
@@ -166,7 +166,7 @@ def test_kernels_take_them_for_boundaries_that_rise(backend, name, call):
     boundaries, legal = UNCHECKED[name], [0] * len(UNCHECKED[name])
     legal[-1] = TOKENS if len(legal) > 1 else 0
     results = []
-    for given in (boundaries, taken(boundaries)):
+    for given in (boundaries, clamped_boundaries(boundaries)):
         with unchecked(backend, given):
             results.append([x.cpu() for x in CALLS[call](backend, on_device(torch.tensor(legal), backend))])
     for mine, expected in zip(*results, strict=True):

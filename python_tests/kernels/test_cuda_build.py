@@ -1,5 +1,5 @@
-"""What nvcc makes of the CUDA kernels, without a GPU: they compile for every architecture, in registers alone, and the
-float kernels have no double precision in them."""
+"""nvcc's output for the CUDA kernels, without a GPU: they compile for every architecture without spills, and the float
+kernels use no double precision."""
 
 import re
 import shutil
@@ -12,22 +12,22 @@ from conftest import ROOT
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # So that a multiprocessor's registers suffice for two blocks of 9 warps (the row kernel's smaller one), or two of 8.
 MOST_REGISTERS = {"rows.cu": 112, "rows_cluster.cu": 112}
-# A quotient a sample, two sums per thread: what docs/measurements.md says of them.
+# One quotient per sample and two sums per thread: see docs/measurements.md.
 DOUBLES = {"diversity.cu", "whiten.cu"}
-# Numbers that come or go as doubles are converted, and no more.
+# Arithmetic in double precision. Loads, stores, moves and conversions of doubles are fine.
 ARITHMETIC = re.compile(r"^\s*(?:@\S+ )?(?!ld|st|cvt|mov|selp)\w+\S*\.f64.*$", re.MULTILINE)
-# That wait for other blocks.
+# Kernels that wait for other blocks.
 WAITING = {"tokens.cu": ["token_kernel"], "gae.cu": ["gae_kernel"], "diversity.cu": ["decide_kernel"]}
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not SOURCES, reason="needs the source tree"),
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here"),
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
 ]
 
 
 def compiled(source, arch, folder):
-    """ptxas's report and the PTX; of sm_90 it is there already, for the tests that execute it."""
+    """ptxas's report and the PTX. For sm_90 the PTX exists already, since other tests execute it."""
     if arch == 90:
         from ptx import nvcc
 
@@ -43,7 +43,7 @@ def compiled(source, arch, folder):
 
 
 def waits_for_blocks(ptx):
-    """The kernels that do, each of which must end by itself with its name where it waits for ever."""
+    """The kernels that wait for other blocks. Each must have a watchdog that ends it with its name."""
     constants = re.findall(r"\.b8 \S+\[\d+\] = \{([\d, ]+)\}", ptx)
     strings = [bytes(int(code) for code in c.split(",")).rstrip(b"\0").decode("latin-1") for c in constants]
     kernels = []
@@ -73,7 +73,8 @@ def test_registers_spills_and_doubles(arch, tmp_path):
 
 
 def check_waits(ptx, bulk, clusters):
-    """Loops that a verifier of PTX recognises, one of them watched; on sm_80 they sleep. Other blocks are written by name."""
+    """Wait loops have the shape that SentryWard recognises, one of them with a watchdog; on sm_80 they sleep. Stores to
+    other blocks of a cluster name the block."""
     waits = re.findall(r"AGAIN:[^}]*DONE:", ptx)
     if clusters != ("cluster_ctarank" in ptx) or not waits:  # the kernel for clusters where there are none
         assert not bulk and not waits
@@ -86,7 +87,7 @@ def check_waits(ptx, bulk, clusters):
 
 
 def test_a_launch_asks_for_the_most_shared_memory_whatever_it_needs(tmp_path):
-    """Or two threads that launch one kernel with different sizes would make each other's launch fail."""
+    """Otherwise two threads that launch one kernel with different sizes could make each other's launch fail."""
     flags = ["-std=c++17", "-arch=sm_90", "-cudart", "none", "-I", ROOT / "csrc", "-o", tmp_path / "probe"]
     sources = [ROOT / "python_tests/kernels" / name for name in ("launch_probe.cu", "launch_runtime.cpp")]
     done = subprocess.run(["nvcc", *flags, *sources], capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
-"""A captured loss follows what is written into its tensors, the coefficients among them.
+"""A captured loss follows what is written into its tensors, including the coefficients.
 
-With a GPU the graphs themselves; without one, what a graph does: the backend's calls are repeated with the arguments they
-had, whose memory holds other numbers by then."""
+On a GPU this tests the graphs themselves. Without one it does what a graph does: it repeats the backend's calls with
+the same arguments after their memory has been overwritten."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ VOCAB = 40
 
 
 class Static:
-    """Tensors that stay where they are; `fill` writes another batch and other coefficients into them."""
+    """Tensors with fixed addresses; `write` puts another batch and other coefficients into them."""
 
     def __init__(self, device, seed=0):
         b = make_batch(4, 5, VOCAB, seed=seed).to(torch.float32)
@@ -24,7 +24,7 @@ class Static:
         self.rewards = self.batch.advantages + 1
         self.kl, self.entropy = torch.tensor(0.1, device=device), torch.tensor(0.05, device=device)
 
-    def fill(self, seed, kl, entropy):
+    def write(self, seed, kl, entropy):
         other = Static(self.kl.device, seed)
         for mine, new in zip((*self.batch, self.rewards), (*other.batch, other.rewards), strict=True):
             mine.copy_(new)
@@ -80,7 +80,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_a_captured_graph_follows(name, backend):
     if backend not in BACKENDS_HERE:
-        pytest.skip(f"{backend} is not here")
+        pytest.skip(f"needs {backend}")
     static, step = Static("cuda"), STEPS[name]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -92,17 +92,17 @@ def test_a_captured_graph_follows(name, backend):
     with torch.cuda.graph(graph):
         results = step(static, backend)
     for seed, kl, entropy in ((0, 0.1, 0.05), (1, 0.9, 0.0), (2, 0.0, 0.3)):
-        static.fill(seed, kl, entropy)
+        static.write(seed, kl, entropy)
         graph.replay()
-        for found, expected in zip(results, step(static, backend), strict=True):
-            assert torch.equal(found, expected)
+        for result, expected in zip(results, step(static, backend), strict=True):
+            assert torch.equal(result, expected)
 
 
 @pytest.mark.skipif(GPU, reason="the graphs themselves are tested")
 @pytest.mark.parametrize("name", ["policy_loss", "grpo_loss", "in place"])
 @pytest.mark.parametrize("backend", [b for b in ("cpu", "emulated", "triton") if b in BACKENDS_HERE])
 def test_repeated_calls_follow(name, backend, monkeypatch):
-    """Recorded once, with what they returned, which the repetition overwrites as a graph does."""
+    """The calls are recorded once with their results, which the repetition overwrites, as a graph does."""
     static, step, module, calls = Static("cpu"), STEPS[name], implementation(backend), []
 
     def recorded(fn):
@@ -121,7 +121,7 @@ def test_repeated_calls_follow(name, backend, monkeypatch):
         if name == "policy_loss"
         else ["row_policy", "token_policy"]
     )
-    static.fill(0, 0.9, 0.3)  # the same batch: what torch computed between the calls still holds
+    static.write(0, 0.9, 0.3)  # the same batch: what torch computed between the calls still holds
     for fn, args, returned in calls:
         if fn.__name__ == "row_policy":
             args[0].logits.copy_(static.batch.logits)
@@ -138,13 +138,13 @@ def test_repeated_calls_follow(name, backend, monkeypatch):
 @pytest.mark.skipif(GPU, reason="the graphs themselves are tested")
 @pytest.mark.parametrize("name", STEPS)
 def test_every_step_depends_on_its_inputs(name):
-    """So that a graph that did not follow would be found out; grads, losses and the KL's share move with the numbers."""
+    """So a graph that did not follow would fail the test: gradients, losses and the KL term depend on the inputs."""
     static = Static("cpu")
     before = [x.clone() for x in STEPS[name](static, "cpu")]
-    static.fill(0, 0.9, 0.3)
+    static.write(0, 0.9, 0.3)
     coefficients = STEPS[name](static, "cpu")
     assert all(torch.equal(*pair) for pair in zip(before, coefficients, strict=True)) == ("loss" not in name_of(name))
-    static.fill(1, 0.9, 0.3)
+    static.write(1, 0.9, 0.3)
     assert not any(torch.equal(*pair) for pair in zip(coefficients, STEPS[name](static, "cpu"), strict=True))
 
 

@@ -1,5 +1,5 @@
-"""The CUDA row kernel, emulated: every way a row is cut up, under every schedule of the threads, to the bit; and that the
-emulation notices a barrier that is not there."""
+"""The CUDA row kernel, emulated: every plan for a row, under every schedule of the threads, bit for bit; and that the
+emulation notices a missing barrier."""
 
 import ctypes
 import shutil
@@ -19,21 +19,21 @@ if "emulated" not in BACKENDS_HERE:
 import emulated
 
 MACHINE = {"shared_bytes": 10 << 10, "threads": 64}
-# What a row of so many bf16 logits is on that machine: vectors and scalars, two blocks or one a multiprocessor, a tail
-# that is read again, clusters of 2 and 8, the last with a tail too.
+# Numbers of bf16 logits that between them need every plan on that machine: vectors and scalars, two blocks per
+# multiprocessor or one, a tail that is loaded again, clusters of 2 and of 8, the last with a tail too.
 VOCABULARIES = (1, 7, 31, 257, 1500, 3000, 5003, 6000, 8001, 21000, 45000)
 H100, A100, CONSUMER = 227 << 10, 163 << 10, 99 << 10  # the last: sm_86, sm_89 and, with bulk copies, sm_120
 SCALED_CONSUMER = {
     "shared_bytes": 14 << 10,
     "threads": 64,
-}  # an eighth of it, apart from the two kilobytes next to the row
+}  # an eighth of it, except for the two kilobytes in addition to the row
 
 
 def plan(vocab, size=2, bulk=True, two_pass=True):
     return emulated.row_plan(MACHINE["shared_bytes"], MACHINE["threads"], bulk, vocab * size, two_pass)
 
 
-def test_the_vocabularies_reach_every_way():
+def test_the_vocabularies_reach_every_plan():
     plans = [plan(v) for v in VOCABULARIES]
     assert {p.cluster for p in plans} >= {1, 2, 8} and {p.threads for p in plans} == {32, 64}
     assert {(p.cluster > 1, p.resident > 0) for p in plans} == {(a, b) for a in (False, True) for b in (False, True)}
@@ -42,24 +42,24 @@ def test_the_vocabularies_reach_every_way():
 
 
 @pytest.mark.parametrize("vocab", [32000, 50257, 110_000, 128_256, 151_936, 202_048, 262_144, 1_000_000])
-@pytest.mark.parametrize("shared", [H100, A100])
-def test_plans_for_real_gpus(vocab, shared):
+@pytest.mark.parametrize("shared_bytes", [H100, A100])
+def test_plans_for_data_center_gpus(vocab, shared_bytes):
     for size in (2, 4):
-        bulk = shared == H100
-        once, twice = (emulated.row_plan(shared, 512, bulk, vocab * size, t) for t in (False, True))
-        assert once[:3] == twice[:3]  # or one pass and two would sum in two orders
-        tile, blocks = twice.threads * 32, 512 // twice.threads
-        assert blocks * (twice.shared_bytes + 1024) <= shared + 1024  # each block's own kilobyte is the system's
-        assert 4 <= twice.slots <= 32 and twice.slots - twice.resident >= 2
-        share = vocab * size / twice.cluster
-        fits = share <= twice.slots * tile
-        assert fits == (twice.resident == 0) or share > (twice.slots - 1) * tile
+        bulk = shared_bytes == H100
+        single, double = (emulated.row_plan(shared_bytes, 512, bulk, vocab * size, t) for t in (False, True))
+        assert single[:3] == double[:3]  # or one pass and two would sum in different orders
+        tile, blocks = double.threads * 32, 512 // double.threads
+        assert blocks * (double.shared_bytes + 1024) <= shared_bytes + 1024  # the system takes a kilobyte per block
+        assert 4 <= double.slots <= 32 and double.slots - double.resident >= 2
+        row_bytes = vocab * size / double.cluster
+        fits = row_bytes <= double.slots * tile
+        assert fits == (double.resident == 0) or row_bytes > (double.slots - 1) * tile
         if size == 2 and bulk:
             assert fits == (vocab not in (128_256, 151_936, 1_000_000))
-            assert twice.cluster == {202_048: 2, 262_144: 4, 1_000_000: 8}.get(vocab, 1)
+            assert double.cluster == {202_048: 2, 262_144: 4, 1_000_000: 8}.get(vocab, 1)
 
 
-# Of bf16 rows: threads, slots, residents, and the blocks of a cluster where there are clusters.
+# Plans for bf16 rows: threads, slots, resident slots, and the blocks of a cluster where there are clusters.
 ON_CONSUMER_GPUS = {
     20_000: (256, 5, 0, 1), 32_000: (512, 6, 0, 1), 50_257: (512, 6, 4, 1),
     128_256: (512, 6, 0, 4), 151_936: (512, 6, 0, 4), 262_144: (512, 6, 0, 8),
@@ -79,9 +79,9 @@ def test_plans_for_consumer_gpus(vocab, bulk):
 @pytest.mark.parametrize("vocab", [20_000, 50_257, 128_256])
 @pytest.mark.parametrize("bulk", [True, False])
 def test_rows_as_on_a_consumer_gpu(vocab, bulk):
-    real, vocab = emulated.row_plan(CONSUMER, 512, bulk, 2 * vocab, True), vocab // 8
+    gpu, vocab = emulated.row_plan(CONSUMER, 512, bulk, 2 * vocab, True), vocab // 8
     here = emulated.row_plan(*SCALED_CONSUMER.values(), bulk, 2 * vocab, True)
-    assert (here.slots, here.resident, here.cluster) == (real.slots, real.resident, real.cluster)
+    assert (here.slots, here.resident, here.cluster) == (gpu.slots, gpu.resident, gpu.cluster)
     case, results = Case(vocab, torch.bfloat16, shift=1), []
     for schedule in emulated.SCHEDULES:
         with emulated.machine(**SCALED_CONSUMER, bulk_copies=bulk, schedule=schedule):
@@ -94,20 +94,20 @@ def test_rows_as_on_a_consumer_gpu(vocab, bulk):
 
 @pytest.mark.parametrize("vocab", [300, 21000])
 def test_small_blocks_with_much_memory_keep_to_the_slots_that_have_barriers(vocab):
-    """A bit of a word for each slot, and two barriers of the kilobytes behind them: 111 slots would fit."""
+    """A slot has one bit of a 32-bit word and two barriers: at most 32 slots, although the memory would hold 111."""
     much = {"shared_bytes": H100, "threads": 64}
     p = emulated.row_plan(*much.values(), True, 2 * vocab, True)
     assert p.slots == 32 and p.shared_bytes <= H100
     case = Case(vocab, torch.bfloat16)
     with emulated.machine(**much):
-        found = case.two_passes()
+        ours = case.two_passes()
     eager, exact = case.two_passes("reference"), case.two_passes("reference", wide=True)
-    for values in zip(found, eager, exact, strict=True):
+    for values in zip(ours, eager, exact, strict=True):
         assert_as_accurate(*values, what=f"{vocab} columns")
 
 
 class Case:
-    """Logits of [2, 3, V] with one position more than targets, a masked row, given derivatives; peaked on one target."""
+    """Logits [2, 4, V] for three targets per sequence, with a masked row, given derivatives, a peak on one target."""
 
     def __init__(self, vocab, dtype, seed=0, shift=0):
         g = torch.Generator().manual_seed(seed)
@@ -181,20 +181,20 @@ def test_neither_schedule_nor_copies_nor_passes_change_a_bit(vocab):
 
 @pytest.mark.parametrize("vocab", [31, 5003, 8001])
 def test_a_row_depends_on_nothing_but_the_row(vocab):
-    """Its place in the batch, how many multiprocessors there are, and what it shares them with; at one alignment."""
+    """Not on its place in the batch, the number of multiprocessors or the other rows; at one alignment."""
     vocab = vocab // 8 * 8
     case = Case(vocab, torch.bfloat16)
-    whole = case.two_passes()
+    expected = case.two_passes()
     with emulated.machine(**MACHINE, multiprocessors=5):
-        assert same(case.two_passes(), whole)
+        assert same(case.two_passes(), expected)
     case.logits, case.targets, case.mask = case.logits[1:, 1:2], case.targets[1:, 1:2], case.mask[1:, 1:2]
     case.g_logps, case.g_entropy = case.g_logps[1:, 1:2], case.g_entropy[1:, 1:2]
-    for alone, row in zip(case.two_passes(), whole, strict=True):
+    for alone, row in zip(case.two_passes(), expected, strict=True):
         assert torch.equal(alone, row[1:, 1:2])
 
 
 @pytest.mark.parametrize("vocab", [31, 5003, 8001])
-def test_rows_without_a_distribution_or_a_pull(vocab):
+def test_rows_without_a_distribution_or_a_gradient(vocab):
     case = Case(vocab, torch.float32)
     case.logits[0, 0] = -torch.inf
     case.logits[0, 1, 1:] = -torch.inf
@@ -208,12 +208,12 @@ def test_rows_without_a_distribution_or_a_pull(vocab):
     assert gradient[0, 2].count_nonzero() == 0 and gradient[:, 3].count_nonzero() == 0
 
 
-# ---- the emulation's teeth ----
+# ---- mutations: what the emulation notices ----
 
-MUTANTS = {  # file, statement that is left out; or what takes its place: ON in the mutant, OFF in the others
+MUTANTS = {  # file, statement that is removed or replaced; OFF is true in all but this mutant, ON in this one alone
     "nothing": ("row_kernel.cuh", ""),
-    "the first meeting": ("row_kernel.cuh", "sync();\n  }"),
-    "the last meeting": ("row_kernel.cuh", "sync();  // nobody exits"),
+    "the first sync": ("row_kernel.cuh", "sync();\n  }"),
+    "the last sync": ("row_kernel.cuh", "sync();  // nobody exits"),
     "the publishing of barriers": ("row_kernel.cuh", "publish_barriers();"),
     "the barrier after the epilogue": ("row_kernel.cuh", "sync_computing();\n    return"),
     "the barrier of the reduction": ("row_kernel.cuh", "sync_computing();\n    if (warp"),
@@ -233,7 +233,7 @@ MUTANTS = {  # file, statement that is left out; or what takes its place: ON in 
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory):
-    """rows_probe.cpp's function; every mutant is in it, and an argument says which one runs."""
+    """rows_probe.cpp's function. It contains every mutant, and an argument selects the one that runs."""
     folder = tmp_path_factory.mktemp("mutants")
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for number, (name, old, *new) in enumerate(MUTANTS.values()):

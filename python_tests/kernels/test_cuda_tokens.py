@@ -1,5 +1,5 @@
-"""The CUDA kernels per token and per sample where the shared tests do not reach: sequences over several blocks, of one
-token and of none, groups of any size, and bits that hang on nothing but the values."""
+"""The CUDA kernels per token and per sample, where the tests of all backends do not reach: sequences of several blocks,
+of one token and of none, groups of any size, and bits that depend on nothing but the values."""
 
 import math
 
@@ -31,7 +31,7 @@ def on_device(x, backend):
 
 
 def tokens(shape, seed=0):
-    """Log-probs, a mask and what is compared with the log-probs, in float64 but exact in float32; NaN behind the mask."""
+    """Log-probs, a mask and the other log-probs, in float64 but exact in float32; NaN where masked."""
     g = torch.Generator().manual_seed(seed)
 
     def exact(x, mask):
@@ -73,7 +73,7 @@ def compare(form, backend, *inputs):
 
 
 def near(logps, others):
-    """Ratios whose product over thousands of tokens is still a number."""
+    """Log-probs so close that the product of thousands of ratios is still finite."""
     return {k: logps + 0.003 * (v - logps) if k == "old_logps" else v for k, v in others.items()}
 
 
@@ -119,7 +119,7 @@ def test_a_sequence_does_not_depend_on_the_others(backend, name):
 
 @pytest.mark.parametrize("form", ["token", "sequence", "gmpo"])
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0), (3, 7)], ids=str)
-def test_nothing_counts(backend, form, shape):
+def test_no_active_token_gives_zero_loss(backend, form, shape):
     out = gk.policy_loss(
         on_device(torch.full(shape, math.nan), backend), on_device(torch.ones(shape[0]), backend),
         on_device(torch.zeros(shape), backend), config=gk.LossConfig(**FORMS[form]), backend=backend,
@@ -128,37 +128,37 @@ def test_nothing_counts(backend, form, shape):
     assert out.metrics["tokens"] == 0 and out.metrics["ratio_mean"] == 1
 
 
-def test_advantages_of_rewards_in_the_launch(backend):
+def test_rewards_in_the_launch_give_the_same_advantages(backend):
     _, mask, others = tokens((12, 9))
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5, 3.0, math.nan, -1.0, 2.0])
     config = gk.LossConfig(ratio_level="sequence")
-    given = gk.group_advantages(rewards, group_size=4).advantages
+    expected = gk.group_advantages(rewards, group_size=4).advantages
     logits = torch.randn(12, 9, 33, generator=torch.Generator().manual_seed(0))
     targets, old = torch.zeros(12, 9, dtype=torch.long), others["old_logps"].float()
     arguments = [on_device(x, backend) for x in (logits, targets, mask, old)]
-    made, told = (
+    from_rewards, from_advantages = (
         gk.grpo_loss(
             arguments[0], arguments[1], mask=arguments[2], old_logps=arguments[3], config=config, backend=b, **a
         )
         for b, a in (
             (backend, {"rewards": on_device(rewards, backend), "group_size": 4}),
-            ("reference", {"advantages": on_device(given, backend)}),
+            ("reference", {"advantages": on_device(expected, backend)}),
         )
     )
-    torch.testing.assert_close(made.per_token_loss, told.per_token_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(from_rewards.per_token_loss, from_advantages.per_token_loss, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [1, 4096, 4096 + 24, 4099])
 def test_scale(backend, dtype, columns):
     g = torch.Generator().manual_seed(0)
-    whole = torch.randn(2, 4, columns + 8, generator=g).to(dtype)
-    expected = whole.clone()
+    matrix = torch.randn(2, 4, columns + 8, generator=g).to(dtype)
+    expected = matrix.clone()
     expected[:, 1:3, :columns] *= 0.3
-    moved = on_device(whole.clone(), backend)
+    moved = on_device(matrix.clone(), backend)
     for factor in (1.0, 0.3):
         HERE[backend].scale(moved[:, 1:3, :columns], on_device(torch.tensor(factor), backend))
-        assert torch.equal(moved.cpu(), whole if factor == 1 else expected)
+        assert torch.equal(moved.cpu(), matrix if factor == 1 else expected)
     one = on_device(torch.tensor([math.inf, 2.0, math.nan], dtype=dtype), backend)
     HERE[backend].scale(one.view(1, 1, -1), on_device(torch.tensor(1.0), backend))
     assert torch.equal(one.cpu()[:2], torch.tensor([math.inf, 2.0], dtype=dtype))
@@ -243,10 +243,10 @@ def samples(count, seed=1):
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "length_weighted", "none"])
 @pytest.mark.parametrize("scale", ["group", "batch", "leave_one_out", "mean", "none"])
-@pytest.mark.parametrize("grouping", ["ragged", "a warp a group", "a block a group"])
+@pytest.mark.parametrize("grouping", ["ragged", "a warp per group", "a block per group"])
 def test_groups_with_everything_in_any_order(backend, grouping, baseline, scale):
     rewards, critic, lengths, valid = samples(600)
-    size = {"ragged": 40, "a warp a group": 40, "a block a group": 300}[grouping]
+    size = {"ragged": 40, "a warp per group": 40, "a block per group": 300}[grouping]
     order = torch.randperm(size, generator=torch.Generator().manual_seed(2))
     shuffled = (torch.arange(0, 600, size)[:, None] + order).flatten()
     ids = torch.arange(600) // size * 1_000_003 - 5
@@ -274,7 +274,7 @@ def test_groups_with_everything_in_any_order(backend, grouping, baseline, scale)
         assert_as_accurate(a, c, d.double())
 
 
-def test_an_outlier_takes_no_bit_of_the_others(backend):
+def test_an_outlier_does_not_cost_the_others_precision(backend):
     rewards = on_device(torch.tensor([1.0, 2.0, 3.0, 1e20]), backend)
     out = gk.group_advantages(rewards, group_size=4, baseline="leave_one_out", scale="leave_one_out", backend=backend)
     assert out.std[3] == 1
@@ -290,11 +290,11 @@ DIVERSITY = {
 @pytest.mark.parametrize("grouping", DIVERSITY)
 @pytest.mark.parametrize("length", [0, 1, 700, 4400])
 def test_diversity_of_completions_of_any_length(backend, grouping, length):
-    """The longest do not fit the table in a block's own memory."""
+    """The table of the longest does not fit into shared memory."""
     g = torch.Generator().manual_seed(length)
     ids = torch.randint(0, 1 << 40, (24, length), generator=g)
     mask = torch.rand(24, length, generator=g) < 0.9
-    for i in range(1, 24):  # nearer and nearer to the one before, but for every third
+    for i in range(1, 24):  # more and more like its predecessor, except for every third
         same = torch.rand(length, generator=g) < (i / 24 if i % 3 else 0)
         ids[i], mask[i] = torch.where(same, ids[i - 1], ids[i]), mask[i - 1]
     options = {"threshold": 0.3, "ngram": 2, **DIVERSITY[grouping]}
@@ -311,8 +311,8 @@ def test_diversity_of_completions_of_any_length(backend, grouping, length):
 
 @pytest.mark.skipif("emulated" not in HERE, reason="a GPU has its own schedule")
 @pytest.mark.parametrize("schedule", emulated.SCHEDULES[1:] if "emulated" in HERE else ())
-def test_bits_do_not_hang_on_the_schedule(schedule):
-    """Neither threads of a block nor blocks of a grid run in a promised order."""
+def test_bits_do_not_depend_on_the_schedule(schedule):
+    """Neither the threads of a block nor the blocks of a grid run in a guaranteed order."""
     logps, mask, others = tokens((3, TOKENS_PER_TILE + 70))
     rewards, critic, _, _ = samples(60)
     ids = torch.randint(0, 40, (9, 300), generator=torch.Generator().manual_seed(0))

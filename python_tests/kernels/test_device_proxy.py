@@ -1,4 +1,4 @@
-"""The proxy through which CPU tensors reach a GPU's kernels, with a journey to nowhere: clones for another device."""
+"""The proxy that moves CPU tensors to a GPU's kernels and back, tested without a GPU: clones stand for the copies."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ NAMES = ["cpu", "emulated"]
 
 @pytest.fixture(params=NAMES)
 def both(request, monkeypatch):
-    """A call by the backend as it is and through the proxy, which counts what reaches it."""
+    """Runs a call on the backend directly and through the proxy, which counts the calls that reach it."""
     try:
         module = backends.implementation(request.param)
     except backends.BackendUnavailable as missing:
@@ -44,7 +44,7 @@ def batch():
 
 def loss(backend, inplace=False, upstream=1.0, **options):
     b = batch()
-    x = torch.empty(3, 6, 67)[:, 1:]  # of a larger storage, at an offset
+    x = torch.empty(3, 6, 67)[:, 1:]  # a view into a larger storage, at an offset
     x.copy_(b.logits)
     leaf = produced(x) if inplace else x.requires_grad_()
     config = gk.LossConfig(kl_coef=0.1, entropy_coef=0.05, **options)
@@ -78,7 +78,7 @@ def others(backend):
 
 
 def separate(backend):
-    """The backward in a launch of its own, in place."""
+    """The backward in a separate launch, in place."""
     x = batch().logits.clone()
     leaf = produced(x)
     out = gk.token_logps(leaf, batch().targets, return_entropy=True, inplace_backward=True, backend=backend)
@@ -97,7 +97,7 @@ CALLS = {
 }
 
 
-def test_every_function_travels_and_comes_back_with_the_same_bits(both):
+def test_every_function_gives_the_same_bits_through_the_proxy(both):
     run, proxy = both
     for name, call in CALLS.items():
         for a, b in zip(*run(call), strict=True):
@@ -105,7 +105,7 @@ def test_every_function_travels_and_comes_back_with_the_same_bits(both):
     assert {*FUNCTIONS} == {name for name, n in proxy.calls.items() if n}, proxy.calls
 
 
-def test_memory_that_is_shared_stays_shared_and_what_is_written_comes_back():
+def test_shared_memory_stays_shared_and_writes_are_copied_back():
     class Module:
         def row_policy(self, rows, inputs, gradient):
             assert rows.data_ptr() == gradient.data_ptr() != x.data_ptr()

@@ -1,4 +1,4 @@
-"""Arguments on another device than the tokens: what is refused, and what is taken without a copy."""
+"""Arguments on another device than the tokens: what is refused, and what is accepted without a copy."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_boundaries_elsewhere_are_refused(name):
-    """They would be copied at each call, and a kernel that is given their address would read another memory."""
+    """They would have to be copied at each call: a kernel that is given their address would read the wrong memory."""
     boundaries = torch.tensor([0, 4, N])
     CALLS[name](boundaries)
     with pytest.raises(ValueError, match="cu_seqlens must be where the other tensors are, on cpu; got meta"):

@@ -1,4 +1,4 @@
-"""The machine that the CUDA kernels are tested on refuses what a GPU leaves undefined."""
+"""The emulator on which the CUDA kernels are tested refuses what a GPU leaves undefined."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""The enumerators of csrc are the positions of Python's names: both are compared, so that neither may be reordered."""
+"""An enumerator of csrc is the position of a name in Python. The orders are compared, so that neither changes alone."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What `interpreter.py` does to Triton's interpreter, so that it is fast, changes no bit of a result."""
+"""`interpreter.py` makes Triton's interpreter fast without changing a bit of a result."""
 
 import os
 import subprocess
@@ -27,9 +27,9 @@ EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.05, "delta": 1.6, "dual_clip": 1
 
 
 def results():
-    """Of the kernels that stand for all: rows, tokens, pooled sequences, groups and sets; scans are not among them."""
+    """The results of kernels that stand for all: rows, tokens, pooled sequences, groups and sets, but no scans."""
     torch.manual_seed(0)
-    found = []
+    outputs = []
     for dtype, level in ((torch.float32, "sequence"), (torch.float64, "token"), (torch.bfloat16, "token")):
         b = make_batch(3, 4, 37).to(dtype)
         x, config = b.logits.requires_grad_(), gk.LossConfig(**EVERYTHING, ratio_level=level)
@@ -37,24 +37,24 @@ def results():
             x, b.targets, b.advantages, b.mask, config=config, softcap=9.0, backend="triton", **b.keywords()
         )
         out.loss.backward()
-        found += [out.loss.detach(), out.per_token_loss, torch.stack(list(out.metrics.values())), x.grad]
+        outputs += [out.loss.detach(), out.per_token_loss, torch.stack(list(out.metrics.values())), x.grad]
     rewards, ids = torch.randn(12), torch.arange(12) % 5
-    found += gk.group_advantages(rewards, group_ids=ids, backend="triton")
-    found += gk.group_diversity(torch.randint(4, (6, 9)), group_size=3, ngram=2, threshold=0.5, backend="triton")
-    return found
+    outputs += gk.group_advantages(rewards, group_ids=ids, backend="triton")
+    outputs += gk.group_diversity(torch.randint(4, (6, 9)), group_size=3, ngram=2, threshold=0.5, backend="triton")
+    return outputs
 
 
 PLAIN = """
 import sys
 import interpreter
-interpreter.patch_the_language_once_a_launch()  # or it takes four times as long
+interpreter.patch_the_language_once_per_launch()  # or it takes four times as long
 interpreter.round_to_bfloat16()
 import torch, test_interpreter
 torch.save(test_interpreter.results(), sys.argv[1])
 """
 
 
-def test_no_bit_differs_from_the_interpreter_as_it_comes(tmp_path):
+def test_no_bit_differs_from_the_unpatched_interpreter(tmp_path):
     paths = os.pathsep.join([str(HERE), *sys.path])
     command = [sys.executable, "-c", PLAIN, tmp_path / "plain.pt"]
     done = subprocess.run(command, env=environment(PYTHONPATH=paths), capture_output=True, text=True, check=False)
@@ -79,7 +79,7 @@ def scan_kernel(factors, terms, out, BLOCK: tl.constexpr, REVERSE: tl.constexpr)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_scan_takes_every_element_once_and_in_order(reverse):
+def test_a_scan_combines_every_element_once_and_in_order(reverse):
     """Small integers, so that no order of additions rounds."""
     factors, terms = torch.randint(-1, 2, (64,)).double(), torch.randint(-9, 10, (64,)).double()
     out = torch.empty_like(terms)

@@ -1,5 +1,5 @@
-"""No public function waits for the GPU, and none takes more launches than it did: seen on fake CUDA tensors, on any
-machine. Where there is a GPU, benchmarks/gpu_check.py sees it by torch's own sync debug mode."""
+"""No public function synchronises with the GPU, and none needs more launches than before. Fake CUDA tensors show this
+on any machine; on a machine with a GPU, benchmarks/gpu_check.sh shows it with torch's sync debug mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import grpo_kernels as gk
 
 HERE = Path(__file__).parents[1]
 LINEAR = ("linear_token_logps", "linear_grpo_loss", "LinearGRPOLoss")
-# They turn a number of the GPU's into a coefficient, and say so.
+# They read a number from the GPU to make a coefficient of it; their documentation says so.
 WAIT_BY_DESIGN = {("AdaptiveKLController", "update"), ("AdaptiveEntropyController", "update")}
 
 if torch.version.cuda is not None or torch.version.hip is not None:
@@ -31,17 +31,17 @@ if library.compiler() is None:
 
 
 def walked():
-    found = environment(PYTHONPATH=os.pathsep.join([str(HERE), *sys.path]))
-    found.pop("TRITON_INTERPRET", None)
+    env = environment(PYTHONPATH=os.pathsep.join([str(HERE), *sys.path]))
+    env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "fake_cuda.walk"]
-    done = subprocess.run(command, env=found, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
-    """Of one process, for all workers of pytest-xdist."""
+    """The walk, done once in a separate process for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "fake_cuda_walk.json"
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -61,7 +61,7 @@ def test_every_public_function_is_walked():
     assert set(calls.FUNCTIONS) == {name for name in gk.__all__ if calls.takes_tensors(name)}
 
 
-def test_the_recorder_knows_waits(walk):
+def test_the_recorder_notices_every_known_wait(walk):
     assert [name for name, waits in walk["known waits"].items() if not waits] == []
 
 
@@ -80,14 +80,14 @@ def test_nothing_waits_around_the_operators(walk):
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_operators_wait_in_the_linear_path_alone(walk, backend):
-    """For the number of active rows, which is the size of what it computes: once a forward, and once more in a backward
-    that computes the logits again. Whether torch adds in float32 is asked once a process."""
+    """It waits for the number of active rows, which is the size of its result: once per forward, and once more in a
+    backward that recomputes the logits. Whether torch adds in float32 is asked once per process."""
     waits = entries(walk, f"waits in {backend}")
     assert len(waits) > 100
-    for (name, form), found in waits.items():
+    for (name, form), seen in waits.items():
         again = form != "no grad" and (name == "linear_token_logps" or form in RECOMPUTED)
         expected = ["nonzero"] * (1 + again) if name in LINEAR else []
-        assert [x for x in found if name not in LINEAR or x != "item"] == expected, (name, form)
+        assert [x for x in seen if name not in LINEAR or x != "item"] == expected, (name, form)
     assert sum(w.count("item") for w in waits.values()) <= 1
 
 
@@ -98,7 +98,7 @@ RECOMPUTED = [
 
 
 def test_launches_are_pinned(walk):
-    """Also where they have become fewer: then `PYTHONPATH=python_tests python -m fake_cuda.walk --pin`."""
+    """Also when there are fewer than before: then run `PYTHONPATH=python_tests python -m fake_cuda.walk --pin`."""
     pinned = json.loads((HERE / "fake_cuda" / "launches.json").read_text())
     if torch.__version__.partition("+")[0] != pinned["torch"]:
         pytest.skip(f"pinned with torch {pinned['torch']}, whose operations may be made of others")

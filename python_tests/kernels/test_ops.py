@@ -49,7 +49,7 @@ def test_opcheck(dtype):
         torch.library.opcheck(op, args)
 
 
-VIEWS = {  # of [5, 7, 133]
+VIEWS = {  # logits [5, 7, 133]
     "of_fewer_tokens": lambda dtype: torch.randn(5, 8, 133).to(dtype)[:, :-1],
     "not_from_the_first": lambda dtype: torch.randn(5, 9, 133).to(dtype)[:, 1:-1],
     "of_a_padded_vocabulary": lambda dtype: torch.randn(5, 7, 139).to(dtype)[..., :133],
@@ -65,7 +65,7 @@ def each_row(matrix):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_gradient_is_aligned_as_its_logits_are(backend, view, dtype):
-    """Each row modulo 16 bytes, so that a kernel that reads it in vectors can write it so."""
+    """Each row's address modulo 16 is the same, so that a kernel that loads vectors can store vectors."""
     b, x = make_batch(), VIEWS[view](dtype).requires_grad_()
     dense = gk.grpo_loss(x.contiguous(), b.targets, b.advantages, b.mask, backend="reference").loss
     (expected,) = torch.autograd.grad(dense, x)
@@ -161,7 +161,7 @@ def test_one_graph_for_all_group_sizes(backend):
 
 
 def test_import_does_no_work():
-    """No compile, no device query, no print, and nothing beyond torch is needed."""
+    """No compilation, no device query, no output, and no import other than torch."""
     import subprocess
     import sys
 

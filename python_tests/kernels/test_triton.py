@@ -1,5 +1,5 @@
-"""What is Triton's own in the row kernels: both ways to share a row, odd vocabularies, strides and offsets, and, compiled
-for GPUs that need not be here, variants, registers and accesses. test_triton_token.py has the token kernel."""
+"""What is specific to Triton in the row kernels: rows that are split or not, odd vocabularies, strides and offsets; and
+variants, registers and accesses, compiled for GPUs that need not be present. test_triton_token.py: the token kernel."""
 
 import math
 from pathlib import Path
@@ -30,13 +30,13 @@ def row_wise(logits, targets, **options):
     return run(ours, logits.to(DEVICE), targets.to(DEVICE), backend="triton", **options)
 
 
-# ---- numbers, as test_logps.py asks of the CPU kernels ----
+# ---- accuracy, as test_logps.py tests it for the CPU kernels ----
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 31, 257, 2049, 5003])  # one lane, a tile and its neighbour, several segments
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_accuracy(dtype, vocab):
-    """Three rows are shared between programs, five are not."""
+    """Three rows are split between programs, five are not."""
     torch.manual_seed(vocab)
     for rows in (3, 5):
         logits, targets = (3 * torch.randn(rows, vocab)).to(DEVICE, dtype), torch.randint(vocab, (rows,), device=DEVICE)
@@ -97,7 +97,7 @@ def test_masked_vocabulary_and_extreme_logits():
 
 
 def test_tanh_against_float64():
-    """Softcap's, in both of its ranges and where they meet."""
+    """The softcap's tanh, in both of its ranges and at the border between them."""
     x = torch.cat([torch.linspace(-60, 60, 4001), torch.logspace(-30, 1, 500)])[None]
     for dtype, limit in ((torch.float32, 4e-7), (torch.float64, 1e-15)):
         logits = x.to(DEVICE, dtype).requires_grad_()
@@ -114,17 +114,17 @@ def test_tanh_against_float64():
 
 
 def test_a_row_depends_on_nothing_but_the_row():
-    """Bitwise: alone, its segments are shared between programs; among others, one program has them all."""
+    """Bitwise: a row alone is split between programs; among others, one program has the entire row."""
     torch.manual_seed(5)
     logits, targets = torch.randn(6, 5003), torch.randint(5003, (6,))
-    whole = row_wise(logits, targets)
+    expected = row_wise(logits, targets)
     for i in (0, 3, 5):
         x, t = logits[i : i + 1].to(DEVICE), targets[i : i + 1].to(DEVICE)
-        for a, b in zip(ours(x, t, backend="triton"), whole, strict=False):
+        for a, b in zip(ours(x, t, backend="triton"), expected, strict=False):
             assert torch.equal(a, b[i : i + 1])
 
 
-@pytest.mark.parametrize("tokens", [3, 5])  # shared between programs, or not
+@pytest.mark.parametrize("tokens", [3, 5])  # split between programs, or not
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_one_pass_two_and_in_place_are_the_same_bits(dtype, tokens):
     b, config = make_batch(sequences=1, tokens=tokens, vocab=2500).to(dtype), gk.LossConfig(**FULL)
@@ -144,8 +144,8 @@ def test_one_pass_two_and_in_place_are_the_same_bits(dtype, tokens):
     assert (results[0][-1] != 0).any(-1).all()
 
 
-def test_rows_without_a_pull_are_zeros_and_not_read():
-    """Zero advantage, and nothing else that pulls: no NaN comes through."""
+def test_rows_without_a_gradient_are_zeros_and_not_read():
+    """The given gradient is zero, so that no NaN of the logits reaches the result."""
     for tokens in (2, 6):
         x = torch.full((1, tokens, 3000), math.nan, device=DEVICE, requires_grad=True)
         targets = torch.zeros(1, tokens, dtype=torch.int64, device=DEVICE)
@@ -154,7 +154,7 @@ def test_rows_without_a_pull_are_zeros_and_not_read():
         assert out.isnan().all() and (g == 0).all()
 
 
-# ---- where the logits lie ----
+# ---- strides and offsets ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
@@ -187,7 +187,7 @@ def test_one_position_more_is_ignored():
 
 
 def test_offsets_past_32_bits():
-    """Two rows 2^31 elements apart, in memory of which only they are touched."""
+    """Two rows 2^31 elements apart, in a storage of which nothing else is touched."""
     apart = 2**31 + 16
     rows = torch.empty(apart + 300, dtype=torch.float16, device=DEVICE).as_strided((2, 1, 300), (apart, 300, 1))
     rows.copy_(torch.randn(2, 1, 300))
@@ -197,7 +197,7 @@ def test_offsets_past_32_bits():
 
 
 def test_a_target_outside_the_vocabulary_is_nan():
-    """What ops/loss.py refuses on the CPU and cannot see on a GPU."""
+    """ops/loss.py refuses it on the CPU and cannot check it on a GPU."""
     from grpo_kernels.backends import triton as backend
     from grpo_kernels.inputs.layout import rows_of
 
@@ -226,12 +226,12 @@ def test_torch_compile_sees_one_graph(inplace):
 # ---- launches ----
 
 
-def test_numbers_travel_as_bits():
-    for real, values in ((torch.float32, (0.7, -1.5, 0.0)), (torch.float64, (0.7, 1e-300, 0.0))):
+def test_scalars_travel_as_bits():
+    for dtype, values in ((torch.float32, (0.7, -1.5, 0.0)), (torch.float64, (0.7, 1e-300, 0.0))):
         for value in values:
-            word = torch.tensor(launch.scalar_bits(value, real), dtype=torch.int64)
-            narrow = word if real == torch.float64 else word.to(torch.int32)
-            assert narrow.view(real).item() == torch.tensor(value, dtype=real).item()
+            word = torch.tensor(launch.scalar_bits(value, dtype), dtype=torch.int64)
+            narrow = word if dtype == torch.float64 else word.to(torch.int32)
+            assert narrow.view(dtype).item() == torch.tensor(value, dtype=dtype).item()
 
 
 def test_alignment_is_of_every_row():
@@ -241,7 +241,7 @@ def test_alignment_is_of_every_row():
     assert not launch.aligned(torch.empty(2, 3, 50257, dtype=torch.bfloat16))
 
 
-def test_scaling_in_whole_accesses_needs_no_whole_rows():
+def test_scaling_uses_vectors_although_rows_are_no_multiple_of_them():
     from grpo_kernels.backends.triton.scale import rows_begin_aligned, rows_without_gaps
 
     odd, padded = torch.empty(2, 3, 50257, dtype=torch.bfloat16), torch.empty(2, 3, 64, dtype=torch.bfloat16)
@@ -252,11 +252,11 @@ def test_scaling_in_whole_accesses_needs_no_whole_rows():
     assert not rows_begin_aligned(rows_without_gaps(odd.view(-1)[1:].view(1, 1, -1)))
 
 
-def test_the_table_covers_what_is_newer():
-    known = tuning.TABLE
-    assert tuning.config_of("cuda", 80) == tuning.config_of("cuda", 89) == known["cuda", 80]
-    assert tuning.config_of("cuda", 90) == known["cuda", 90]
-    assert tuning.config_of("cuda", 120) == known["cuda", 100] and tuning.config_of("hip", 0) == known["hip", 0]
+def test_newer_architectures_use_the_latest_entry_of_the_table():
+    table = tuning.TABLE
+    assert tuning.config_of("cuda", 80) == tuning.config_of("cuda", 89) == table["cuda", 80]
+    assert tuning.config_of("cuda", 90) == table["cuda", 90]
+    assert tuning.config_of("cuda", 120) == table["cuda", 100] and tuning.config_of("hip", 0) == table["hip", 0]
     with pytest.raises(RuntimeError, match="no launch configuration for 'xpu'"):
         tuning.config_of("xpu", 1)
 
@@ -294,7 +294,7 @@ def test_tuning_takes_the_fastest_that_fits():
 
 
 def test_tuning_writes_copies_and_prints_a_row(monkeypatch, capsys):
-    """As on a GPU: what is timed writes a copy, once for each kernel, dtype and vocabulary, and the loss is the same."""
+    """As on a GPU: timed launches write into a copy, once per kernel, dtype and vocabulary; the loss is the same."""
     b, config = make_batch(sequences=2, tokens=3, vocab=40), gk.LossConfig(**FULL)
     b = type(b)(*(x.to(DEVICE) for x in b))
 
@@ -316,7 +316,7 @@ def test_tuning_writes_copies_and_prints_a_row(monkeypatch, capsys):
     assert said.count("row_policy") == 1 and "('cuda', 90): Config(warps=" in said
 
 
-# ---- compiled for GPUs that need not be here ----
+# ---- compiled for GPUs that need not be present ----
 
 
 @pytest.mark.parametrize("target", TARGETS, ids="-".join)

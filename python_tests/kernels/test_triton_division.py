@@ -1,5 +1,5 @@
-"""Triton's `/` of float32 is off by units in the last place on a GPU, above and below: here, in its interpreter, every
-such quotient is. What must not depend on it is what is compared with it, and what is 1 by definition."""
+"""On a GPU, Triton's `/` of float32 may be off by units in the last place, in both directions. Here every such quotient
+in the interpreter is off. What must not depend on it: comparisons, and values that are 1 by definition."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def fixed_kernel(counts, shares, out, BLOCK: tl.constexpr):
     tl.store(out + i, fixed(tl.load(shares + i), i >= 0, scale_for(tl.load(counts + i).to(tl.float32))))
 
 
-def test_sums_of_shares_fit_64_bits_for_any_count():
+def test_fixed_point_sums_fit_64_bits_for_any_count():
     counts = torch.tensor([1, 2, 3, 5, 1000, 2**24 + 1, 2**30 + 1, 2**31 - 1])
     out, largest = torch.empty(8, dtype=torch.int64), LARGEST_SHARE.value - 1e-6
     for share in (largest, -largest):
@@ -81,7 +81,7 @@ def test_sums_of_shares_fit_64_bits_for_any_count():
 
 @pytest.mark.parametrize("tokens", [3, 7, 49])
 def test_a_mean_of_ones_is_one(inexact, tokens):
-    """Every token alike, of which a share of all is clipped: with exact division on every other backend."""
+    """All tokens are alike, and all of them or none are clipped. The other backends divide exactly."""
     logps, advantages = torch.full((2, tokens), -1.0), torch.tensor([-1.0, -1.0])
     on_policy = gk.policy_loss(logps, advantages, backend="triton").metrics
     assert all(on_policy[name] == 1 for name in ("ratio_mean", "gradient_weight", "weight_mean", "weight_ess"))
@@ -91,8 +91,8 @@ def test_a_mean_of_ones_is_one(inexact, tokens):
     assert clipped["clip_fraction"] == 1
 
 
-def test_a_temperature_each_is_one_temperature_for_all(inexact):
-    """To the bit: the host has divided the number, rounded to nearest."""
+def test_equal_temperatures_per_token_are_one_temperature(inexact):
+    """To the bit: the host's quotient of the one number is rounded to nearest."""
     torch.manual_seed(0)
     logits, targets = torch.randn(1, 6, 50), torch.randint(50, (1, 6))
     for temperature in (0.7, 1.3, 3.0):

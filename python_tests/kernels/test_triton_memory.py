@@ -1,5 +1,5 @@
-"""No Triton kernel leaves the memory of its tensors, whatever the boundaries of packed sequences say: on a GPU nobody has
-looked at them. The backend is called as the operators call it, since those refuse such boundaries on the CPU."""
+"""No Triton kernel accesses memory outside its tensors, whatever the boundaries of packed sequences are: on a GPU
+nothing checks them. The backend is called directly, since the operators refuse such boundaries on the CPU."""
 
 import math
 
@@ -25,9 +25,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # what it computes of NaNs
 ]
 
-TOKENS, BLOCK = 60, 16  # of the kernels per token: several of them a sequence
+TOKENS, BLOCK = 60, 16  # of the kernels per token: a sequence has several
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
-LEGAL = {"whole": [0, 20, 60], "tail": [0, 3, 3, 6], "nothing": [0, 0]}
+LEGAL = {"all tokens": [0, 20, 60], "tail": [0, 3, 3, 6], "no tokens": [0, 0]}
 HOSTILE = {
     "past": [0, 20, 1000], "descending": [0, 40, 20, 60], "negative": [0, -10, 60], "late": [8, 20, 60],
     "ends below 0": [0, 20, -7], "extremes": [LOWEST, HIGHEST, LOWEST, HIGHEST], "widest": [0, HIGHEST],
@@ -89,7 +89,7 @@ def test_a_gap_of_a_view_is_outside(accesses):
     ]  # 16 lanes but 4 of the first row, 3 of the next
 
 
-# ---- boundaries ----
+# ---- boundaries of sequences ----
 
 
 @pytest.mark.parametrize("name", BOUNDARIES)
@@ -120,14 +120,14 @@ def test_diversity(accesses, name):
     assert accesses.inside["greedy_kernel"] > 0 and not accesses.outside
 
 
-def test_the_tail_of_many_blocks_is_shared(accesses):
-    """Zeros to the end, by all programs in turn."""
+def test_all_programs_zero_the_tail(accesses):
+    """The tokens after the last sequence are zeros, written by all programs in turn."""
     rewards, active, cu = packed(cu_seqlens=[0, 4, 6])
     outputs = (*backend.gae(rewards, rewards, active, cu, 0.99, 0.9), *token_policy([0, 4, 6], "sequence")[1:4])
     assert all((x[0, 6:] == 0).all() and (x[0, :6] != 0).any() for x in outputs) and not accesses.outside
 
 
-# ---- no false alarm, nor a true one, in legal launches of the other kernels ----
+# ---- legal launches of the other kernels stay inside ----
 
 
 def row_policy(rows, config):
@@ -140,7 +140,9 @@ def row_policy(rows, config):
     backend.row_policy(rows, inputs, rows.logits)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2600), (2, 3, 2600), (2, 3, 37)], ids=str)  # shared, whole and short rows
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 2600), (2, 3, 2600), (2, 3, 37)], ids=str
+)  # rows that are split, rows that are not, short rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows(accesses, shape, dtype):
     logits = apart(*shape, dtype=dtype)
@@ -176,7 +178,7 @@ def test_values(accesses):
 @pytest.mark.parametrize("columns", [1, 7, 4099])
 @pytest.mark.parametrize("layout", ["dense", "rows apart", "aligned rows apart", "anywhere"])
 def test_scaling(accesses, layout, columns, dtype):
-    """Each element once, whole accesses or not; what is not the matrix's stays."""
+    """Each element is scaled once, with vectors or without; memory outside the matrix stays as it is."""
     wide = columns + {"dense": 0, "rows apart": 3, "aligned rows apart": -columns % 8 + 8, "anywhere": 9}[layout]
     begin = 1 if layout == "anywhere" else 0
     memory = torch.randn(2, 3, wide, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -187,7 +189,7 @@ def test_scaling(accesses, layout, columns, dtype):
     assert accesses.inside["scale_kernel"] > 0 and not accesses.outside
 
 
-# ---- whatever the numbers are, and where nothing is asked for ----
+# ---- any values, and empty inputs ----
 
 FILLINGS = {
     "NaN": [math.nan], "infinite": [math.inf], "-infinite": [-math.inf], "largest": [3.3e38, -3.3e38],
@@ -197,7 +199,7 @@ TARGETS = {"legal": 5, "past": 2600, "far past": HIGHEST, "negative": -1, "far b
 
 
 def filled(filling: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """These numbers in turn, in a view with a gap behind each row."""
+    """These numbers, repeated, in a view with a gap behind each row."""
     x = apart(*shape)
     numbers = torch.tensor(FILLINGS[filling])
     x.copy_(numbers[torch.arange(x.numel()) % len(numbers)].view(shape))
@@ -226,7 +228,7 @@ def test_rows_of_any_numbers(accesses, shape, filling):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("target", TARGETS)
 def test_targets_of_any_value(accesses, target, masked):
-    """What is masked is 0, what is not has no log-prob unless its target is a column."""
+    """A masked token's log-prob is 0; an active token's is NaN unless its target is a column."""
     stats, gradient = all_row_kernels(
         apart(1, 2, 2600), torch.full((1, 2), TARGETS[target]), torch.full((1, 2), not masked)
     )
@@ -240,7 +242,7 @@ def test_targets_of_any_value(accesses, target, masked):
 @pytest.mark.parametrize("filling", FILLINGS)
 @pytest.mark.parametrize("active", [True, False])
 def test_tokens_of_any_numbers(accesses, filling, active):
-    """Of all kernels per token and per sample; where nothing is active, nothing of the numbers is in what they make."""
+    """All kernels per token and per sample. Where nothing is active, the results do not depend on the values."""
     x, on = filled(filling, 2, 40), torch.full((2, 40), active)
     layout = layout_of(x.shape, None)
     inputs = policy_inputs(

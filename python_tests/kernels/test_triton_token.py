@@ -1,4 +1,5 @@
-"""The Triton kernels per token and per sample where the shared tests do not reach: long and many sequences, compilation."""
+"""The Triton kernels per token and per sample, where the tests of all backends do not reach: long and many sequences,
+compilation."""
 
 from pathlib import Path
 

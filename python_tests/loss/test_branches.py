@@ -1,7 +1,7 @@
 """Value and derivative follow one branch: between the bounds, exactly at them, and where two branches tie.
 
-Log-probs are multiples of 1/8, so that a log-ratio sits on its bound in float32 and in float64 alike; a bound on the ratio
-itself is the very number that the backend makes of a log-ratio.
+Log-probs are multiples of 1/8, so that a log-ratio can equal its bound exactly in float32 and in float64. A bound on
+the ratio is the exact value that the backend computes from such a log-ratio.
 """
 
 import itertools
@@ -18,8 +18,8 @@ from grpo_kernels.config import KL_ESTIMATORS, KL_GRADIENTS, RATIO_LEVELS
 INF = math.inf
 
 
-def tolerance(real):
-    return {"rtol": 2e-5, "atol": 1e-6} if real == torch.float32 else {"rtol": 1e-11, "atol": 1e-13}
+def tolerance(acc_dtype):
+    return {"rtol": 2e-5, "atol": 1e-6} if acc_dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-13}
 
 
 # ---- clip, literally ----
@@ -28,11 +28,11 @@ LOG_RATIOS = torch.tensor([-1.25, -0.5, -0.25, 0.0, 0.125, 0.375, 0.625, 1.125, 
 SIGNED = torch.tensor([1.5, 0.5, 0.0, -0.5, -1.5])
 
 
-def ratios(backend, real):
-    """r of each of LOG_RATIOS, as the backend computes it: -A r with A = -1."""
-    old = torch.full_like(LOG_RATIOS, -2.0).to(real)
+def ratios(backend, acc_dtype):
+    """The backend's own r for each of LOG_RATIOS: -A r with A = -1."""
+    old = torch.full_like(LOG_RATIOS, -2.0).to(acc_dtype)
     config = gk.LossConfig(objective="tv_mask", tv_low=2.0, tv_high=2.0)
-    logps, adv = (old + LOG_RATIOS.to(real))[None], torch.full((1,), -1.0)
+    logps, adv = (old + LOG_RATIOS.to(acc_dtype))[None], torch.full((1,), -1.0)
     return gk.policy_loss(logps, adv, rollout_logps=old[None], config=config, backend=backend).per_token_loss[0]
 
 
@@ -42,7 +42,7 @@ def literal_clip(r, a, low, high, delta, dual):
 
 
 def slope_of(r, a, bounds):
-    """d value / d log r: -A r where the active branch is the ratio itself, at its bound too, and 0 elsewhere."""
+    """d value / d log r: -A r where the ratio itself is the active branch, also exactly at its bound; 0 elsewhere."""
     held = literal_clip(r, a, *bounds) != -r * a
     slope, h = 0.0 if held else -a * r, 1e-6
     sides = [
@@ -53,14 +53,15 @@ def slope_of(r, a, bounds):
     return slope, held
 
 
-# Positions in LOG_RATIOS. The range may end at 1; delta lies inside it, at its end, outside it; the dual clip too.
+# Positions in LOG_RATIOS. A range may end at 1; delta and the dual clip are inside it, at its end or outside it.
 RANGES, DELTAS, DUALS = [(2, 3), (3, 5)], [None, 1, 4, 5], [None, 4, 7]
 
 
-def test_clip_at_every_bound_and_tie(backend, real):
-    r = ratios(backend, real)
-    old = torch.full((1, len(SIGNED) * len(r)), -2.0, dtype=real)
-    adv, log_ratios = SIGNED.to(real).repeat_interleave(len(r))[None], LOG_RATIOS.to(real).repeat(len(SIGNED))[None]
+def test_clip_at_every_bound_and_tie(backend, acc_dtype):
+    r = ratios(backend, acc_dtype)
+    old = torch.full((1, len(SIGNED) * len(r)), -2.0, dtype=acc_dtype)
+    adv = SIGNED.to(acc_dtype).repeat_interleave(len(r))[None]
+    log_ratios = LOG_RATIOS.to(acc_dtype).repeat(len(SIGNED))[None]
 
     def at(i):
         return None if i is None else r[i].item()
@@ -76,14 +77,15 @@ def test_clip_at_every_bound_and_tie(backend, real):
         cases = [(a, q) for a in SIGNED.tolist() for q in r.tolist()]
         value = torch.tensor([literal_clip(q, a, *bounds) for a, q in cases], dtype=torch.float64)
         slope, held = zip(*(slope_of(q, a, bounds) for a, q in cases), strict=True)
-        torch.testing.assert_close(out.per_token_loss.flatten().double(), value, **tolerance(real), msg=str(bounds))
+        close = tolerance(acc_dtype)
+        torch.testing.assert_close(out.per_token_loss.flatten().double(), value, **close, msg=str(bounds))
         expected = torch.tensor(slope, dtype=torch.float64)
-        torch.testing.assert_close(g.flatten().double(), expected, **tolerance(real), msg=lambda m: f"{bounds} {m}")  # noqa: B023
-        check_reports(out.metrics, cases, held, bounds, len(cases), real)
+        torch.testing.assert_close(g.flatten().double(), expected, **close, msg=lambda m: f"{bounds} {m}")  # noqa: B023
+        check_reports(out.metrics, cases, held, bounds, len(cases), acc_dtype)
 
 
-def check_reports(metrics, cases, held, bounds, n, real):
-    """The flags and the gradient weight tell of the branch that was taken; A = 0, where all tie, counts as A > 0."""
+def check_reports(metrics, cases, held, bounds, n, acc_dtype):
+    """The flags and the gradient weight say which branch was taken; A = 0, where all branches tie, counts as A > 0."""
     low, high, delta, _ = bounds
     weights = [
         0.0 if h or (a == 0 and q > min(delta, max(q, low), high)) else q for (a, q), h in zip(cases, held, strict=True)
@@ -95,7 +97,7 @@ def check_reports(metrics, cases, held, bounds, n, real):
     }
     for name, flag in flags.items():
         assert round(metrics[name].item() * n, 3) == sum(flag), (name, bounds)
-    expected = torch.tensor(sum(weights) / n, dtype=real)
+    expected = torch.tensor(sum(weights) / n, dtype=acc_dtype)
     torch.testing.assert_close(metrics["gradient_weight"], expected, rtol=1e-6, atol=0)
 
 
@@ -105,7 +107,7 @@ EIGHTHS = torch.arange(-8, 9) / 8
 
 
 def batch():
-    """[8, 8], A = 0 and log-ratios of exactly 0 and of every bound among them; sequences of mean 0 too."""
+    """[8, 8], with A = 0, log-ratios of exactly 0 and of exactly each bound, and sequences whose mean is 0."""
     g = torch.Generator().manual_seed(5)
 
     def pick(values, *shape):
@@ -132,7 +134,7 @@ def level_ratio(x, lp, c):
     return pooled.clamp(max=cap).expand_as(x)
 
 
-def written_clip(r, adv, c):
+def clip_formula(r, adv, c):
     low, high = 1 - c.get("eps_low", 0.2), 1 + c.get("eps_high", c.get("eps_low", 0.2))
     return -torch.minimum(r.clamp(max=c.get("delta", INF)) * adv, r.clamp(low, high) * adv)
 
@@ -150,34 +152,34 @@ def keeps(c, moved, up, lp, old):
     return torch.where(up, (coins <= c["eps_high"]) | (p <= q), (coins <= c["eps_low"]) | (p >= q))
 
 
-def written_gmpo(x, adv, c):
+def gmpo_formula(x, adv, c):
     kept = torch.where(adv > 0, x.clamp(max=c["eps_high"]), x.clamp(min=-c["eps_low"]))
     return (-kept.where(adv != 0, 0).mean(-1, keepdim=True).exp() * adv.mean(-1, keepdim=True)).expand_as(x)
 
 
-def written_vespo(x, adv, c):
+def vespo_formula(x, adv, c):
     w = x.clamp(-20, 20).sum(-1, keepdim=True).clamp(math.log(1e-8), 20).detach()
     pos = w.mul(c["vespo_k_pos"]) + c["vespo_lambda_pos"] * (1 - w.exp())
     return torch.where(adv >= 0, pos, 3 * w + 2 * (1 - w.exp())).exp()
 
 
-def written(c, lp, old, roll, adv, **_):
+def policy_formula(c, lp, old, roll, adv, **_):
     """The policy term of each token."""
     name, up = c.get("objective", "clip"), adv > 0
     base = roll if name in ("tv_mask", "ipo") else old
     x, moved = level_ratio(lp - base, lp, c), (lp.exp() - base.exp()).detach()
     r = x.exp()
     if name == "clip":
-        return written_clip(r, adv, c)
+        return clip_formula(r, adv, c)
     if name == "cispo":
         return -r.clamp(c["cispo_low"], c["cispo_high"]).detach() * adv * lp
     if name == "sapo":
         tau = torch.where(up, *(torch.tensor(c[f"sapo_tau_{s}"], dtype=torch.float64) for s in ("pos", "neg")))
         return -4 / tau * torch.sigmoid(tau * (r - 1)) * adv
     if name == "gmpo":
-        return written_gmpo(x, adv, c)
+        return gmpo_formula(x, adv, c)
     if name == "vespo":
-        return -written_vespo(x, adv, c) * adv * lp
+        return -vespo_formula(x, adv, c) * adv * lp
     if name == "dro":
         return -(adv * lp - c["dro_beta"] * x.square() / 2)
     if name == "kl_cov":
@@ -185,7 +187,7 @@ def written(c, lp, old, roll, adv, **_):
     if name == "clip_cov":
         cov = (adv - adv.mean()) * (lp - lp.mean()).detach()
         free = ~(((r > 1 + c["eps_high"]) & up) | ((r < 1 - 0.2) & (adv < 0)))
-        return written_clip(r, adv, c).where(~(free & (cov > c["cov_low"]) & (cov < c["cov_high"])), 0)
+        return clip_formula(r, adv, c).where(~(free & (cov > c["cov_low"]) & (cov < c["cov_high"])), 0)
     if name == "reinforce":
         return -adv * lp
     kept = keeps(c, moved, up, lp.detach(), base)
@@ -194,7 +196,7 @@ def written(c, lp, old, roll, adv, **_):
     return -(kept * r.clamp(max=c["ratio_cap"])).detach() * adv * lp
 
 
-def written_kl(c, lp, old, ref, roll, **_):
+def kl_formula(c, lp, old, ref, roll, **_):
     u, bound = ref - lp, c.get("kl_input_clamp", INF)
     v = u.clamp(-bound, bound)
     k = {"k1": -v, "abs": v.abs(), "k2": v**2 / 2, "k3": v.exp() - v - 1}[c["kl_estimator"]]
@@ -240,24 +242,24 @@ SWEPT = {
 
 
 @pytest.mark.parametrize("options", SWEPT.values(), ids=SWEPT)
-def test_derivative_is_that_of_the_plain_formula(backend, real, options):
+def test_derivative_is_that_of_the_plain_formula(backend, acc_dtype, options):
     lp, o = batch()
     weights = None if options.get("objective") in ("gmpo", "vespo") else o["w"]
     leaf = lp.clone().requires_grad_()
-    policy, kl = written(options, leaf, **o), written_kl(options, leaf, **o)
+    policy, kl = policy_formula(options, leaf, **o), kl_formula(options, leaf, **o)
     terms = (policy if weights is None else weights * policy) + 0.25 * kl
     (expected,) = torch.autograd.grad(terms.sum(), leaf)
-    x = lp.to(real).requires_grad_()
+    x = lp.to(acc_dtype).requires_grad_()
     read = {"old_logps": o["old"], "ref_logps": o["ref"], "rollout_logps": o["roll"], "token_weights": weights}
-    read = {name: None if v is None else v.to(real) for name, v in read.items()}
+    read = {name: None if v is None else v.to(acc_dtype) for name, v in read.items()}
     config = gk.LossConfig(**options, kl_coef=0.25, aggregation="token_sum")
-    out = gk.policy_loss(x, o["adv"].to(real), config=config, backend=backend, **read)
+    out = gk.policy_loss(x, o["adv"].to(acc_dtype), config=config, backend=backend, **read)
     (g,) = torch.autograd.grad(out.loss, x)
-    torch.testing.assert_close(out.per_token_loss.double(), terms.detach(), **tolerance(real))
-    torch.testing.assert_close(g.double(), expected, **tolerance(real))
+    torch.testing.assert_close(out.per_token_loss.double(), terms.detach(), **tolerance(acc_dtype))
+    torch.testing.assert_close(g.double(), expected, **tolerance(acc_dtype))
 
 
-# ---- near 0, where a difference of two roundings would be all that is left ----
+# ---- near 0, where subtracting rounded numbers would leave only their rounding errors ----
 
 
 def test_k3_of_a_policy_that_has_hardly_moved(backend):

@@ -1,5 +1,5 @@
-"""Coefficients given as tensors: every loss takes what they hold when its kernels run, bit for bit as if it were given
-as a number."""
+"""Coefficients given as tensors: every loss uses the values that they hold when its kernels run, with the same bits as
+if the values were given as numbers."""
 
 import copy
 import dataclasses
@@ -47,14 +47,14 @@ def linear(b, logits, **options):
     )  # fmt: skip
 
 
-WAYS = (single_pass, two_sweeps, gspo, from_logps, linear)
+LOSSES = (single_pass, two_sweeps, gspo, from_logps, linear)
 
 
-def outcome(way, dtype, backend, kl_coef, entropy_coef):
+def outcome(loss, dtype, backend, kl_coef, entropy_coef):
     """Loss, terms, metrics and the logits' gradient."""
     batch = make_batch(3, 4, 40)
     b, x = batch.to(acc_dtype(dtype)), batch.logits.to(dtype).requires_grad_()
-    out = way(b, x, config=gk.LossConfig(kl_coef=kl_coef, entropy_coef=entropy_coef), backend=backend)
+    out = loss(b, x, config=gk.LossConfig(kl_coef=kl_coef, entropy_coef=entropy_coef), backend=backend)
     return out.loss.detach(), out.per_token_loss, *out.metrics.values(), *torch.autograd.grad(out.loss, x)
 
 
@@ -63,21 +63,21 @@ def assert_same(these, those):
 
 
 @pytest.mark.parametrize("dtype, backend", SEVERAL, ids=lambda x: x if isinstance(x, str) else dtype_name(x))
-@pytest.mark.parametrize("way", WAYS)
-def test_a_tensor_is_its_number_and_is_followed(way, dtype, backend):
-    """Numbers that the accumulation dtype holds: 0.1 itself would be rounded by the tensor."""
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_tensor_equals_its_number_and_is_followed(loss, dtype, backend):
+    """The scalars are exact in the accumulation dtype: 0.1 itself would be rounded by the tensor."""
     kl, entropy = torch.tensor(0.1, dtype=acc_dtype(dtype)), torch.tensor([0.05], dtype=acc_dtype(dtype))
-    first = outcome(way, dtype, backend, kl, entropy)
-    assert_same(first, outcome(way, dtype, backend, kl.item(), entropy.item()))
+    first = outcome(loss, dtype, backend, kl, entropy)
+    assert_same(first, outcome(loss, dtype, backend, kl.item(), entropy.item()))
     kl.fill_(0.75), entropy.mul_(4)
-    second = outcome(way, dtype, backend, kl, entropy)
-    assert_same(second, outcome(way, dtype, backend, kl.item(), entropy.item()))
+    second = outcome(loss, dtype, backend, kl, entropy)
+    assert_same(second, outcome(loss, dtype, backend, kl.item(), entropy.item()))
     assert not torch.equal(first[0], second[0]) and not torch.equal(first[-1], second[-1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 def test_zero_keeps_the_terms_and_adds_nothing(backend):
-    """The terms are computed, so that their metrics are there and the coefficient may rise later."""
+    """The terms are still computed: their metrics are reported, and the coefficient may rise later."""
     zero, config = torch.zeros(()), gk.LossConfig(kl_coef=torch.zeros(()), entropy_coef=torch.zeros(()))
     assert config.has_kl and config.has_entropy and not gk.LossConfig(kl_coef=0.0).has_kl
     of_tensors = outcome(from_logps, torch.float32, backend, zero, zero)
@@ -102,18 +102,18 @@ def inputs_on(device, config):
     )  # fmt: skip
 
 
-def test_where_a_tensor_may_be():
-    """On the tokens' device its address reaches the kernel; on the CPU it is a number of the call."""
+def test_devices_of_coefficients():
+    """On the tokens' device the kernel gets the tensor's address; a tensor on the CPU is read by the call."""
     kl, entropy = torch.tensor(0.5), torch.tensor(0.25)
     here = inputs_on("cpu", gk.LossConfig(kl_coef=kl, entropy_coef=0.125))
     assert here.kl_coef.data_ptr() == kl.data_ptr() and here.entropy_coef is None
-    assert math.isnan(Scalars(*here.scalars.tolist()).kl_coef)  # nobody reads it
+    assert math.isnan(Scalars(*here.scalars.tolist()).kl_coef)  # it is not used
 
     config = gk.LossConfig(kl_coef=kl, entropy_coef=entropy)
     elsewhere = inputs_on(META, config)
-    numbers = Scalars(*elsewhere.scalars.tolist())
+    scalars = Scalars(*elsewhere.scalars.tolist())
     assert (elsewhere.kl_coef, elsewhere.entropy_coef) == (None, None)
-    assert (numbers.kl_coef, numbers.entropy_coef, numbers.eps_low) == (0.5, 0.25, 0.2)
+    assert (scalars.kl_coef, scalars.entropy_coef, scalars.eps_low) == (0.5, 0.25, 0.2)
     assert torch.isnan(config.scalars).sum() == 2
     kl.fill_(0.75)
     assert Scalars(*inputs_on(META, config).scalars.tolist()).kl_coef == 0.75
@@ -150,7 +150,7 @@ def test_refuses_what_requires_grad_later_and_other_fields():
 
 
 def test_a_config_with_tensors_is_a_frozen_value():
-    """Compared and shown without reading the tensors: on the device "meta" that would raise."""
+    """It is compared and printed without reading its tensors: on the device "meta" that would raise an error."""
     coef, other = torch.zeros((), device=META), torch.zeros((), device=META)
     a, b = gk.LossConfig(kl_coef=coef), gk.LossConfig(kl_coef=coef)
     assert a == b and hash(a) == hash(b) and len({a, b, gk.LossConfig()}) == 2
@@ -162,13 +162,13 @@ def test_a_config_with_tensors_is_a_frozen_value():
     assert dataclasses.replace(a, kl_coef=0.0).form.kl_estimator == "none"
     config = gk.LossConfig(kl_coef=torch.tensor(0.5), entropy_coef=torch.tensor(0.25))
     for c in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
-        c.kl_coef.fill_(2.0)  # what the kernels read of a copy is the copy's own
-        numbers = inputs_on("cpu", c)
-        assert (numbers.kl_coef.item(), numbers.entropy_coef.item()) == (2.0, 0.25) and config.kl_coef.item() == 0.5
+        c.kl_coef.fill_(2.0)  # the kernels read a copy's own tensors
+        scalars = inputs_on("cpu", c)
+        assert (scalars.kl_coef.item(), scalars.entropy_coef.item()) == (2.0, 0.25) and config.kl_coef.item() == 0.5
 
 
 def test_a_compiled_loss_follows_without_recompiling():
-    """What is written into the tensors, other tensors and other configs."""
+    """It follows what is written into the tensors, other tensors and other configs."""
     b, counter = make_batch(3, 4, 40), CompileCounterWithBackend("eager")
 
     def step(x, config):
@@ -183,19 +183,19 @@ def test_a_compiled_loss_follows_without_recompiling():
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     kl, entropy = (torch.tensor(v, dtype=torch.float64) for v in (0.1, 0.05))
-    config, found = gk.LossConfig(kl_coef=kl, entropy_coef=entropy), []
+    config, gradients = gk.LossConfig(kl_coef=kl, entropy_coef=entropy), []
     for change in (lambda: None, lambda: kl.fill_(0.9), lambda: entropy.zero_(), lambda: kl.zero_()):
         change()
-        found.append(gradient(compiled, config))
-        torch.testing.assert_close(found[-1], gradient(step, config), rtol=1e-12, atol=1e-15)
+        gradients.append(gradient(compiled, config))
+        torch.testing.assert_close(gradients[-1], gradient(step, config), rtol=1e-12, atol=1e-15)
     other = gk.LossConfig(kl_coef=kl + 0.1, entropy_coef=entropy + 0.05)
-    torch.testing.assert_close(gradient(compiled, other), found[0], rtol=1e-12, atol=1e-15)
-    assert not any(torch.equal(x, y) for x, y in itertools.pairwise(found))
+    torch.testing.assert_close(gradient(compiled, other), gradients[0], rtol=1e-12, atol=1e-15)
+    assert not any(torch.equal(x, y) for x, y in itertools.pairwise(gradients))
     assert counter.frame_count == 1
 
 
 def test_calls_without_a_config_share_one(monkeypatch):
-    """To make one takes as long as the rest of a small call."""
+    """Making one takes as long as the rest of a small call."""
     x, made = torch.zeros(2, 3), []
     monkeypatch.setattr(gk.LossConfig, "__post_init__", lambda self: made.append(self))
     gk.policy_loss(x, x[:, 0], backend="reference")

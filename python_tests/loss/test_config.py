@@ -1,4 +1,4 @@
-"""LossConfig: what it refuses, and that presets are what they say."""
+"""LossConfig: what it refuses, and that presets are valid."""
 
 import copy
 import dataclasses
@@ -96,8 +96,8 @@ def test_codes_are_positions():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build_and_run(name):
-    needed = {"dro_beta": 0.1} if name == "verl_dro" else {}
-    config = gk.LossConfig.preset(name, entropy_coef=0.25, **needed)
+    required = {"dro_beta": 0.1} if name == "verl_dro" else {}
+    config = gk.LossConfig.preset(name, entropy_coef=0.25, **required)
     assert config.entropy_coef == 0.25
     g = torch.Generator().manual_seed(0)
     x = (0.05 * torch.randn(3, 4, generator=g)).requires_grad_()  # within every clip range

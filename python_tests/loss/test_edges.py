@@ -1,4 +1,4 @@
-"""The table of edges: what is masked is not read, empty things are exact, wrong things say what is wrong."""
+"""Edge cases: masked values are not read, empty inputs give exact zeros, errors name the offending value."""
 
 import math
 
@@ -14,7 +14,7 @@ POISON = [math.nan, math.inf, -math.inf]
 
 
 def both_paths(batch, config, **options):
-    """grpo_loss from logits, and linear_grpo_loss with these logits as hidden states of an identity head."""
+    """grpo_loss on the logits, and linear_grpo_loss with the logits as hidden states and the identity as lm_head."""
     eye = torch.eye(batch.logits.shape[-1], dtype=batch.logits.dtype)
     yield lambda x, **kw: gk.grpo_loss(x, batch.targets, config=config, **{**options, **kw})
     yield lambda x, **kw: gk.linear_grpo_loss(x, eye, batch.targets, config=config, chunk_rows=4, **{**options, **kw})
@@ -139,7 +139,7 @@ def test_nan_stays_in_its_row(backend):
 
 
 def rows_at_the_lowest_number(vocab, dtype):
-    """Masked by finfo.min: all but the target and one, everything, a mixture with -inf, the first half; and targets."""
+    """Columns at finfo.min: all but the target and one, all, some with -inf, the first half; and the targets."""
     g = torch.Generator().manual_seed(vocab)
     lowest, z = torch.finfo(dtype).min, torch.randn(1, 4, vocab, generator=g).to(dtype)
     z[0, 0, 1:-1] = lowest
@@ -211,7 +211,7 @@ def test_inplace_without_grad_writes_nothing():
     assert torch.equal(b.logits, before)
 
 
-def test_out_of_place_may_be_propagated_twice():
+def test_out_of_place_allows_two_backwards():
     b = make_batch()
     x = b.logits.clone().requires_grad_()
     loss = gk.grpo_loss(x, b.targets, b.advantages, b.mask).loss
@@ -220,7 +220,7 @@ def test_out_of_place_may_be_propagated_twice():
 
 
 def test_large_offsets():
-    """N * V past 2^31 elements, without the memory: every row is the same one, far apart."""
+    """More than 2^31 logits without the memory for them: all rows are expanded from one."""
     row = torch.randn(1, 1, 40_000)
     logits = row.expand(1, 70_000, 40_000)  # T > 65,535 and 2.8e9 elements
     mask = torch.zeros(1, 70_000, dtype=torch.bool)
@@ -233,7 +233,7 @@ def test_large_offsets():
 
 @pytest.mark.slow
 def test_large_memory_offsets():
-    """The same with real memory: the last row of 2.2e9 bf16 elements is computed and written."""
+    """The same with memory behind every row: the last of 2.2e9 bf16 logits is read, and its gradient written."""
     logits = torch.empty(55_000, 40_000, dtype=torch.bfloat16)
     logits[-1] = torch.randn(40_000)
     mask, targets = torch.zeros(55_000), torch.full((55_000,), 5)

@@ -1,4 +1,4 @@
-"""Logits that are overwritten by their gradient: which rows may be, and that those that may not are refused."""
+"""Logits that are overwritten by their gradient: which layouts allow it, and that all others are refused."""
 
 import itertools
 import random
@@ -19,7 +19,7 @@ OVERLAPPING = {
     "interlaced, one column too near": lambda x: x.as_strided((2, 3, V), (3 * V, 2 * V - 1, 1)),
 }
 APART = {
-    "whole": lambda x: x,
+    "contiguous": lambda x: x,
     "slice of the batch": lambda x: x[1:3],
     "every second token": lambda x: x[:, ::2],
     "without the last token": lambda x: x[:, :-1],
@@ -80,9 +80,9 @@ def test_flat_tokens():
         gk.token_logps((x * 1)[:1].expand(T, -1), targets, inplace_backward=True)
 
 
-def test_overlap_is_found_exactly():
-    """Against the memory of every row."""
-    rng, found = random.Random(0), {True: 0, False: 0}
+def test_overlap_is_detected_exactly():
+    """Compared with the addresses of every row's elements."""
+    rng, counts = random.Random(0), {True: 0, False: 0}
     for _ in range(3000):
         batch, tokens, vocab = rng.randint(1, 4), rng.randint(1, 4), rng.randint(1, 4)
         strides = (rng.randint(0, 14), rng.randint(0, 14))
@@ -90,18 +90,18 @@ def test_overlap_is_found_exactly():
         places = [b * strides[0] + t * strides[1] + v
                   for b, t, v in itertools.product(range(batch), range(tokens), range(vocab))]  # fmt: skip
         overlap = len(set(places)) < len(places)
-        found[overlap] += 1
+        counts[overlap] += 1
         if overlap:
             with pytest.raises(ValueError, match="share memory"):
                 check_rows_apart(x)
         else:
             check_rows_apart(x)
-    assert min(found.values()) > 500
+    assert min(counts.values()) > 500
 
 
 @pytest.mark.parametrize("single_pass", [True, False])
 def test_a_graph_refuses_at_run_time(single_pass):
-    """Its strides may be symbols, so that the operator looks at them."""
+    """The graph's strides may be symbolic, so the operator checks them when it runs."""
     b = make_batch(vocab=V)
 
     @torch.compile(fullgraph=True, backend="eager")

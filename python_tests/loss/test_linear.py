@@ -1,4 +1,4 @@
-"""linear_token_logps and linear_grpo_loss against the logits in full, in float64; frozen parts, chunks, autocast."""
+"""linear_token_logps and linear_grpo_loss against materialised logits in float64; frozen parts, chunks, autocast."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def run(loss, values, needs):
     return [out.detach(), *torch.autograd.grad(out, [x for x in leaves if x.requires_grad])]
 
 
-def in_full(hidden, weight, bias, batch, config, **options):
+def materialised(hidden, weight, bias, batch, config, **options):
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return gk.grpo_loss(
         logits,
@@ -45,8 +45,8 @@ def in_full(hidden, weight, bias, batch, config, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
 @pytest.mark.soak_where(lambda backend, dtype, **_: backend == "triton" and dtype in (torch.float64, torch.float16))
 def test_accuracy(backend, dtype, form, single_pass):
-    """With k2: k3's error is the log-prob's times e^u, up to 40 here, and which of two roundings is luckier is not what
-    this is about."""
+    """With k2, since k3's error is the log-prob's times e^u, here up to 40: the comparison would depend on which of two
+    roundings is luckier."""
     batch, config = make_batch(), gk.LossConfig(**{"kl_estimator": "k2", **form}, kl_coef=0.1, entropy_coef=0.05)
     b, values = batch.to(torch.float32 if dtype.itemsize == 2 else dtype), tensors(dtype)
 
@@ -67,9 +67,9 @@ def test_accuracy(backend, dtype, form, single_pass):
         ).loss
 
     ours = run(mine, values, [True] * 3)
-    eager = run(lambda *x: in_full(*x, b, config, temperature=0.9), values, [True] * 3)
+    eager = run(lambda *x: materialised(*x, b, config, temperature=0.9), values, [True] * 3)
     wide = b.to(torch.float64)
-    exact = run(lambda *x: in_full(*x, wide, config, temperature=0.9), [x.double() for x in values], [True] * 3)
+    exact = run(lambda *x: materialised(*x, wide, config, temperature=0.9), [x.double() for x in values], [True] * 3)
     for name, x, y, z in zip(("loss", "hidden", "weight", "bias"), ours, eager, exact, strict=True):
         assert x.dtype == (dtype if name != "loss" else b.advantages.dtype)
         assert_as_accurate(x, y, z, what=name)
@@ -190,7 +190,7 @@ def test_many_rows_accumulate_in_float32():
 
 
 def test_products_added_by_the_matmul_itself(monkeypatch):
-    """As on a GPU whose torch knows out_dtype: a stand-in for it adds what the widened columns add here."""
+    """As on a GPU where torch has `out_dtype`: a stand-in must give the sums that the widened columns give here."""
     addmm, calls = torch.addmm, []
 
     def stand_in(total, a, b, out_dtype=None, out=None):
@@ -217,12 +217,13 @@ def test_products_added_by_the_matmul_itself(monkeypatch):
 
 
 def test_a_second_chunk_only_where_it_saves_memory():
-    """It would hold the weight's gradient in float32 next to the rounded one: as much as 2 H rows of half precision."""
+    """A second chunk holds the weight's gradient in float32 in addition to the rounded one: as much as 2 H rows in half
+    precision."""
     choose, half = linear_chunks.default_chunk_rows, torch.bfloat16
     budget = linear_chunks.CHUNK_BYTES // (151936 * 2)
     assert choose(151936, 896, half, False, budget + 1792, True) >= budget + 1792
     assert choose(151936, 896, half, False, budget + 1793, True) == budget
     assert choose(151936, 896, half, False, 1000, False) == budget  # nothing is summed
-    assert choose(151936, 896, torch.float32, False, 1000, True) == budget // 2  # nor next to itself
+    assert choose(151936, 896, torch.float32, False, 1000, True) == budget // 2  # float32 sums need no second gradient
     assert choose(151936, 896, half, True, 10**6, True) == linear_chunks.GPU_CHUNK_BYTES // (151936 * 2)
     assert choose(2**40, 8, half, False, 10**6, True) == 1

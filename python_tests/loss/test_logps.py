@@ -62,10 +62,10 @@ def test_masked_vocabulary(instruction_set):
     assert_as_accurate(mine[1][:4], exact[1][:4], exact[1][:4], what="entropy")
     logp = logits[:3].double().log_softmax(-1)  # the gradient by its formula: autograd makes NaN of 0 * -inf
     p, g, h = logp.exp(), torch.linspace(-1, 1, 5)[:3, None].double(), 0.3 * torch.linspace(1, -1, 5)[:3, None].double()
-    pull = g * (torch.nn.functional.one_hot(targets[:3], 300) - p) - h * torch.where(
+    expected = g * (torch.nn.functional.one_hot(targets[:3], 300) - p) - h * torch.where(
         p > 0, p * (logp + exact[1][:3, None]), 0.0
     )
-    assert (mine[3][:3, ::3] == 0).all() and relative_l2(mine[3][:3], pull) < 1e-6
+    assert (mine[3][:3, ::3] == 0).all() and relative_l2(mine[3][:3], expected) < 1e-6
 
 
 def test_extreme_logits(instruction_set):
@@ -126,18 +126,18 @@ def test_temperature_per_row_and_token():
 
 
 def test_a_row_depends_on_nothing_but_the_row(instruction_set):
-    """Bitwise: whatever the other rows, their number, and the number of threads (columns are split between them)."""
+    """Bitwise: whatever the other rows are, how many there are, and among how many threads the columns are split."""
     torch.manual_seed(8)
     logits, targets = torch.randn(9, 70001), torch.randint(70001, (9,))
-    whole = run(ours, logits, targets)
+    batched = run(ours, logits, targets)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
             for i in (0, 4, 8):
                 alone = gk.token_logps(logits[i : i + 1], targets[i : i + 1], return_entropy=True, return_sum_p2=True)
-                assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, whole, strict=False))
-            assert all(torch.equal(a, b) for a, b in zip(run(ours, logits, targets), whole, strict=True))
+                assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, batched, strict=False))
+            assert all(torch.equal(a, b) for a, b in zip(run(ours, logits, targets), batched, strict=True))
     finally:
         torch.set_num_threads(threads)
 

@@ -72,7 +72,7 @@ def compare(batch, config, dtype, backend, what="", **options):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_form(backend, name):
-    slow = backend in ("triton", "emulated")  # its interpreter, one coroutine per thread
+    slow = backend in ("triton", "emulated")  # an interpreter; one coroutine per thread
     batch = make_batch(sequences=4, tokens=4) if slow else make_batch()
     if backend == "triton":  # float64 is the same code in another type
         dtypes = (torch.float32, torch.float64) if name in OBJECTIVES or name.endswith("-full") else (torch.float32,)
@@ -102,7 +102,7 @@ def test_single_pass_is_two_passes_bitwise(instruction_set, dtype, inplace):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_upstream_gradient_is_scale(backend, inplace, g):
     b = make_batch(tokens=4)
-    x = torch.nn.functional.pad(b.logits, (0, 0, 0, 1)).requires_grad_()  # [B, T + 1, V], of which T are read
+    x = torch.nn.functional.pad(b.logits, (0, 0, 0, 1)).requires_grad_()  # [B, T + 1, V], of which T positions are used
     options = {"config": gk.LossConfig(**FULL), "inplace": inplace, "backend": backend, **b.keywords()}
 
     def loss(scale):
@@ -116,7 +116,7 @@ def test_upstream_gradient_is_scale(backend, inplace, g):
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_several_backwards_of_one_loss(backend, linear):
-    """While the graph is kept, no product may take the place of what the next one reads."""
+    """While the graph is kept, no backward may overwrite what the next one needs."""
     b = make_batch(sequences=3, tokens=4, vocab=50)
     values = [b.logits.clone().requires_grad_()]
     if linear:
@@ -137,15 +137,15 @@ def test_scale_over_several_blocks(backend, dtype):
     from grpo_kernels.backends import implementation
 
     if dtype == torch.float64 and backend in NO_FLOAT64:
-        pytest.skip("no float64 here")
+        pytest.skip("no float64")
     factor = torch.tensor(1 / 3, dtype=acc_dtype(dtype))
-    whole = torch.randn(3, 3, 9001).to(dtype)
-    rest = whole[:, 2].clone()
-    for view in (whole[:, :2], whole[0, :2].clone().view(1, 1, -1), whole[1, 1].clone().view(1, 1, -1)):
+    full = torch.randn(3, 3, 9001).to(dtype)
+    rest = full[:, 2].clone()
+    for view in (full[:, :2], full[0, :2].clone().view(1, 1, -1), full[1, 1].clone().view(1, 1, -1)):
         expected = view * factor
         implementation(backend).scale(view, factor)
         assert torch.equal(view, expected)
-    assert torch.equal(whole[:, 2], rest)
+    assert torch.equal(full[:, 2], rest)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -154,12 +154,12 @@ def test_scale_over_several_blocks(backend, dtype):
     lambda backend, form, aggregation: backend == "triton" and aggregation != "token_mean" and form != FORMS["sequence"]
 )
 def test_packed_is_padded(backend, form, aggregation):
-    """Aggregations are weights that Python makes: in Triton's interpreter one level of the ratio has them all."""
+    """Python computes an aggregation's weights, so Triton's interpreter runs all of them for one ratio level only."""
     b = make_batch(sequences=6, vocab=17)
     config = config_of({**with_everything(form), "aggregation": aggregation})
-    inside = torch.arange(7) < torch.tensor([7, 6, 4, 5, 0, 2])[:, None]
-    b = b._replace(mask=b.mask & inside)
-    cu_seqlens = torch.nn.functional.pad(inside.sum(-1).cumsum(0), (1, 0)).to(torch.int32)
+    valid = torch.arange(7) < torch.tensor([7, 6, 4, 5, 0, 2])[:, None]
+    b = b._replace(mask=b.mask & valid)
+    cu_seqlens = torch.nn.functional.pad(valid.sum(-1).cumsum(0), (1, 0)).to(torch.int32)
     weights = torch.rand(6, dtype=torch.float64)
     padded = gk.grpo_loss(
         b.logits,
@@ -171,13 +171,13 @@ def test_packed_is_padded(backend, form, aggregation):
         backend=backend,
         **b.keywords(),
     )
-    rest = {k: v[inside] for k, v in b.keywords().items()}
-    x = b.logits[inside].requires_grad_()
+    rest = {k: v[valid] for k, v in b.keywords().items()}
+    x = b.logits[valid].requires_grad_()
     packed = gk.grpo_loss(
         x,
-        b.targets[inside],
+        b.targets[valid],
         b.advantages,
-        b.mask[inside],
+        b.mask[valid],
         config=config,
         sequence_weights=weights,
         cu_seqlens=cu_seqlens,
@@ -185,7 +185,7 @@ def test_packed_is_padded(backend, form, aggregation):
         **rest,
     )
     torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(packed.per_token_loss, padded.per_token_loss[inside], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(packed.per_token_loss, padded.per_token_loss[valid], rtol=1e-12, atol=1e-14)
     for name, value in padded.metrics.items():
         torch.testing.assert_close(packed.metrics[name], value, rtol=1e-12, atol=1e-14, msg=name)
     y = b.logits.clone().requires_grad_()
@@ -193,7 +193,7 @@ def test_packed_is_padded(backend, form, aggregation):
         y, b.targets, b.advantages, b.mask, config=config, sequence_weights=weights, backend=backend, **b.keywords()
     )
     (gx,), (gy,) = torch.autograd.grad(packed.loss, x), torch.autograd.grad(again.loss, y)
-    torch.testing.assert_close(gx, gy[inside], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gx, gy[valid], rtol=1e-12, atol=1e-14)
 
 
 def test_tokens_past_the_last_boundary_are_masked(backend):
@@ -241,7 +241,7 @@ def test_aggregations_by_hand(backend, aggregation):
 
 def test_accumulating_with_a_denominator_is_the_whole_batch():
     b, config = make_batch(sequences=6), gk.LossConfig(**FULL)
-    whole = gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, config=config, **b.keywords()).loss
+    full = gk.grpo_loss(b.logits, b.targets, b.advantages, b.mask, config=config, **b.keywords()).loss
     total = 0.0
     for part in (slice(0, 2), slice(2, 6)):
         rest = {k: v[part] for k, v in b.keywords().items()}
@@ -254,11 +254,11 @@ def test_accumulating_with_a_denominator_is_the_whole_batch():
             denominator=b.mask.sum(),
             **rest,
         ).loss
-    torch.testing.assert_close(total, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(total, full, rtol=1e-12, atol=0)
 
 
 def test_boundaries_of_the_clip(backend):
-    """Ratios exactly on, just inside and just outside each bound, both signs of A: the gradient is -A r or 0."""
+    """Ratios exactly at, just inside and just outside each bound, with both signs of A: the gradient is -A r or 0."""
     bounds = [0.8, 1.2, 2.5, 4.0]
     ratios = torch.tensor([r * f for r in bounds for f in (1 - 1e-9, 1.0, 1 + 1e-9)] + [1.0], dtype=torch.float64)
     config = gk.LossConfig(delta=2.5, dual_clip=4.0)
@@ -271,7 +271,7 @@ def test_boundaries_of_the_clip(backend):
         torch.testing.assert_close(g, torch.where(passes, -a * r, 0.0), rtol=1e-12, atol=0)
 
 
-# The others hold a weight without gradient: theirs is not their value's.
+# The other objectives multiply by a weight without gradient: their gradient is not the derivative of their value.
 DIFFERENTIABLE = ("token", "sequence", "sequence_product", "sapo", "gmpo", "tv_mask", "ipo", "dro")
 
 
@@ -283,7 +283,7 @@ def test_gradcheck(backend, form):
     def loss(x):
         return gk.grpo_loss(x, b.targets, b.advantages, **keywords).loss
 
-    fast = backend == "triton"  # one direction: its interpreter takes a minute for all
+    fast = backend == "triton"  # one direction: the interpreter needs a minute for all
     assert torch.autograd.gradcheck(loss, b.logits.requires_grad_(), fast_mode=fast)
 
 
@@ -326,7 +326,7 @@ def test_rewards_instead_of_advantages(backend, scale):
 @pytest.mark.parametrize("scale", ["group", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
 def test_rewards_of_all_kinds_of_groups(backend, level, scale, dtype):
-    """The same bits as advantages from a launch of their own: groups of one and of all, constant, with a NaN, strided."""
+    """The bits of advantages from a separate launch: groups of one, of all samples, constant, with a NaN, strided."""
     config, nan = gk.LossConfig(ratio_level=level, aggregation="sequence_mean"), math.nan
     b = make_batch(sequences=12, tokens=3, vocab=50).to(dtype)
     rewards = torch.tensor([0.1, 0.1, 0.1, nan, 1e4, 1e4 + 1, nan, nan, -2, 0.3, nan, 7]).to(dtype)
@@ -343,7 +343,7 @@ def test_rewards_of_all_kinds_of_groups(backend, level, scale, dtype):
         assert all(map(torch.equal, *results))
 
 
-def test_rewards_take_no_launch_of_their_own_on_a_gpu(monkeypatch):
+def test_rewards_need_no_separate_launch_on_a_gpu(monkeypatch):
     from grpo_kernels.backends import fuses_group_advantages, implementation
 
     b = make_batch(sequences=6, tokens=3, vocab=50)

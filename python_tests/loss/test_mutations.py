@@ -1,4 +1,4 @@
-"""The comparisons can fail: each change of one thing in the specification is noticed."""
+"""The comparisons can fail: each single change to the specification is noticed."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_specification_is_noticed(monkeypatch, name):
-    caps = {"delta": None, "dual_clip": 1.5} if "dual" in name else {}  # the lower of the two hides the other
+    caps = {"delta": None, "dual_clip": 1.5} if "dual" in name else {}  # the lower bound of the two hides the other
     b, config = make_batch(), gk.LossConfig(ratio_level="sequence", **{**FULL, **caps})
     b = b._replace(old_logps=b.old_logps + torch.tensor([-0.6, -0.8, 0.6, 0.6, 0.0])[:, None])  # beyond each bound
 
@@ -77,7 +77,7 @@ def test_a_changed_specification_is_noticed(monkeypatch, name):
         torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-4, atol=1e-6)
 
 
-MUTATIONS = {  # an objective, and what its specification forgets
+MUTATIONS = {  # objective, and the change to its specification
     "cispo": lambda v: v._replace(log_ratio=v.log_ratio * 0.5),
     "sapo": lambda v: v._replace(adv=v.adv.abs()),
     "gmpo": lambda v: v._replace(pooled_adv=v.adv * 0.9),
@@ -110,7 +110,7 @@ def test_a_changed_objective_is_noticed(monkeypatch, name):
 
 
 def test_the_forms_reach_their_bounds():
-    """Each objective that clips does so on both signs of the advantage, and never everywhere."""
+    """Each objective that clips does so for both signs of the advantage, and never for all tokens."""
     b = make_batch(sequences=12, tokens=24)
     for name, options in OBJECTIVES.items():
         m = gk.grpo_loss(

@@ -11,9 +11,9 @@ from grpo_kernels.testing.inputs import make_batch
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 200))
 seeds = st.integers(0, 2**31)
 forms = st.sampled_from(list(FORMS.values()))
-# kl_cov picks the tokens of highest covariance, and among equal ones whichever comes first.
+# kl_cov selects the tokens of highest covariance, and among equal ones the first.
 untied = st.sampled_from([form for name, form in FORMS.items() if name != "kl_cov"])
-# Without a term in addition to the advantage's.
+# Forms whose only term is the policy term.
 proportional = st.sampled_from([f for name, f in FORMS.items() if name not in ("tv_mask", "ipo", "dro", "kl_cov")])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 quick = settings(max_examples=40, deadline=None)
@@ -63,15 +63,15 @@ def test_permuting_sequences_permutes_the_gradient(shape, seed, form):
 @quick
 @given(shapes, seeds, untied)
 def test_a_masked_token_is_a_removed_token(shape, seed, form):
-    """Packed without its masked tokens, the batch has the same loss."""
+    """The batch has the same loss when it is packed without its masked tokens."""
     b, config = batch_of(shape, seed), gk.LossConfig(**form, aggregation="sequence_mean", kl_coef=0.1)
     cu = torch.nn.functional.pad(b.mask.sum(-1).cumsum(0), (1, 0))
     kept = {k: v[b.mask] for k, v in b.keywords().items()}
-    whole, g = loss_and_gradient(b, config)
+    expected, g = loss_and_gradient(b, config)
     x = b.logits[b.mask].requires_grad_()
     advantages = b.advantages[:, None].expand_as(b.mask)[b.mask]
     out = gk.grpo_loss(x, b.targets[b.mask], advantages, cu_seqlens=cu, config=config, **kept)
-    torch.testing.assert_close(out.loss.detach(), whole, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(out.loss.detach(), expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(torch.autograd.grad(out.loss, x)[0], g[b.mask], rtol=1e-12, atol=1e-14)
 
 
@@ -97,7 +97,7 @@ def test_on_policy_gradient_is_minus_weight_times_advantage(shape, seed):
 @quick
 @given(shapes, seeds, forms)
 def test_gradients_of_a_row_sum_to_zero(shape, seed, form):
-    """Softmax does not see a constant, so no gradient points along it."""
+    """Softmax ignores an added constant, so the gradient has no component along it."""
     _, g = loss_and_gradient(batch_of(shape, seed), gk.LossConfig(**form, kl_coef=0.1, entropy_coef=0.05))
     torch.testing.assert_close(g.sum(-1), torch.zeros(g.shape[:-1], dtype=g.dtype), rtol=0, atol=1e-13)
 

@@ -1,4 +1,4 @@
-"""Rollout correction against verl's and TRL's code as it is."""
+"""Rollout correction against verl's and TRL's own code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ IS = [
 
 
 def verl(b: Batch, *, rows: Tensor | None = None, **options: Any) -> tuple[Tensor | None, Tensor, dict[str, float]]:
-    """Its unified function, which computes in the dtype given: float64."""
+    """verl's unified function, which computes in the dtype of its inputs: float64."""
     helper = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper", reason=VERL_REASON)
     rows = torch.ones(len(LENGTHS), dtype=torch.bool) if rows is None else rows
     proto, mask, metrics = helper.compute_rollout_correction_and_rejection_mask(
@@ -53,7 +53,7 @@ def verl_options(level: str | None, threshold: Any, normalise: bool, rs: str | N
 
 
 def verl_metrics(b: Batch, options: dict[str, Any]) -> dict[str, float]:
-    """Under our names; of the rows that have tokens, as its means over rows count the empty ones too."""
+    """Its metrics under our names, computed on the rows that have tokens: its means over rows include empty ones."""
     m = verl(b, rows=b.mask.any(-1), **options)[2]
     names = {
         "k1": "kl",
@@ -67,7 +67,7 @@ def verl_metrics(b: Batch, options: dict[str, Any]) -> dict[str, float]:
         names |= {"effective_sample_size": "rollout_is_eff_sample_size", "ratio_high": "rollout_is_ratio_fraction_high"}
         if "_" in str(options["rollout_is_threshold"]):
             names["ratio_low"] = "rollout_is_ratio_fraction_low"
-        if options["rollout_is"] == "token":  # at the other level it reports the unbounded ratio's
+        if options["rollout_is"] == "token":  # at the sequence level it reports those of the unbounded ratio
             names |= {"weight_min": "rollout_is_min", "weight_max": "rollout_is_max"}
     if options["rollout_rs"]:
         names |= {"rejected_tokens": "rollout_rs_masked_fraction", "rejected_rows": "rollout_rs_seq_masked_fraction"}
@@ -126,7 +126,7 @@ TRL_CASES = [  # without bounds it refuses to truncate
 
 
 def trl_block(b: Batch, roll: Tensor, mode: str, low: float | None, high: float | None) -> dict[str, Any]:
-    """The lines of _generate_and_score_completions that compute the ratio, run as they are."""
+    """Runs the lines of _generate_and_score_completions that compute the ratio."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason=TRL_REASON)
     source = inspect.getsource(trainer.GRPOTrainer._generate_and_score_completions)
     begin = source.index("                mask = completion_mask if tool_mask is None")
@@ -207,7 +207,7 @@ def test_trl_off_policy_mask(behaviour: str, per_token: bool, delta: float) -> N
 
 
 def test_trl_loss_with_everything() -> None:
-    """The whole of _compute_loss: its sampler ratio and off-policy mask against our weights in our loss."""
+    """All of _compute_loss: its sampler ratio and off-policy mask against our weights in our loss."""
     trl = pytest.importorskip("trl.trainer.grpo_trainer", reason=TRL_REASON)
     from test_oracle_trl import EPS_HIGH, EPS_LOW, Case, trainer, trl_inputs
 
@@ -235,7 +235,7 @@ def test_trl_loss_with_everything() -> None:
     )
 
 
-# ---- teeth ----
+# ---- mutations ----
 
 TEETH = {
     "other_sign": lambda c: {"filters": tuple(gk.RejectionFilter("k1", "mean", -f.high, -f.low) for f in c.filters)},
@@ -250,7 +250,7 @@ TEETH = {
 
 @pytest.mark.parametrize("wrong", TEETH)
 def test_mutations(wrong: str) -> None:
-    """One thing wrong, and the comparison says so."""
+    """The comparison fails when one thing is wrong."""
     b = mismatch()
     options = {
         "rollout_is": "token", "rollout_is_threshold": 2.0, "rollout_is_batch_normalize": True,

@@ -1,4 +1,4 @@
-"""Rollout correction against the rules of OpenRLHF, slime, NeMo-RL and prime-rl, written out over Python lists."""
+"""Rollout correction against the rules of OpenRLHF, slime, NeMo-RL and prime-rl, written with Python lists."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 def row_by_row(b: Batch, rule: Any) -> tuple[Tensor, Tensor]:
-    """`rule` of a Row gives each token's weight and whether it stays in the mask."""
+    """`rule` maps a Row to each token's weight and whether it stays in the mask."""
     weights, mask = torch.zeros_like(b.old), torch.zeros_like(b.mask)
     for i in range(len(b.mask)):
         at = b.mask[i].nonzero()[:, 0]
@@ -55,7 +55,7 @@ def clamp(x: float, low: float, high: float) -> float:
 
 
 def mis(weight: Any, token_keep: Any = lambda r: True) -> Any:
-    """slime's helper: ratios with d clamped to +-20; what it rejects, and rows with a token below 1e-4, leave the mask."""
+    """slime's helper: ratios with d clamped to +-20; rejected tokens and rows with a token below 1e-4 are masked."""
 
     def rule(row: Row) -> tuple[list[float], list[bool]]:
         safe = [math.exp(clamp(x, -20, 20)) for x in row.d]
@@ -75,7 +75,7 @@ def logprob_error(row: Row) -> tuple[list[float], list[bool]]:
     return [1.0] * len(row.d), [keep] * len(row.d)
 
 
-WRITTEN = {
+FORMULAS = {
     "openrlhf_tis": lambda row: always([clamp(r, 0.5, 5.0) for r in row.ratios]),
     "openrlhf_icepop": lambda row: always([r * (0.5 <= r <= 5.0) for r in row.ratios]),
     "openrlhf_seq_mask_tis": lambda row: always([r * (0.5 <= row.geometric <= 5.0) for r in row.ratios]),
@@ -96,28 +96,33 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
-@pytest.mark.parametrize("name", WRITTEN)
-def test_written(name: str, far: bool) -> None:
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas(name: str, far: bool) -> None:
     b = mismatch(far=far, spread=1.5 if name == "nemo_logprob_error" else 0.3)
-    weights, mask = row_by_row(b, WRITTEN[name])
+    weights, mask = row_by_row(b, FORMULAS[name])
     config = gk.CorrectionConfig.preset(name)
     given = {"logps": b.logps, "advantages": b.advantages} if config.opsm_delta is not None else {}
-    lost = (mask == 0) & (b.mask > 0)
-    assert lost.any() == config.renormalise and weights.any() and not torch.equal(weights, b.mask.double())
+    rejected = (mask == 0) & (b.mask > 0)
+    assert rejected.any() == config.renormalise and weights.any() and not torch.equal(weights, b.mask.double())
     assert_matches(
-        b, config, weights, mask, {"rejected_tokens": float(lost.sum() / b.mask.sum())} if lost.any() else {}, **given
+        b,
+        config,
+        weights,
+        mask,
+        {"rejected_tokens": float(rejected.sum() / b.mask.sum())} if rejected.any() else {},
+        **given,
     )
 
 
 def test_every_preset_is_compared() -> None:
-    left = {name for name in CORRECTION_PRESETS if not name.startswith(("verl_", "trl_"))}
-    assert left == set(WRITTEN)
+    names = {name for name in CORRECTION_PRESETS if not name.startswith(("verl_", "trl_"))}
+    assert names == set(FORMULAS)
 
 
 @pytest.mark.parametrize("level", ["sequence", "geometric"])
 @pytest.mark.parametrize("mode", ["truncate", "clip", "mask"])
 def test_slime_mis_of_rows(level: str, mode: str) -> None:
-    """mis_level sequence and geometric: one ratio a row."""
+    """mis_level sequence and geometric: one ratio per row."""
 
     def rule(row: Row) -> tuple[list[float], list[bool]]:
         total = sum(row.d) if level == "sequence" else sum(row.d) / len(row.d)
@@ -136,7 +141,7 @@ def test_slime_mis_of_rows(level: str, mode: str) -> None:
 
 
 def test_nemo_product_of_the_row() -> None:
-    """sequence_level_importance_ratios: one weight a row, its product."""
+    """sequence_level_importance_ratios: one weight per row, the product of its tokens' ratios."""
     b = mismatch()
     rule = lambda row: always([min(math.exp(sum(row.d)), 5.0)] * len(row.d))  # noqa: E731
     assert_matches(b, gk.CorrectionConfig.preset("nemo_tis", level="sequence_sum"), *row_by_row(b, rule))
@@ -155,7 +160,7 @@ def test_nemo_weight_that_is_not_finite_is_zero() -> None:
 
 
 def test_total_variation_of_tokens() -> None:
-    """|p_old - p_roll|, what OpenRLHF's tv gating and prime-rl's ipo compare at the old log-probs."""
+    """|p_old - p_roll|, which OpenRLHF's tv gating and prime-rl's ipo compare with a bound at the old log-probs."""
     rule = lambda row: always(  # noqa: E731
         [float(abs(math.exp(o) - math.exp(r)) <= 0.05) for o, r in zip(row.old, row.roll, strict=True)]
     )

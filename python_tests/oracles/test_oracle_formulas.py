@@ -1,4 +1,4 @@
-"""Trainers that do not install with the tests, and papers: their formulas written out in float64."""
+"""Papers, and trainers that cannot be installed with the tests: their formulas in float64."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from torch import Tensor
 import grpo_kernels as gk
 
 FAR = (25.0, -25.0, 20.5, -20.5, 19.5, -19.5)
-TOKENS_TIMES_STEPS = 211.0  # a normaliser that spans more than this batch
-SIBLINGS = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3])  # of the rows: samples of one rollout
+TOKENS_TIMES_STEPS = 211.0  # a normaliser over more than this batch
+SIBLINGS = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3])  # rows with one number are samples of one rollout
 
 
 def clipped(ratio: Tensor, adv: Tensor, dual_clip: float | None = None) -> Tensor:
-    """The objective, to be maximised, as OpenRLHF writes it; slime and NeMo-RL write its negative."""
+    """The objective, to be maximised, as OpenRLHF has it; slime and NeMo-RL have its negative."""
     least = torch.min(ratio * adv, ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH) * adv)
     return least if dual_clip is None else torch.where(adv < 0, torch.max(least, dual_clip * adv), least)
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: float | Tensor | None = None, dim: int | None = None) -> Tensor:
-    """NeMo-RL's: 1e-8 is added to the number of tokens or sequences."""
+    """NeMo-RL's mean: 1e-8 is added to the number of tokens or sequences."""
     total = (values * mask).sum() if dim is None else (values * mask).sum(dim)
     return total / ((mask.sum() if dim is None else mask.sum(dim)) if count is None else count).add(1e-8)
 
@@ -58,12 +58,12 @@ CISPO = {"cispo_low": 1 - EPS_LOW, "cispo_high": 1 + EPS_HIGH}  # where a traine
 
 
 def cispo(logps: Tensor, old: Tensor, adv: Tensor) -> Tensor:
-    """The objective, to be maximised, of slime and NeMo-RL."""
+    """slime's and NeMo-RL's objective, to be maximised."""
     return (logps - old).exp().clamp(1 - EPS_LOW, 1 + EPS_HIGH).detach() * adv * logps
 
 
 def at_the_clamp(batch: Batch) -> Batch:
-    """Log-ratios of exactly 20 and -20 in two columns: a clamp passes the gradient on its bound."""
+    """Log-ratios of exactly 20 and -20 in two columns: at its bound a clamp passes the gradient."""
     logps, old = batch.logps.clone(), batch.old.clone()
     logps[:, 10], old[:, 10], logps[:, 11], old[:, 11] = -1.0, -21.0, -21.0, -1.0
     return batch._replace(logps=logps, old=old)
@@ -100,7 +100,7 @@ def test_openrlhf_ppo(dual_clip: float | None, weighted: bool, spread: str) -> N
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_openrlhf_kl_and_entropy(estimator: str) -> None:
-    """Every estimator's output is clamped to +- 10, its input never."""
+    """Every estimator's output is clamped to +-10, its input is not."""
     batch = make_batch(holes=True, large=FAR)
 
     def loss(logps: Tensor, entropy: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def test_openrlhf_kl_and_entropy(estimator: str) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["no_weights", "sequence_tis"])
 def test_openrlhf_gspo(weighted: bool) -> None:
-    """policy_loss_type gspo: the mean over non-empty samples of their token means, the entropy a token mean."""
+    """policy_loss_type gspo: the mean over non-empty samples of their token means; the entropy is a token mean."""
     batch = make_batch("sequence", holes=True)
     n = batch.mask.sum(-1)
     weights = batch.row_weights if weighted else torch.ones_like(batch.row_weights)
@@ -139,7 +139,7 @@ def test_openrlhf_gspo(weighted: bool) -> None:
 
 
 def slime(batch: Batch, level: str, kl_type: str | None, groups: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Sums over samples divided by the tokens of all siblings, over the rollouts of the step."""
+    """A sum over samples, each divided by the tokens of all its siblings, over the number of rollouts of the step."""
     own = batch.mask.sum(-1)
     tokens = torch.zeros(groups).long().index_add(0, SIBLINGS, own)[SIBLINGS].clamp(min=1)
 
@@ -163,7 +163,7 @@ def slime(batch: Batch, level: str, kl_type: str | None, groups: int) -> Callabl
 
 @pytest.mark.parametrize(
     ("level", "kl_type"),
-    # gspo with unbiased KL is left out: slime weights it by the token's ratio even then, ours by the loss's own.
+    # gspo with unbiased KL is omitted: there slime weights by the token's ratio, ours by the loss's.
     [("token", None), ("token", "plain"), ("token", "unbiased"), ("sequence", None), ("sequence", "plain")],
 )
 def test_slime(level: str, kl_type: str | None) -> None:
@@ -206,9 +206,9 @@ def test_slime_presets() -> None:
 
 def nemo_kl(estimator: str, logps: Tensor, ref: Tensor, weights: Tensor, clamps: tuple[float, float]) -> Tensor:
     u = ref - logps
-    inside = u.clamp(-clamps[0], clamps[0])
-    weights = torch.where(inside == u, weights, weights.detach())
-    return (weights * k(estimator, inside)).clamp(-clamps[1], clamps[1])
+    clamped = u.clamp(-clamps[0], clamps[0])
+    weights = torch.where(clamped == u, weights, weights.detach())
+    return (weights * k(estimator, clamped)).clamp(-clamps[1], clamps[1])
 
 
 def nemo(
@@ -251,7 +251,7 @@ def test_nemo(estimator: str, gradient: str, clamps: tuple[float, float]) -> Non
 
 
 def test_nemo_sequence_level() -> None:
-    """sequence_level_importance_ratios: means over n + 1e-8 tokens and samples + 1e-8."""
+    """sequence_level_importance_ratios: means that divide by tokens + 1e-8 and by samples + 1e-8."""
     batch = make_batch("sequence", holes=True)
     samples = (torch.arange(len(batch.mask)) != 2).double()  # sample_mask drops a row
 
@@ -296,7 +296,7 @@ def test_nemo_gspo_preset() -> None:
 @pytest.mark.parametrize("adv_tau", [1.0, 0.7])
 @pytest.mark.parametrize("loss_type", ["default", "ipo"])
 def test_prime(loss_type: str, adv_tau: float) -> None:
-    """Sums over the batch, over a token count of all ranks; the probabilities move further than the bounds allow."""
+    """Sums over the batch, divided by the tokens of all ranks; some probabilities move further than the bounds."""
     batch = make_batch(holes=True)
 
     def loss(logps: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ def test_prime(loss_type: str, adv_tau: float) -> None:
 
 
 def test_deepseek_v32() -> None:
-    """arXiv:2512.02556: k3 weighted by the ratio to the old policy, and off-policy sequences left out."""
+    """arXiv:2512.02556: k3 weighted by the ratio to the old policy, and off-policy sequences masked."""
     batch = make_batch(holes=True)
     n = batch.mask.sum(-1, keepdim=True).clamp(min=1)
     drift = ((batch.old - batch.logps) * batch.mask).sum(-1, keepdim=True) / n
@@ -368,7 +368,7 @@ def test_deepseekmath_grpo(beta: float) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["no_weights", "token_weights"])
 def test_rloo_sequence_product(weighted: bool) -> None:
-    """arXiv:2402.14740 with a clipped ratio of whole sequences, whose value each token of the sequence has."""
+    """arXiv:2402.14740 with a clipped ratio per sequence, which is the value of each of its tokens."""
     batch = make_batch("product", holes=True)
     weights = batch.token_weights if weighted else torch.ones_like(batch.token_weights)
 
@@ -391,7 +391,7 @@ REWARDS = [[1.0, 0.0, 0.5, 0.25], [0.1, 0.1, 0.1, 0.1], [-3.0, 7.0, 0.0, 1.0]]
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("formula", ["deepseekmath", "rloo", "rloo_batch_std"])
 def test_advantages(formula: str, backend: str, dtype: torch.dtype) -> None:
-    """(r - mean) / std with the population's deviation; r - mean of the others; the same over the batch's deviation."""
+    """(r - mean) / std with the population std; r - mean of the others; the same divided by the batch's std."""
     flat = torch.tensor(REWARDS).double().flatten()
     mean = float(flat.mean())
     batch_std = math.sqrt(sum((r - mean) ** 2 for r in flat.tolist()) / (len(flat) - 1))
@@ -429,7 +429,7 @@ def test_equal_rewards_without_eps(backend: str) -> None:
         assert got.advantages.tolist() == [0.0] * 8
 
 
-# ---- teeth ----
+# ---- mutations ----
 
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bounds_swapped": ({"eps_low": EPS_HIGH, "eps_high": EPS_LOW}, {}),
@@ -445,7 +445,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_mutations(wrong: str) -> None:
-    """One thing wrong, and the comparison says so."""
+    """The comparison fails when one thing is wrong."""
     batch, valid = make_batch(holes=True, large=FAR), torch.tensor(TOKENS_TIMES_STEPS)
     exact: Result = differentiated(nemo(batch, "k3", "score_function", (20.0, 10.0), valid), batch.logps)
     call: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Advantages of trainers that are not installed, and of papers: their formulas written out, in float64 and one by one."""
+"""Advantages of papers, and of trainers that are not installed: their formulas in float64, sample by sample."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def others(x: list[float], k: int) -> list[float]:
 
 
 def nemo(x: list[float], k: int, _: int) -> float:
-    """Mean and deviation of the others; divided only where that is above 0; one valid sample is its own baseline."""
+    """Mean and std of the others; divided only where the std is above 0; a single valid sample is its own baseline."""
     if len(x) == 1:
         return 0.0
     a, s = x[k] - mean(others(x, k)), std(others(x, k))
@@ -108,7 +108,7 @@ def test_group_advantages(name: str, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("weight", [0.25, 1.0])
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
 def test_critic(scale: str, weight: float, backend: str) -> None:
-    """Baseline (1 - w) mean + w V; a scale of 0 does not divide; a NaN has no say."""
+    """Baseline (1 - w) mean + w V; a scale of 0 does not divide; NaN rewards are ignored."""
     values = V.clone()
     values[1] = math.nan
     batch = std(R.tolist())
@@ -155,7 +155,7 @@ TOKENS = torch.randn(3, 4, 6, generator=G).double()
 
 
 def rows(tokens: Tensor) -> list[list[float]]:
-    """Of each row, the active tokens."""
+    """The active tokens of each row."""
     return [[float(v) for v, m in zip(row, mask, strict=True) if m] for row, mask in zip(tokens, MASK, strict=True)]
 
 

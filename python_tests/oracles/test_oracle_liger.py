@@ -51,8 +51,8 @@ UNCLIPPED = (
     "cispo",
     "sapo",
     "vespo",
-)  # without delta; a weight of a whole row enters vespo once a token, so not at all
-# Of per-token terms Liger's luspo takes the mean over masked positions too; only a term a sequence is luspo's.
+)  # no delta; in vespo a weight per row would enter once per token, so it is not compared
+# Liger's luspo takes the mean of per-token terms over masked positions too; only a term per sequence is luspo's.
 PER_TOKEN_TERMS = ("kl", "bias_corrected_kl", "token_weights")
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ CASES = [
 
 
 class Inputs(NamedTuple):
-    """Float64 numbers that float32 holds; the log-ratios approach the bounds as the oracle batch's do."""
+    """Values in float64 that are exact in float32; the log-ratios approach the bounds, as in the oracle batch."""
 
     parameters: tuple[Tensor, Tensor, Tensor]  # hidden, weight, bias
     targets: Tensor
@@ -138,7 +138,7 @@ def our_config(loss: Loss, case: dict[str, Any]) -> gk.LossConfig:
 
 
 def ours(config: gk.LossConfig, case: dict[str, Any], inputs: Inputs, variant: Variant) -> Outcome:
-    """What is masked is poisoned first, the parameters apart."""
+    """Masked values are replaced by NaN first, except in the parameters."""
 
     def given(values: Tensor | None) -> Tensor | None:
         if values is None:
@@ -187,7 +187,7 @@ WRONG: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("level", "wrong"), list(itertools.product(("token", "sequence"), WRONG)))
 def test_mutations(level: str, wrong: str) -> None:
-    """One thing wrong, and the comparison says so."""
+    """The comparison fails when one thing is wrong."""
     row, case = LOSSES[f"grpo_{level}"], KLS["bias_corrected_kl"] | OPTIONS["chunks_of_4"] | OPTIONS["token_weights"]
     inputs, variant = make_inputs(level, case), Variant("cpu", torch.float32)
     exact, config = theirs(row, case, inputs), our_config(row, case)

@@ -1,4 +1,4 @@
-"""TRL's own loss, run as it is, decides what the trl_* presets compute: value, gradient and metrics."""
+"""TRL's own loss decides what the trl_* presets compute: value, gradient and metrics."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ CISPO_CAP = 1.1  # TRL reads epsilon_high as the cap itself
 TAUS = {"sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05}
 VESPO = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
 MAX_LENGTH = 512
-ITEMS = 75  # num_items_in_batch: not the tokens of this batch
+ITEMS = 75  # num_items_in_batch: differs from the tokens of this batch
 BETA = 0.3
 ENTROPY_COEF = 0.05
 
 
 class Case(dict):
-    """What differs from a plain GRPO step: `Case(beta=0.3, vllm="row")`."""
+    """The differences from a plain GRPO step: `Case(beta=0.3, vllm="row")`."""
 
     def __getattr__(self, name: str) -> Any:
         return self.get(name)
@@ -83,7 +83,7 @@ KLS = {"no_kl": Case(), "kl": Case(beta=BETA), "bias_corrected_kl": Case(beta=BE
 
 
 def trainer(loss_type: str, level: str, case: Case, outputs: tuple[Tensor, Tensor]) -> SimpleNamespace:
-    """Stands in for a GRPOTrainer: what `_compute_loss` reads of it, on one process."""
+    """Stands in for a GRPOTrainer on one process: the attributes that `_compute_loss` uses."""
     accelerator = SimpleNamespace(
         num_processes=case.processes or 1, sync_gradients=True, gather=lambda x: x, gather_for_metrics=lambda x: x,
         reduce=lambda x, reduction: x, pad_across_processes=lambda x, dim, pad_index: x,
@@ -109,10 +109,11 @@ def trainer(loss_type: str, level: str, case: Case, outputs: tuple[Tensor, Tenso
 
 def trl_inputs(batch: Batch, case: Case) -> dict[str, Tensor]:
     ids = torch.zeros_like(batch.mask)
-    whole = (batch.mask.flip(-1).cumsum(-1).flip(-1) > 0).long()
+    completion_mask = (batch.mask.flip(-1).cumsum(-1).flip(-1) > 0).long()
     inputs = {
-        "prompt_ids": ids[:, :2], "prompt_mask": ids[:, :2] + 1, "completion_ids": ids, "completion_mask": whole,
-        "tool_mask": torch.where(whole > 0, batch.mask, 1), "num_items_in_batch": torch.tensor(ITEMS),
+        "prompt_ids": ids[:, :2], "prompt_mask": ids[:, :2] + 1, "completion_ids": ids,
+        "completion_mask": completion_mask, "tool_mask": torch.where(completion_mask > 0, batch.mask, 1),
+        "num_items_in_batch": torch.tensor(ITEMS),
         "advantages": batch.token_advantages if case.token_advantages else batch.advantages,
         "old_per_token_logps": batch.old, "ref_per_token_logps": batch.ref,
     }  # fmt: skip
@@ -125,7 +126,7 @@ def trl_inputs(batch: Batch, case: Case) -> dict[str, Tensor]:
 
 @contextmanager
 def float64_numbers() -> Iterator[None]:
-    """torch.where(..., 1.0, 1.05) and divisions of integers in float64."""
+    """Makes torch.where(..., 1.0, 1.05) and divisions of integers float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -151,7 +152,7 @@ def entropy_mask(batch: Batch, case: Case) -> Tensor:
 
 
 def our_call(loss_type: str, level: str, case: Case, batch: Batch) -> dict[str, Any]:
-    """The same step as arguments of ours: a preset, and the trainer's normaliser as scale and denominator."""
+    """Our arguments for the same step: a preset, and the trainer's normaliser as scale and denominator."""
     changes: dict[str, Any] = {"ratio_level": level}
     if loss_type in CLIPPED:
         changes |= {"eps_low": EPS_LOW, "eps_high": EPS_HIGH, "delta": case.delta}
@@ -167,7 +168,7 @@ def our_call(loss_type: str, level: str, case: Case, batch: Batch) -> dict[str, 
         "dapo",
         "cispo",
         "vespo",
-    ):  # items of the generation batch, brought to one window; `scale` holds the accumulation
+    ):  # items of the generation batch, scaled to one window; `scale` contains the accumulation
         call["denominator"] = torch.tensor(ITEMS / (case.processes or 1) / (case.generation_steps or 1))
     if case.vllm:
         call["token_weights"] = batch.token_weights if case.vllm == "token" else batch.row_weights
@@ -188,15 +189,15 @@ METRICS = {
 
 
 def metrics_of(loss_type: str, trl: dict[str, float], level: str, case: Case) -> dict[str, float]:
-    """TRL's token-level metrics under our names; of one ratio a sequence it logs means over sequences instead."""
+    """TRL's token-level metrics under our names; with one ratio per sequence it logs means over sequences instead."""
     if level == "sequence":
         return {}
-    found = {ours: trl[name] for ours, name in METRICS.items()} if loss_type in CLIPPED else {}
+    metrics = {ours: trl[name] for ours, name in METRICS.items()} if loss_type in CLIPPED else {}
     if loss_type == "cispo":
-        found["clip_high"] = trl["cispo_clip_ratio"]
+        metrics["clip_high"] = trl["cispo_clip_ratio"]
     if case.bonus:
-        found["entropy"] = trl["entropy"]
-    return found | ({"kl": trl["kl"]} if case.beta else {})
+        metrics["entropy"] = trl["entropy"]
+    return metrics | ({"kl": trl["kl"]} if case.beta else {})
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -218,7 +219,7 @@ def test_loss(loss_type: str, level: str, kl: str, option: str) -> None:
 
 @pytest.mark.parametrize("x", [19.0, 21.0, -19.0, -21.0])
 def test_vespo_clamps(x: float) -> None:
-    """A token's log-ratio, an importance weight's logarithm and their sum beyond each bound."""
+    """A token's log-ratio, the logarithm of an importance weight and their sum, each beyond each bound."""
     batch = make_batch(large=(x, 0.3, -0.2))
     weights = batch.token_weights.clone()
     weights[0, :2], weights[1, 2] = torch.tensor([1e-9, 0.0]), 1e12
@@ -233,7 +234,9 @@ def test_vespo_clamps(x: float) -> None:
 def test_gmpo(kl: str, option: str) -> None:
     case = Case(**KLS[kl], **{**OPTIONS[option], "bonus": False})
     batch = make_batch(holes=bool(case.holes))
-    batch = batch._replace(advantages=batch.advantages * (batch.mask.sum(-1) > 0))  # without tokens: a constant in TRL
+    batch = batch._replace(
+        advantages=batch.advantages * (batch.mask.sum(-1) > 0)
+    )  # a row without tokens adds a constant in TRL
 
     def loss(logps: Tensor, entropy: Tensor) -> Tensor:
         me = trainer("grpo", "token", case, (logps, entropy))
@@ -260,13 +263,13 @@ def test_preset_is_the_trainers_default(loss_type: str) -> None:
     )
     assert (preset.kl_coef, preset.entropy_coef) == (default["beta"], default["entropy_coef"])
     assert preset.max_length in (None, default["max_completion_length"])
-    # luspo alone departs from importance_sampling_level's default, to the level TRL's documentation asks for with it.
+    # Only luspo departs from importance_sampling_level's default: TRL's documentation asks for another level with it.
     assert preset.ratio_level == ("sequence" if loss_type == "luspo" else default["importance_sampling_level"])
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_preset_kl_is_the_trainers_default(loss_type: str) -> None:
-    """Only beta is given: the rest is GRPOConfig's."""
+    """Only beta is given; the rest are GRPOConfig's defaults."""
     default = {field.name: field.default for field in fields(grpo_trainer.GRPOConfig)}["use_bias_correction_kl"]
     preset = gk.LossConfig.preset(f"trl_{loss_type}", kl_coef=BETA)
     assert preset.kl_gradient == ("importance_weighted" if default else "pathwise")
@@ -275,7 +278,7 @@ def test_preset_kl_is_the_trainers_default(loss_type: str) -> None:
 @pytest.mark.parametrize("bounds", [(0.0, 0.0, None), (0.0, 0.0, 1.0), (0.5, 0.0, 1.0)], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
 def test_ratio_exactly_at_its_bounds(level: str, bounds: tuple[float, float, float | None]) -> None:
-    """A ratio of exactly 1 where 1 is the bound: on the bound the gradient passes."""
+    """A ratio of exactly 1 where 1 is the bound: at the bound the gradient passes."""
     low, high, delta = bounds
     batch = make_batch(level)
     batch = batch._replace(old=batch.logps)
@@ -292,8 +295,8 @@ def test_ratio_exactly_at_its_bounds(level: str, bounds: tuple[float, float, flo
 
 
 def test_rloo() -> None:
-    """RLOOTrainer: the product of the token ratios, a mean over sequences. A completion without tokens adds the
-    constant -A / B there and nothing here, so its advantage is 0; without gradient it is either way."""
+    """RLOOTrainer: the product of the token ratios, and a mean over sequences. A completion without tokens adds the
+    constant -A / B there and nothing here, so the test gives it an advantage of 0; it has no gradient in either."""
     batch = make_batch("product")
     batch = batch._replace(advantages=batch.advantages * (batch.mask.sum(-1) > 0))
     inputs = trl_inputs(batch, Case()) | {"old_logps": (batch.old * batch.mask).sum(-1)}
@@ -331,7 +334,7 @@ def test_logps_and_entropy(variant: Variant, temperature: float) -> None:
 @pytest.mark.parametrize("variant", PADDED, ids=str)
 @pytest.mark.parametrize(("loss_type", "level"), LOSSES)
 def test_loss_from_logits(loss_type: str, level: str, variant: Variant) -> None:
-    """The whole way from logits, KL and entropy bonus included: the gradient of the logits is TRL's."""
+    """From logits to loss, with KL and entropy bonus: the gradient of the logits is TRL's."""
     g = torch.Generator().manual_seed(6)
     batch = make_batch()
     logits = (2 * torch.randn(*batch.mask.shape, 97, generator=g)).double()
@@ -354,7 +357,7 @@ def test_loss_from_logits(loss_type: str, level: str, variant: Variant) -> None:
     assert_near(leaves[1].grad, leaves[0].grad, variant.tolerance, "gradient")
 
 
-# ---- teeth ----
+# ---- mutations ----
 
 WRONG = {
     "bounds_swapped": lambda call, b: call | {"config": _changed(call, eps_low=EPS_HIGH, eps_high=EPS_LOW)},
@@ -377,7 +380,7 @@ def _changed(call: dict[str, Any], **changes: Any) -> gk.LossConfig:
 
 @pytest.mark.parametrize(("level", "wrong"), list(itertools.product(LEVELS, WRONG)))
 def test_mutations(level: str, wrong: str) -> None:
-    """One thing wrong, and the comparison says so."""
+    """The comparison fails when one thing is wrong."""
     case = Case(**KLS["bias_corrected_kl"], **OPTIONS["everything"])
     batch = make_batch(level, holes=True)
     exact, call = theirs("grpo", level, case, batch), our_call("grpo", level, case, batch)

@@ -1,4 +1,4 @@
-"""TRL's advantages: the lines of _generate_and_score_completions, taken from its source and run in float64."""
+"""TRL's advantages: the lines of _generate_and_score_completions, run from its source in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = [torch.float32, torch.float64]
 
 
 def several(seed: int = 4) -> Tensor:
-    """[S, 3]: a component missing here and there, a sample without any, constant groups of one component."""
+    """[S, 3]: some components are missing, one sample has none, and one component has constant groups."""
     g = torch.Generator().manual_seed(seed)
     rewards = torch.randn(28, 3, generator=g).round(decimals=2)
     rewards[::5, 1] = NAN

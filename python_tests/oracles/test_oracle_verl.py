@@ -1,4 +1,4 @@
-"""verl's own functions, run as they are, decide what the verl_* presets compute."""
+"""verl's own functions decide what the verl_* presets compute."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ AGGREGATIONS = {
 LEVELS = {"vanilla": "token", "gspo": "sequence"}
 DIVERGENCE = {"clip_ratio_low": 0.03, "clip_ratio_high": 0.05}  # of dppo: probabilities in the batch move by as much
 DRO_BETA, COV_RATIO = 0.3, 0.2
-# Its own configuration in verl, the same in ours, and the aggregation that it forces.
+# A loss's configuration in verl, ours for the same, and the aggregation that it forces.
 LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "vanilla": ({}, {"eps_low": EPS_LOW, "eps_high": EPS_HIGH}, None),
     "gspo": ({}, {"eps_low": EPS_LOW, "eps_high": EPS_HIGH}, None),
@@ -56,7 +56,7 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "dppo_tv": (DIVERGENCE, {"eps_low": 0.03, "eps_high": 0.05}, None),
     "dppo_kl": (DIVERGENCE, {"eps_low": 0.03, "eps_high": 0.05}, None),
     "dro": ({"policy_loss": {"dro_beta": DRO_BETA}}, {"dro_beta": DRO_BETA}, None),
-    # More tokens are wanted than there are candidates: nothing is left to chance.
+    # More tokens are wanted than there are candidates, so that nothing is random.
     "clip_cov": (
         {"policy_loss": {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": 0.4}},
         {"eps_low": EPS_LOW, "eps_high": EPS_HIGH, "cov_ratio": 1.0, "cov_low": 0.05, "cov_high": 0.4}, None,
@@ -83,7 +83,7 @@ def actor(global_batch_info: dict[str, Any] | None = None, **changes: Any) -> An
 
 
 def our_call(loss: str, mode: str, batch: Batch, info: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """The preset under one of verl's aggregations, its global normalisers as scale and denominator."""
+    """The preset with one of verl's aggregations, and verl's global normalisers as scale and denominator."""
     info, aggregation = info or {}, AGGREGATIONS[mode]
     if aggregation == "fixed_length":
         changes["max_length"] = info.get("loss_scale_factor") or batch.mask.shape[1]
@@ -99,7 +99,7 @@ def our_call(loss: str, mode: str, batch: Batch, info: dict[str, Any] | None = N
 
 
 def theirs(loss: str, mode: str, batch: Batch, config: Any, weights: Tensor | None = None) -> Result:
-    """A policy loss of verl, its metrics under our names."""
+    """A policy loss of verl, with its metrics under our names."""
     seen: dict[str, float] = {}
 
     def run(logps: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def theirs(loss: str, mode: str, batch: Batch, config: Any, weights: Tensor | No
 
 
 def assert_metrics(loss: str, verl: dict[str, float], call: dict[str, Any], batch: Batch) -> None:
-    """verl's metrics under our names: sums of ours where verl knows one number for several of our cases."""
+    """verl's metrics under our names: sums of ours where verl has one number for several of our cases."""
     got = ours(Variant("cpu", torch.float64), **call).metrics
     expected = {}
     if loss != "kl_cov" and loss != "gpg":
@@ -157,7 +157,7 @@ def test_policy_loss_beyond_the_clamp(loss: str) -> None:
 
 
 def test_geo_mean_with_token_advantages_of_zero() -> None:
-    """A token without advantage adds no log-ratio to the mean, and still counts in it."""
+    """A token without advantage adds no log-ratio to the mean, but is still counted in it."""
     batch = make_batch()
     zero = torch.arange(batch.mask.shape[1]) % 3 == 0
     batch = batch._replace(token_advantages=torch.where(zero, 0.0, batch.token_advantages))
@@ -165,21 +165,21 @@ def test_geo_mean_with_token_advantages_of_zero() -> None:
     assert_matches(exact, **our_call("geo_mean", "seq-mean-token-mean", batch), tolerance=NO_TOKEN_EPS)
 
 
-def test_clip_cov_picks_its_share_at_random() -> None:
-    """As many tokens as verl, from the same candidates, each as likely; another generator state, other tokens."""
+def test_clip_cov_selects_its_tokens_at_random() -> None:
+    """As many tokens as verl, from the same candidates, all equally likely; another generator state, other tokens."""
     batch = make_batch()
-    batch = batch._replace(token_advantages=batch.token_advantages + 0.01)  # a term of 0 is a picked one
+    batch = batch._replace(token_advantages=batch.token_advantages + 0.01)  # so that a term of 0 means: selected
     candidates = actor(policy_loss={"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": 0.4})
     total = theirs("clip_cov", "token-mean", batch, candidates).metrics["actor/pg_clipfrac"] * batch.mask.sum()
     few = actor(policy_loss={"clip_cov_ratio": 0.05, "clip_cov_lb": 0.05, "clip_cov_ub": 0.4})
-    share = theirs("clip_cov", "token-mean", batch, few).metrics["actor/pg_clipfrac"]
+    fraction = theirs("clip_cov", "token-mean", batch, few).metrics["actor/pg_clipfrac"]
     call = our_call("clip_cov", "token-mean", batch, cov_ratio=0.05)
     picked = torch.zeros_like(batch.logps)
-    rounds, wanted = 400, share * batch.mask.sum()
+    rounds, wanted = 400, fraction * batch.mask.sum()
     torch.manual_seed(0)
     for _ in range(rounds):
         terms = gk.policy_loss(**call)
-        assert abs(float(terms.metrics["clip_cap"]) - share) < 1e-6
+        assert abs(float(terms.metrics["clip_cap"]) - fraction) < 1e-6
         picked += (terms.per_token_loss == 0) & (batch.mask > 0)
     assert (picked > 0).sum() == round(float(total))
     expected = rounds * wanted / total
@@ -188,7 +188,7 @@ def test_clip_cov_picks_its_share_at_random() -> None:
 
 @pytest.mark.parametrize("loss_type", ["ppo_clip", "reinforce"])
 def test_bypass_mode(loss_type: str) -> None:
-    """old is the sampler; the weights, if any, are of the current policy against it."""
+    """old is the sampler; the weights, if any, compare the current policy with it."""
     batch = make_batch(holes=True)
     correction = {"loss_type": loss_type, "rollout_is": "token", "rollout_is_threshold": 1.3}
     config = actor(policy_loss={"rollout_correction": verl_algorithm.RolloutCorrectionConfig(**correction)})
@@ -202,18 +202,18 @@ def test_bypass_mode(loss_type: str) -> None:
 
 @pytest.mark.parametrize("mode", ["token-mean", "token-sum"])
 @pytest.mark.parametrize("loss", LEVELS)
-def test_policy_loss_far_apart_with_nan_behind_the_mask(loss: str, mode: str) -> None:
+def test_policy_loss_with_large_ratios_and_masked_nans(loss: str, mode: str) -> None:
     """|x| beyond verl's clamp of 20; and NaN at masked tokens, which its token aggregations skip over as ours do."""
     batch = make_batch(LEVELS[loss], holes=True, large=(25.0, -25.0, 20.5, -20.5, 19.5, -19.5))
     dirty = batch
-    if loss == "vanilla":  # gspo's sum over the sequence would see it
+    if loss == "vanilla":  # gspo's sum over the sequence would include it
         dirty = batch._replace(**{name: poisoned(getattr(batch, name), batch.mask) for name in ("logps", "old")})
     assert_matches(theirs(loss, mode, dirty, actor()), **our_call(loss, mode, batch))
 
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)
 def test_gspo_bound_on_the_sequence_ratio(mode: str) -> None:
-    """log s above 10: the value of e^10 and no gradient, where A < 0 leaves the ratio unclipped."""
+    """log s above 10 has the value e^10 and no gradient where A < 0 leaves the ratio unclipped."""
     rows = [10.5, 10.5, 0.3, 0.0, 9.9, 0.1, -11.0, 10.1, 9.5]
     batch = make_batch("sequence", row_log_ratios=rows)
     exact = theirs("gspo", mode, batch, actor())
@@ -223,7 +223,7 @@ def test_gspo_bound_on_the_sequence_ratio(mode: str) -> None:
 
 @pytest.mark.parametrize("loss", LEVELS)
 def test_ratio_exactly_at_its_bounds(loss: str) -> None:
-    """clip_ratio 0 and a ratio of exactly 1: on the bound the gradient passes."""
+    """clip_ratio 0 and a ratio of exactly 1: at the bound the gradient passes."""
     batch = make_batch(LEVELS[loss])
     batch = batch._replace(old=batch.logps)
     exact = theirs(loss, "token-mean", batch, actor(clip_ratio_low=0.0, clip_ratio_high=0.0))
@@ -265,7 +265,7 @@ def test_presets_are_the_trainers_defaults() -> None:
 @pytest.mark.parametrize("info", [WIDE, GLOBAL], ids=["own_batch", "global_batch"])
 @pytest.mark.parametrize("mode", AGGREGATIONS)
 def test_agg_loss(mode: str, info: dict[str, Any]) -> None:
-    """Any per-token loss L, as -A r with A = -L on policy."""
+    """Any per-token loss L is -A r with A = -L on policy."""
     batch = make_batch(holes=True)
     terms = batch.ref
 
@@ -293,7 +293,7 @@ def our_kl(kl_type: str, coefficient: float) -> dict[str, Any]:
 
 
 def kl_batch() -> Batch:
-    """u = ref - logp beyond both clamps of k3 (|u| > 20, k3 > 10), within, and exactly 0."""
+    """u = ref - logp beyond both clamps of k3 (|u| > 20, k3 > 10), within them, and exactly 0."""
     batch = make_batch(holes=True, large=(25.0, -25.0, 20.5, -20.5, 11.5, -10.5, 2.7, -12.0))
     return batch._replace(ref=torch.where(torch.arange(batch.ref.shape[1]) == 2, batch.logps, batch.ref))
 
@@ -312,14 +312,14 @@ def test_kl_penalty(kl_type: str) -> None:
 
 @pytest.mark.parametrize("loss", LEVELS)
 def test_preset_kl_is_the_trainers_default(loss: str) -> None:
-    """Only the coefficient is given: the rest is ActorConfig's, kl_loss_type "low_var_kl"."""
+    """Only the coefficient is given; the rest are ActorConfig's defaults, with kl_loss_type "low_var_kl"."""
     preset = gk.LossConfig.preset(f"verl_{loss}", kl_coef=0.001)
     expected = our_kl(verl_config.ActorConfig.kl_loss_type, 0.001)
     assert {name: getattr(preset, name) for name in expected} == expected
 
 
 class Data(dict):
-    """The part of a TensorDict that ppo_loss reads."""
+    """The part of a TensorDict that ppo_loss uses."""
 
     def select(self, *fields: str) -> Data:
         return Data({name: self[name] for name in fields})
@@ -332,7 +332,7 @@ class Data(dict):
 @pytest.mark.parametrize("mode", AGGREGATIONS)
 @pytest.mark.parametrize("loss", LEVELS)
 def test_actor_loss(loss: str, mode: str, kl_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole of ppo_loss: policy with rollout weights, entropy bonus and KL, over the global batch."""
+    """All of ppo_loss: policy with rollout weights, entropy bonus and KL, over the global batch."""
     monkeypatch.setattr(verl_losses, "no_padding_2_padding", lambda values, _: values)
     batch = make_batch(LEVELS[loss], holes=True)
     config = actor(
@@ -371,7 +371,7 @@ def test_logps_and_entropy(variant: Variant) -> None:
     assert_near(got.sum_p2, squares, variant.tolerance, "sum_p2")
 
 
-# ---- teeth ----
+# ---- mutations ----
 
 WRONG = {
     "bounds_swapped": {"eps_low": EPS_HIGH, "eps_high": EPS_LOW},
@@ -386,7 +386,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_mutations(wrong: str) -> None:
-    """One thing wrong, and the comparison says so."""
+    """The comparison fails when one thing is wrong."""
     batch, changes = kl_batch(), WRONG[wrong]
     mode = "seq-mean-token-sum" if wrong == "empty_sequences_counted" else "token-mean"
 

@@ -1,4 +1,4 @@
-"""verl's own estimators and value loss, run as they are in float64, decide what ours compute."""
+"""verl's own estimators and value loss, run in float64, decide what ours compute."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = [torch.float32, torch.float64]
 
 
 class Batch(NamedTuple):
-    """Groups in random order; two runs of active tokens in most rows, one row without any token."""
+    """Groups in random order; most rows have two runs of active tokens, one row has no token."""
 
     ids: Tensor
     rewards: Tensor  # [S]
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
     @property
     def outcome(self) -> Tensor:
-        """[S, T], each reward on some token: verl sums them up."""
+        """[S, T], with each reward on some token: verl sums over the tokens."""
         return torch.nn.functional.pad(self.rewards[:, None], (3, TURNS - 4))
 
 
@@ -61,7 +61,7 @@ def make_batch(seed: int = 8) -> Batch:
     rewards[3] = 0.0
     lengths = torch.randint(2, TURNS + 1, (shape[0], 1), generator=g)
     mask = (torch.arange(TURNS) < lengths) & (torch.rand(shape, generator=g) > 0.25)
-    mask[torch.arange(shape[0]), lengths[:, 0] - 1] = True  # a unique longest sequence here and there
+    mask[torch.arange(shape[0]), lengths[:, 0] - 1] = True  # some groups have a unique longest sequence
     mask[5] = False
     draw = [torch.randn(shape, generator=g) for _ in range(5)]
     logps = -draw[2].abs()
@@ -75,7 +75,7 @@ def make_batch(seed: int = 8) -> Batch:
 
 
 B = make_batch()
-WIDE = B.mask.double()  # of an integer mask verl makes a float32 n / (n - 1)
+WIDE = B.mask.double()  # with an integer mask, verl's n / (n - 1) is float32
 
 
 def verl(name: str, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def verl(name: str, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    """NaN and infinities behind the mask, where the tensor has one value a token."""
+    """Tensors per token get NaN and infinities at masked tokens."""
     return [(poisoned(x, B.mask) if x.shape == B.mask.shape else x).to(dtype) for x in tensors]
 
 
@@ -93,11 +93,11 @@ def tolerance(dtype: torch.dtype, theirs: float = 1e-9) -> float:
 
 
 def assert_tokens(got: Tensor, exact: Tensor, allowed: float, what: str) -> None:
-    assert not got[B.mask == 0].any(), f"{what}: a masked token has one"
+    assert not got[B.mask == 0].any(), f"{what}: a masked token is not 0"
     assert_near(got, exact.double() * B.mask, allowed, what)
 
 
-# ---- one advantage a sample ----
+# ---- one advantage per sample ----
 
 NO_STD = {"norm_adv_by_std_in_grpo": False}
 Ours = Callable[..., gk.GroupAdvantages]
@@ -132,16 +132,16 @@ def test_per_sample(estimator: str, backend: str, dtype: torch.dtype) -> None:
         single = torch.isin(B.ids, torch.tensor([-3, 5]))
         exact = torch.where(single, exact * (torch.ones(()) + 1e-6).double(), exact)
     got = ours(B.rewards.to(dtype), group_ids=B.ids, backend=backend, **changes).advantages
-    inside = torch.float32 if name == "grpo_vectorized" else dtype
+    computed_in = torch.float32 if name == "grpo_vectorized" else dtype
     theirs = 1e-7 if name == "gpg" else 1e-9  # alpha is float32 there
-    assert_near(got[kept], exact[kept], tolerance(inside, theirs), estimator)
+    assert_near(got[kept], exact[kept], tolerance(computed_in, theirs), estimator)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("by_std", [True, False])
 def test_grpo_passk(by_std: bool, backend: str, dtype: torch.dtype) -> None:
-    kept = ~torch.isin(B.ids, torch.tensor([-3, 5]))  # verl takes no group of one
+    kept = ~torch.isin(B.ids, torch.tensor([-3, 5]))  # verl refuses groups of one
     exact, _ = verl(
         "grpo_passk", B.outcome[kept], torch.ones_like(B.mask)[kept], B.uids[kept.numpy()],
         config={"norm_adv_by_std_in_grpo": by_std},
@@ -159,7 +159,7 @@ def test_grpo_passk(by_std: bool, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("by_std", [True, False])
 def test_gdpo(by_std: bool, backend: str, dtype: torch.dtype) -> None:
-    """verl reads the components from its data and whitens over tokens."""
+    """verl takes the components from its data and whitens over tokens."""
     keys = [f"reward {k}" for k in range(len(WEIGHTS))]
     config = {"gdpo_reward_keys": keys, "gdpo_reward_weights": WEIGHTS}
     components = B.components.float()  # verl's dtype for them
@@ -173,11 +173,11 @@ def test_gdpo(by_std: bool, backend: str, dtype: torch.dtype) -> None:
         components.to(dtype), group_ids=B.ids, reward_weights=WEIGHTS, single="raw", lengths=B.mask.sum(-1),
         batch_eps=1e-8, batch_eps_mode="variance", backend=backend, **choice,
     )  # fmt: skip
-    assert_tokens(got.advantages[:, None] * B.mask, exact, 3e-6, "gdpo")  # float32 inside verl
+    assert_tokens(got.advantages[:, None] * B.mask, exact, 3e-6, "gdpo")  # float32 computed_in verl
     assert got.mean.shape == got.std.shape == B.components.shape
 
 
-# ---- one advantage a token ----
+# ---- one advantage per token ----
 
 
 def packed(values: Tensor) -> Tensor:
@@ -194,21 +194,21 @@ def unpacked(out: gk.TokenAdvantages) -> gk.TokenAdvantages:
 
 
 LAYOUTS = ["padded", "packed"]
-every_way = [
+MARKS = [
     pytest.mark.parametrize("dtype", DTYPES, ids=str),
     pytest.mark.parametrize("backend", BACKENDS),
     pytest.mark.parametrize("layout", LAYOUTS),
 ]
 
 
-def each_way(test: Callable) -> Callable:
-    for mark in every_way:
+def for_each_layout(test: Callable) -> Callable:
+    for mark in MARKS:
         test = mark(test)
     return test
 
 
 def run(function: Callable, layout: str, tensors: list[Tensor], **options: Any) -> gk.TokenAdvantages:
-    """Per-token tensors become packed ones; `mask` too, if given among the options."""
+    """Packs the per-token tensors, and `mask` if it is among the options."""
     if layout == "padded":
         return function(*tensors, **options)
     options = {k: packed(v) if k in ("mask", "kl") else v for k, v in options.items()}
@@ -216,7 +216,7 @@ def run(function: Callable, layout: str, tensors: list[Tensor], **options: Any) 
     return unpacked(function(*tensors, cu_seqlens=boundaries(), **options))
 
 
-@each_way
+@for_each_layout
 def test_gae(layout: str, backend: str, dtype: torch.dtype) -> None:
     whitened, returns = verl("gae", B.token_rewards, B.values, WIDE, GAMMA, LAM)
     inputs = cast(dtype, B.token_rewards, B.values)
@@ -227,7 +227,7 @@ def test_gae(layout: str, backend: str, dtype: torch.dtype) -> None:
     assert_tokens(white, whitened, tolerance(dtype), "whitened")
 
 
-@each_way
+@for_each_layout
 def test_reinforce_plus_plus(layout: str, backend: str, dtype: torch.dtype) -> None:
     exact = verl("reinforce_plus_plus", B.token_rewards, WIDE, config=SimpleNamespace(gamma=GAMMA))
     got = run(gk.reinforce_plus_plus, layout, cast(dtype, B.token_rewards), mask=B.mask, gamma=GAMMA, backend=backend)
@@ -235,7 +235,7 @@ def test_reinforce_plus_plus(layout: str, backend: str, dtype: torch.dtype) -> N
         assert_tokens(mine, theirs, tolerance(dtype), what)
 
 
-@each_way
+@for_each_layout
 def test_reinforce_plus_plus_baseline(layout: str, backend: str, dtype: torch.dtype) -> None:
     exact, _ = verl("reinforce_plus_plus_baseline", B.outcome, WIDE, B.uids)
     got = run(
@@ -245,7 +245,7 @@ def test_reinforce_plus_plus_baseline(layout: str, backend: str, dtype: torch.dt
     assert_tokens(got.advantages, exact, tolerance(dtype), "advantages")
 
 
-@each_way
+@for_each_layout
 def test_remax(layout: str, backend: str, dtype: torch.dtype) -> None:
     exact = verl("remax", B.token_rewards, B.baselines, B.mask)
     got = run(gk.remax, layout, cast(dtype, B.token_rewards, B.baselines), mask=B.mask, backend=backend)
@@ -275,14 +275,14 @@ def test_optimal_token_baseline(
         assert_tokens(mine, theirs, tolerance(dtype), what)
 
 
-def test_every_estimator_is_here() -> None:
-    """A new one in verl, or one that lost its test, is noticed."""
+def test_every_estimator_is_tested() -> None:
+    """Fails for a new estimator in verl, or one that has lost its test."""
     tested = {row[0] for row in PER_SAMPLE.values()} | {
         "gae", "gdpo", "grpo_passk", "optimal_token_baseline", "reinforce_plus_plus", "reinforce_plus_plus_baseline",
         "remax", "tir_optimal_token_baseline",
     }  # fmt: skip
-    known = {getattr(name, "value", name) for name in core_algos.ADV_ESTIMATOR_REGISTRY}
-    assert known <= tested and len(tested) == 14
+    registered = {getattr(name, "value", name) for name in core_algos.ADV_ESTIMATOR_REGISTRY}
+    assert registered <= tested and len(tested) == 14
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
@@ -303,7 +303,7 @@ AGGREGATIONS = {
 
 @pytest.mark.parametrize("clip", [0.5, 0.05])
 @pytest.mark.parametrize("mode", AGGREGATIONS)
-@each_way
+@for_each_layout
 def test_value_loss(layout: str, backend: str, dtype: torch.dtype, mode: str, clip: float) -> None:
     g = torch.Generator().manual_seed(2)
     old = (B.values + 0.3 * torch.randn(B.values.shape, generator=g)).float().double()
@@ -328,11 +328,11 @@ def test_value_loss(layout: str, backend: str, dtype: torch.dtype, mode: str, cl
     assert_near(got.metrics["clip_fraction"], fraction, tolerance(dtype, 1e-7), "clip fraction")
 
 
-# ---- teeth ----
+# ---- mutations ----
 
 
 def test_mutations() -> None:
-    """One thing wrong, and the comparison says so."""
+    """The comparison fails when one thing is wrong."""
     wrong = {
         "ddof": {"eps": 1e-6, "single": "raw", "ddof": 0}, "single": {"eps": 1e-6}, "eps": {"single": "raw"},
         "scale": {"scale": "none", "single": "raw"},
@@ -349,12 +349,12 @@ def test_mutations() -> None:
             assert_tokens(gk.gae(B.token_rewards, B.values, B.mask, **changes).returns, returns, 1e-6, "wrong")
     with pytest.raises(AssertionError):
         got = gk.gae(B.token_rewards, B.values * B.mask, gamma=GAMMA, lam=LAM)
-        assert_tokens(got.returns * B.mask, returns, 1e-6, "masked tokens not passed over")
+        assert_tokens(got.returns * B.mask, returns, 1e-6, "masked tokens not skipped")
 
 
 @pytest.mark.slow
 def test_much_faster_than_the_loops() -> None:
-    """At the sizes of a training step; measured at over 100 times, asked for with room for a busy machine."""
+    """At the sizes of a training step. Measured: over 100 times; required: less, for busy machines."""
     rewards = torch.randn(16384)
     ids = torch.arange(16384) // 16
     uids = numpy.array([f"prompt {i}" for i in ids.tolist()], dtype=object)
@@ -367,7 +367,7 @@ def test_much_faster_than_the_loops() -> None:
 
 
 def _seconds(call: Callable[[], Any], rounds: int) -> float:
-    """The least of some rounds."""
+    """The minimum of some rounds."""
     taken = []
     for _ in range(rounds):
         begin = time.perf_counter()

@@ -10,16 +10,16 @@ import numpy as np
 from .frame import ALL, Frame, dtype_of
 from .text import Instruction, size_of, split
 
-STRONG = ("volatile", "relaxed", "acquire", "release")  # seen by all at once, and never a race
+STRONG = ("volatile", "relaxed", "acquire", "release")  # visible to all at once, and never a race
 RELEASES = ("release", "acq_rel")
 
 
 def address_of(frame: Frame, operand: str) -> Callable[[object], np.ndarray]:
     """[register or symbol, plus a number] as 32 signed integers."""
-    found = re.fullmatch(r"\[\s*([%$\w.@]+?)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
-    if found is None:
+    match = re.fullmatch(r"\[\s*([%$\w.@]+?)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
+    if match is None:
         raise NotImplementedError(f"address {operand!r}")
-    name, offset = found[1], int(found[2] or "0", 0)
+    name, offset = match[1], int(match[2] or "0", 0)
     is_register = name in frame.kernel.registers
     index = frame.source(name, "u32" if is_register and frame.size(name) == 4 else "u64")
     return lambda w: w.rows[index].astype(np.int64) + offset
@@ -78,7 +78,7 @@ def store(frame: Frame, ins: Instruction) -> Callable | None:
 
 
 def _operation(ins: Instruction, size: int) -> Callable[..., int]:
-    """Of what is there and the operands, as unsigned integers: what is there afterwards."""
+    """Maps the value in memory and the operands, as unsigned integers, to the value afterwards."""
     mask, signed = (1 << 8 * size) - 1, ins.parts[-1].startswith("s")
     name = next(p for p in ins.parts if p in ("add", "cas", "exch", "and", "or", "xor", "min", "max"))
     if ins.parts[-1].startswith("f"):
@@ -100,7 +100,7 @@ def _operation(ins: Instruction, size: int) -> Callable[..., int]:
 
 
 def atomic(frame: Frame, ins: Instruction) -> Callable:
-    """Lane after lane, in an order that nothing may hang on."""
+    """Lane after lane, in an order on which nothing may depend."""
     kind, space = ins.parts[-1], space_of(ins.parts)
     if "async" in ins.parts:
         raise NotImplementedError("a reduction that an mbarrier counts")

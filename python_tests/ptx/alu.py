@@ -1,4 +1,4 @@
-"""Arithmetic, comparison, selection, conversion: what touches registers alone. A builder turns an instruction into
+"""Arithmetic, comparison, selection and conversion, which access registers only. A builder turns an instruction into
 run(warp, mask)."""
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Run = Callable[[object, np.ndarray], None]
 
 
 def build(frame: Frame, ins: Instruction) -> Run | None:
-    """None: no instruction of this module."""
+    """None if the instruction is not one of this module."""
     builder = BUILDERS.get(ins.parts[0])
     return None if builder is None else builder(frame, ins)
 
 
-# ---- the general form: every operand of the instruction's type ----
+# ---- the general form: every operand has the instruction's type ----
 
 
 def in_place(ufunc: np.ufunc, target: int, sources: list[int]) -> Run:
@@ -65,7 +65,7 @@ INTEGERS = {
 LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.not_equal, "not": np.logical_not}
 
 
-# Others (a carry, saturation, rounding towards 0) would change results.
+# Any other modifier (a carry, saturation, rounding towards 0) would change results.
 MODIFIERS = {"rn", "rm", "ftz", "lo", "hi", "NaN", "approx", "full"}
 
 
@@ -106,7 +106,8 @@ def _high_product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _quotient(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Towards zero. A division by zero, which a compiler may hoist above its test, gives all ones, as on a GPU."""
+    """Rounds towards zero. A division by zero, which a compiler may hoist above its test, gives all ones, as on a
+    GPU."""
     zero = y == 0
     safe = np.where(zero, 1, y).astype(x.dtype)
     quotient = x // safe
@@ -116,11 +117,11 @@ def _quotient(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(zero, np.array(-1).astype(x.dtype), quotient), np.where(zero, x, rest)
 
 
-# ---- forms of their own ----
+# ---- special forms ----
 
 
 def _shift(frame: Frame, ins: Instruction) -> Run:
-    """By more than its bits: zeros, or copies of the sign."""
+    """A shift by more than the number of bits gives zeros, or copies of the sign."""
     name, kind = ins.parts[0], ins.parts[-1]
     bits, dtype = 8 * size_of(kind), dtype_of(kind)
     limit = bits - 1 if dtype.kind == "i" and name == "shr" else bits
@@ -225,10 +226,10 @@ def _mov(frame: Frame, ins: Instruction) -> Run:
 def _unpack(frame: Frame, targets: list[str], source: str, kind: str) -> Run:
     size = size_of(kind) // len(targets)
     places = [frame.target(x, f"u{8 * size}") for x in targets]
-    whole, part = frame.source(source, f"u{8 * size_of(kind)}"), dtype_of(f"u{8 * size}")
+    wide_kind, part = frame.source(source, f"u{8 * size_of(kind)}"), dtype_of(f"u{8 * size}")
 
     def run(w, m):
-        parts = np.ascontiguousarray(w.rows[whole]).view(part).reshape(LANES, -1).copy()
+        parts = np.ascontiguousarray(w.rows[wide_kind]).view(part).reshape(LANES, -1).copy()
         for k, place in enumerate(places):
             if place is not None:
                 put(w.rows[place], m, parts[:, k])
@@ -240,10 +241,10 @@ def _pack(frame: Frame, target: str, sources: list[str], kind: str) -> Run:
     size = size_of(kind) // len(sources)
     parts = [frame.source(x, f"u{8 * size}") for x in sources]
     to = frame.target(target, f"u{8 * size_of(kind)}")
-    whole = dtype_of(f"u{8 * size_of(kind)}")
+    wide_kind = dtype_of(f"u{8 * size_of(kind)}")
 
     def run(w, m):
-        put(w.rows[to], m, np.stack([w.rows[i] for i in parts], axis=1).view(whole)[:, 0])
+        put(w.rows[to], m, np.stack([w.rows[i] for i in parts], axis=1).view(wide_kind)[:, 0])
 
     return run
 
@@ -255,7 +256,7 @@ def _cvt(frame: Frame, ins: Instruction) -> Run:
 
 
 def _cvta(frame: Frame, ins: Instruction) -> Run:
-    """Generic addresses of global and parameter memory are themselves; the window of shared memory is added to its own."""
+    """Generic addresses are those of global and parameter memory; shared memory has a window of its own."""
     target, a = frame.target(ins.operands[0], "u64"), frame.source(ins.operands[1], "u64")
     shift = np.uint64(SHARED_WINDOW if any(p.startswith("shared") for p in ins.parts) else 0)
     return computed((lambda x: x - shift) if "to" in ins.parts else (lambda x: x + shift), target, [a])

@@ -1,4 +1,4 @@
-"""Warps, blocks and clusters: what they hold, and how their accesses reach memory."""
+"""Warps, blocks and clusters: their state, and how their accesses reach memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from .frame import ALL, EVERYBODY, LANES
 from .memory import RANK_SHIFT, SHARED_WINDOW, SharedMemory, Trap
 from .races import Shadow
-from .sync import Copy, Mbarrier, Meeting
+from .sync import Copy, Mbarrier, WarpBarrier
 
 if TYPE_CHECKING:
     from .machine import Grid
 
-BARRIERS = 80  # of a block that copies complete on: each is an agent of its own
+BARRIERS = 80  # mbarriers of a block on which copies complete: each is a separate agent
 _OFFSET = (1 << RANK_SHIFT) - 1
 
 
@@ -30,11 +30,11 @@ class Warp:
         special |= {f"%nctaid.{axis}": n for axis, n in zip("xyz", grid.blocks, strict=True)}
         special |= {"%cluster_ctarank": block.rank, "%cluster_nctarank": grid.cluster_size}
         self.rows = grid.program.frame.new_rows(special)
-        self.groups: list[list] = [[0, ALL]]  # where lanes are, and which
-        self.present = ALL  # that have not left
-        self.apart, self.stops = False, frozenset[int]()  # whether, and where, the machine has to choose among groups
+        self.groups: list[list] = [[0, ALL]]  # program counter and lanes
+        self.present = ALL  # lanes that have not exited
+        self.apart, self.stops = False, frozenset[int]()  # whether lanes have diverged, and where to choose again
         self.blocked = self.done = False
-        self.copies: list[Copy] = []  # that no barrier waits for yet
+        self.copies: list[Copy] = []  # copies for which no barrier waits yet
         self.clocks = np.zeros(block.cluster.agents, np.int32)
         self.clocks[self.agent] = 1
 
@@ -42,11 +42,11 @@ class Warp:
         self.clocks = np.maximum(self.clocks, clocks)
 
     def tick(self) -> None:
-        """What follows is not what the last release has published."""
+        """Later accesses are not covered by the last release."""
         self.clocks[self.agent] += 1
 
     def merge(self) -> None:
-        """Lanes that are at one place, as one group; lowest first."""
+        """Groups the lanes by program counter, the lowest first."""
         together: dict[int, np.ndarray] = {}
         for pc, mask in sorted(self.groups, key=lambda g: g[0]):
             together[pc] = together[pc] | mask if pc in together else mask
@@ -58,37 +58,37 @@ class Block:
         self.cluster, self.grid, self.number, self.rank = cluster, cluster.grid, number, rank
         x, y, _ = self.grid.blocks
         self.index = number % x, number // x % y, number // (x * y)
-        self.owner = number + 1  # of late stores
+        self.owner = number + 1  # as the owner of late stores
         self.shared, self.shadow = SharedMemory(self.grid.shared_bytes), Shadow()
         self.barriers: dict[int, Mbarrier] = {}
         self._agents: dict[int, int] = {}
-        self._meetings: dict[int, Meeting] = {}
+        self._warp_barriers: dict[int, WarpBarrier] = {}
         self._unfenced: list[tuple[int, int, np.ndarray, int]] = []  # agent, clock, addresses, bytes
         self.warps = [Warp(self, i) for i in range(self.grid.warps)]
 
     # ---- barriers ----
 
-    def meet(self, w: Warp, name: int, threads: int | None) -> bool:
-        meeting = self._meetings.setdefault(name, Meeting())
-        meeting.of_all = threads is None
-        meeting.arrive(w)
+    def sync(self, w: Warp, name: int, threads: int | None) -> bool:
+        barrier = self._warp_barriers.setdefault(name, WarpBarrier())
+        barrier.of_all = threads is None
+        barrier.arrive(w)
         w.blocked = True
-        here = len(meeting.waiting) * LANES
+        here = len(barrier.waiting) * LANES
         if threads is None:
             self.settle()
         elif here > threads:
             raise Trap(f"{here} threads at barrier {name}, which is for {threads}")
         elif here == threads:
-            meeting.release()
+            barrier.release()
             self.grid.idle = 0
         return w.blocked
 
     def settle(self) -> None:
-        """After an arrival, or when a warp has left."""
-        left = sum(not w.done for w in self.warps)
-        for meeting in self._meetings.values():
-            if meeting.of_all and meeting.waiting and len(meeting.waiting) == left:
-                meeting.release()
+        """After an arrival, or when a warp has exited."""
+        running = sum(not w.done for w in self.warps)
+        for barrier in self._warp_barriers.values():
+            if barrier.of_all and barrier.waiting and len(barrier.waiting) == running:
+                barrier.release()
                 self.grid.idle = 0
         self.cluster.settle()
 
@@ -98,7 +98,7 @@ class Block:
             raise Trap(f"a block of rank {rank - 1} in a cluster of {self.grid.cluster_size}")
         block = self if rank == 0 else self.cluster.blocks[rank - 1]
         if all(w.done for w in block.warps):
-            raise Trap(f"the shared memory of block {block.number}, which has left")
+            raise Trap(f"the shared memory of block {block.number}, which has exited")
         return block, at & _OFFSET
 
     def new_barrier(self, at: int, expected: int) -> None:
@@ -111,16 +111,16 @@ class Block:
         return block.barriers[offset]
 
     def agent_of(self, at: int) -> int:
-        """Of the copies that complete on a barrier of this block."""
+        """The agent for copies that complete on a barrier of this block."""
         number = self._agents.setdefault(at & _OFFSET, len(self._agents))
         if number >= BARRIERS:
-            raise Trap(f"more than {BARRIERS} barriers that copies complete on")
+            raise Trap(f"more than {BARRIERS} barriers on which copies complete")
         return self.cluster.first_copier + self.rank * BARRIERS + number
 
     # ---- memory ----
 
     def _places(self, space: str, at: np.ndarray):
-        """(block or None for global memory, addresses there, which lanes) for every memory that is accessed."""
+        """(block or None for global memory, addresses, lanes) for every memory that is accessed."""
         if space in ("global", "const") or (space == "generic" and (at < SHARED_WINDOW).all()):
             yield None, at, slice(None)
             return
@@ -193,7 +193,7 @@ class Block:
         return before
 
     def publish(self, w: Warp) -> None:
-        """A fence: what this warp has stored, and what it knows that others of its block have."""
+        """A fence: publishes what this warp has stored, and the stores of its block's other warps that it knows of."""
         kept = []
         for entry in self._unfenced:
             agent, clock, at, bytes_ = entry
@@ -205,7 +205,7 @@ class Block:
 
 
 class Cluster:
-    """Blocks that run at the same time and reach each other's shared memory; one block, usually."""
+    """Blocks that run at the same time and access each other's shared memory; usually one block."""
 
     def __init__(self, grid: Grid, first: int):
         self.grid = grid
@@ -213,7 +213,7 @@ class Cluster:
         self.agents = self.first_copier + grid.cluster_size * BARRIERS
         self.shadow = Shadow()  # of global memory
         self.copies: list[tuple[Warp, list[Copy], int, Callable]] = []
-        self._meeting = Meeting()
+        self._warp_barrier = WarpBarrier()
         self.blocks = [Block(self, first + rank, rank) for rank in range(grid.cluster_size)]
         self.warps = [w for block in self.blocks for w in block.warps]
 
@@ -223,7 +223,7 @@ class Cluster:
     def done(self) -> bool:
         return not self.copies and all(w.done for w in self.warps)
 
-    # ---- copies on their way ----
+    # ---- pending copies ----
 
     def begin(self, w: Warp, copies: list[Copy], barrier: int, then: Callable) -> None:
         self.copies.append((w, copies, barrier, then))
@@ -251,14 +251,14 @@ class Cluster:
     # ---- barrier.cluster ----
 
     def arrive(self, w: Warp) -> None:
-        self._meeting.arrive(w)
+        self._warp_barrier.arrive(w)
         self.settle()
 
     def wait(self, w: Warp) -> bool:
-        w.blocked = w in self._meeting.waiting
+        w.blocked = w in self._warp_barrier.waiting
         return w.blocked
 
     def settle(self) -> None:
-        if self._meeting.waiting and len(self._meeting.waiting) == sum(not w.done for w in self.warps):
-            self._meeting.release()
+        if self._warp_barrier.waiting and len(self._warp_barrier.waiting) == sum(not w.done for w in self.warps):
+            self._warp_barrier.release()
             self.grid.idle = 0

@@ -1,5 +1,5 @@
-"""What is run: every kernel of a backend through the library's public functions, compared with the reference by the
-accuracy rule. A case is a function of (backend, dtype) that returns tensors."""
+"""The cases: every kernel of a backend, called through the library's public functions and compared with the reference
+by the accuracy rule. A case is a function of (backend, dtype) that returns tensors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Compute = Callable[[str, torch.dtype], dict[str, Tensor]]
 
 class Case(NamedTuple):
     compute: Compute
-    machine: Mapping[str, Any] = MappingProxyType({})  # of the GPU, where its size changes how a row is cut up
-    half: bool = False  # the rounding of what is stored is then eager's
+    machine: Mapping[str, Any] = MappingProxyType({})  # of the GPU, where its size changes how a row is divided
+    half: bool = False  # outputs are stored in bfloat16, as eager's are
     soak: bool = False
 
 
@@ -31,7 +31,7 @@ class Wrong(Exception):
 
 
 def check(compute: Compute, backend: str, half: bool = False) -> None:
-    """`half`: compute takes bfloat16 inputs under float32, whose outputs are rounded alike."""
+    """`half`: compute takes bfloat16 inputs instead of float32, and its outputs are rounded like eager's."""
     own = torch.bfloat16 if half else torch.float32
     mine, eager, exact = compute(backend, own), compute("reference", own), compute("reference", torch.float64)
     for name in exact:
@@ -45,7 +45,7 @@ def check(compute: Compute, backend: str, half: bool = False) -> None:
 
 
 def tokens(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Log-probs, a mask and what is compared with them, NaN behind the mask; exact in float32."""
+    """Log-probs, a mask and the other log-probs, NaN where masked; exact in float32."""
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(shape, generator=g) < 0.8
     logps = -3 * torch.rand(shape, generator=g)
@@ -54,7 +54,7 @@ def tokens(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, dict[
         f"{name}_logps": (logps + size * torch.randn(shape, generator=g)).masked_fill(~mask, math.nan)
         for name, size in noise.items()
     }
-    if len(shape) == 1 or shape[1] > 500:  # ratios whose product over a sequence is still a number
+    if len(shape) == 1 or shape[1] > 500:  # ratios whose product over a sequence is still finite
         others["old_logps"] = logps + 0.02 * (others["old_logps"] - logps)
     others["token_weights"] = torch.rand(shape, generator=g)
     return logps.masked_fill(~mask, math.nan), mask, others
@@ -145,14 +145,14 @@ def loss(rows: int, vocab: int, inplace: bool = False, **options: Any) -> Comput
 
     def compute(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
         x = logits_of(rows, vocab, dtype).requires_grad_()
-        real = torch.float64 if dtype == torch.float64 else torch.float32
+        acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         targets = torch.randint(vocab, (rows, 1), generator=torch.Generator().manual_seed(2))
         mask = (torch.arange(rows)[:, None] != 1) | torch.tensor(rows < 3)
         at_target = x.detach().double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         out = gk.grpo_loss(
-            x * 1, targets, torch.linspace(-1, 1, rows, dtype=real) + 0.3, mask, old_logps=(at_target - 0.1).to(real),
-            config=gk.LossConfig(entropy_coef=0.05), backend=backend, inplace=inplace and backend != "reference",
-            **options,
+            x * 1, targets, torch.linspace(-1, 1, rows, dtype=acc_dtype) + 0.3, mask,
+            old_logps=(at_target - 0.1).to(acc_dtype), config=gk.LossConfig(entropy_coef=0.05), backend=backend,
+            inplace=inplace and backend != "reference", **options,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(out.loss, x)
         return {"loss": out.loss.detach(), "logps": out.logps, "gradient": gradient}
@@ -176,10 +176,10 @@ def two_passes(rows: int, vocab: int, **options: Any) -> Compute:
 
 
 def scaled(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """An upstream gradient that is not 1 scales the one that is there."""
+    """An upstream gradient other than 1 scales the stored gradient."""
     x = logits_of(2, 264, dtype).requires_grad_()
-    targets, real = torch.tensor([[3], [200]]), torch.float64 if dtype == torch.float64 else torch.float32
-    out = gk.grpo_loss(x * 1, targets, torch.tensor([1.0, -0.5], dtype=real), torch.ones(2, 1), backend=backend)
+    targets, acc_dtype = torch.tensor([[3], [200]]), torch.float64 if dtype == torch.float64 else torch.float32
+    out = gk.grpo_loss(x * 1, targets, torch.tensor([1.0, -0.5], dtype=acc_dtype), torch.ones(2, 1), backend=backend)
     return {"gradient": torch.autograd.grad(0.375 * out.loss, x)[0]}
 
 
@@ -204,15 +204,15 @@ TRITON = {
     "gae": Case(gae((2, 700))),
     "gae of several blocks": Case(gae((2, 2600)), soak=True),
     "tokens of several blocks": Case(policy(FORMS["sequence"], (3, 700)), soak=True),
-    "loss, a program a row": Case(loss(1, 9000), {"split_below": 0}),
-    "loss, rows shared": Case(loss(1, 17_000, inplace=True), half=True),
+    "loss, a program per row": Case(loss(1, 9000), {"split_below": 0}),
+    "loss, rows split": Case(loss(1, 17_000, inplace=True), half=True),
     "loss in place": Case(loss(1, 9000, inplace=True), {"split_below": 0}, half=True),
     "loss, odd vocabulary": Case(loss(3, 1003, inplace=True), half=True, soak=True),
     "loss with softcap": Case(loss(1, 1003, softcap=5.0), soak=True),
     "two passes": Case(two_passes(2, 1003)),
-    "two passes, rows shared": Case(two_passes(1, 17_000), soak=True),
+    "two passes, rows split": Case(two_passes(1, 17_000), soak=True),
 }
-# Slots of 8 KiB: a row is whole, has a tail that is read again, or is shared by a cluster, in a few thousand columns.
+# With slots of 8 KiB a few thousand columns fit on chip, have a tail that is loaded again, or need a cluster.
 SMALL = {"shared_bytes": 52 << 10}
 CUDA = {
     **COMMON,
@@ -236,7 +236,7 @@ CASES = {"triton": TRITON, "cuda": CUDA}
 
 @contextlib.contextmanager
 def memory_filled_with_nans():
-    """What torch.empty gives, so that a value which nobody has written, or not yet, is seen."""
+    """Fills what torch.empty returns, so that a value which is read before it is written shows."""
     torch.use_deterministic_algorithms(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Instructions for which the lanes of a warp come together: they wait for all that the mask names."""
+"""Instructions for which the lanes of a warp converge: they wait for all lanes that the mask names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LANE = np.arange(LANES)
 
 
 def _reach(mode: str, lane: np.ndarray, by: np.ndarray, clamp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """From which lane a shuffle takes, and whether that is inside its segment."""
+    """The lane from which a shuffle takes its value, and whether that is inside its segment."""
     limit, segment = clamp & 31, clamp >> 8 & 31
     last = (lane & segment) | (limit & ~segment)
     if mode == "up":
@@ -27,7 +27,7 @@ def _reach(mode: str, lane: np.ndarray, by: np.ndarray, clamp: np.ndarray) -> tu
 def _shfl(frame: Frame, ins: Instruction) -> Callable:
     mode = ins.parts[2]
     first, _, second = ins.operands[0].partition("|")
-    target, inside = frame.target(first, "b32"), frame.target(second, "pred") if second else None
+    target, in_segment = frame.target(first, "b32"), frame.target(second, "pred") if second else None
     value, by, clamp = frame.source(ins.operands[1], "b32"), *(frame.source(x, "u32") for x in ins.operands[2:4])
 
     def run(w, m):
@@ -38,8 +38,8 @@ def _shfl(frame: Frame, ins: Instruction) -> Callable:
             raise Trap(f"a shuffle from a lane that is not there: {ins.text}")
         result = v[value][source]
         put(v[target], m, result)
-        if inside is not None:
-            put(v[inside], m, ok)
+        if in_segment is not None:
+            put(v[in_segment], m, ok)
 
     return run
 
@@ -76,7 +76,7 @@ def _vote(frame: Frame, ins: Instruction) -> Callable:
 
 
 def members_of(frame: Frame, ins: Instruction) -> int | None:
-    """The index of the mask that names the lanes which come together; None: every one that has not left."""
+    """The index of the mask that names the lanes which converge; None: all that have not exited."""
     name = ins.parts[0]
     if name in ("shfl", "redux", "vote") or ins.parts[:3] == ("bar", "warp", "sync"):
         return frame.source(ins.operands[-1], "u32")

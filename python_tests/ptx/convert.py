@@ -1,4 +1,4 @@
-"""cvt: between integers, floats and halves, alone or in pairs."""
+"""cvt: between integers, floats and halves, single or in pairs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def convert(to: str, kind: str, modifiers: tuple[str, ...]) -> Callable:
 
 
 def bf16_bits(x: np.ndarray) -> np.ndarray:
-    """To nearest, ties to even; every NaN is one."""
+    """Rounds to nearest, ties to even; all NaNs become one NaN."""
     bits = x.view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
@@ -50,11 +50,11 @@ def _after(steps: list[Callable], x: np.ndarray) -> np.ndarray:
 
 
 def _to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Past the type's range to its end; NaN is 0."""
+    """Saturates at the type's range; NaN becomes 0."""
     info = np.iinfo(dtype)
     large, small = x >= float(info.max), x <= float(info.min)
-    inside = np.where(large | small | np.isnan(x), 0, x).astype(dtype)
-    return np.where(large, info.max, np.where(small, info.min, inside)).astype(dtype)
+    in_range = np.where(large | small | np.isnan(x), 0, x).astype(dtype)
+    return np.where(large, info.max, np.where(small, info.min, in_range)).astype(dtype)
 
 
 def _to_float(x: np.ndarray, steps: list[Callable], saturate: bool, dtype: np.dtype) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""PTX instructions that the kernels execute: `python -m ptx.counts cuda|triton` prints them, `--pin` writes them into
-counts.json, which test_counts.py compares with. Of a thread, so that they compare with a thread's share of the work;
-before ptxas, so that they compare versions of a kernel, not with a GPU's issue slots one to one."""
+"""PTX instructions that the kernels execute. `python -m ptx.counts cuda|triton` prints them, `--pin` writes them into
+counts.json, with which test_counts.py compares. They are counted per thread and before ptxas: use them to compare
+versions of a kernel, not as a GPU's issue slots."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PLAIN = Options(resident=1, order="forward", races=False, late=False)
 
 
 class Figure(NamedTuple):
-    """Instructions of a thread for one more element, from two sizes, and of a warp without any. Where more elements are
-    more programs, an element has its share of a whole program, and 0 is left."""
+    """Instructions per thread for one more element, computed from two sizes, and per warp for none. Where more elements
+    mean more programs, the first includes a program's fixed cost, and the second is 0."""
 
-    an_element: float
-    a_warp: int
+    per_element: float
+    per_warp: int
 
 
 def compiler(backend: str) -> str:
@@ -57,7 +57,7 @@ def slope(on_ptx: Any, make: Callable[[int], Callable[[], object]], sizes: tuple
     return Figure(round(LANES * each, 2), round((few - each * sizes[0]) / warps))
 
 
-# ---- what is called ----
+# ---- the calls ----
 
 
 def statistics(backend: str, dtype: torch.dtype) -> Callable[[int], Callable[[], object]]:
@@ -85,7 +85,7 @@ def single_pass(backend: str, dtype: torch.dtype) -> Callable[[int], Callable[[]
     return make
 
 
-def token_loss(backend: str, kl_coef: float) -> Callable[[int], Callable[[], object]]:
+def policy_loss(backend: str, kl_coef: float) -> Callable[[int], Callable[[], object]]:
     def make(count: int) -> Callable[[], object]:
         logps, _, others = tokens((1, count))
         old, ref = (x.nan_to_num(-1) for x in (others["old_logps"], others["ref_logps"]))
@@ -123,7 +123,7 @@ ROW_KERNELS = {
     "triton": ("stats_kernel", "gradient_kernel", "policy_kernel"),
 }
 GROUP_KERNELS = {"cuda": "advantage_kernel", "triton": "group_kernel"}
-# Whole chunks or segments; in CUDA both of one plan, two blocks a multiprocessor.
+# Multiples of a tile or segment; in CUDA both have one plan, two blocks per multiprocessor.
 VOCABULARIES = {"cuda": (8192, 24_576), "triton": (16_384, 49_152)}
 TOKENS = 512, 2048  # of one block
 
@@ -133,25 +133,25 @@ def figures(on_ptx: Any, backend: str) -> Iterator[tuple[str, Figure]]:
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         first = slope(on_ptx, statistics(backend, dtype), sizes, forward)
-        yield f"first sweep, a logit, {name}", first
+        yield f"first sweep, per logit, {name}", first
         both = slope(on_ptx, gradient(backend, dtype), sizes, backward)
         if forward == backward:  # counted together
-            both = Figure(round(both.an_element - first.an_element, 2), 2 * both.a_warp - first.a_warp)
-        yield f"second sweep, a logit, {name}", both
+            both = Figure(round(both.per_element - first.per_element, 2), 2 * both.per_warp - first.per_warp)
+        yield f"second sweep, per logit, {name}", both
         yield (
-            f"both sweeps in one pass, a logit, {name}",
+            f"both sweeps in one pass, per logit, {name}",
             slope(on_ptx, single_pass(backend, dtype), sizes, policy),
         )
-    yield "token kernel, a token", slope(on_ptx, token_loss(backend, 0.0), TOKENS, "token_kernel")
-    yield "token kernel with k3, a token", slope(on_ptx, token_loss(backend, 0.1), TOKENS, "token_kernel")
-    yield "gae, a token", slope(on_ptx, returns(backend), TOKENS, "gae_kernel")
-    yield "value loss, a token", slope(on_ptx, critic(backend), TOKENS, "value_kernel")
-    yield "group advantages, a sample", slope(on_ptx, groups(backend), (64, 256), GROUP_KERNELS[backend])
+    yield "token kernel, per token", slope(on_ptx, policy_loss(backend, 0.0), TOKENS, "token_kernel")
+    yield "token kernel with k3, per token", slope(on_ptx, policy_loss(backend, 0.1), TOKENS, "token_kernel")
+    yield "gae, per token", slope(on_ptx, returns(backend), TOKENS, "gae_kernel")
+    yield "value loss, per token", slope(on_ptx, critic(backend), TOKENS, "value_kernel")
+    yield "group advantages, per sample", slope(on_ptx, groups(backend), (64, 256), GROUP_KERNELS[backend])
 
 
 def measured(backend: str) -> dict[str, Figure]:
     on_ptx = backend_on_ptx(backend)
-    if backend == "triton":  # a program a row and a sequence, as there are with many of them
+    if backend == "triton":  # one program per row and per sequence, as in a launch with many of them
         from grpo_kernels.backends.triton import token, tuning
 
         token.PROGRAMS = 1

@@ -1,4 +1,4 @@
-"""Floating-point arithmetic as the instruction's modifiers ask for it."""
+"""Floating-point arithmetic with the instruction's modifiers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def flushed(x: np.ndarray) -> np.ndarray:
 
 def float_function(ins: Instruction) -> Callable:
     name, kind = ins.parts[0], ins.parts[-1]
-    real = dtype_of(kind).type
+    np_type = dtype_of(kind).type
     if name in EXTREMES and "ftz" not in ins.parts:
         return EXTREMES[name]["NaN" in ins.parts]
     if name in ("fma", "mad"):
         return lambda x, y, z: rounded_fma(x, y, z, "rm" in ins.parts, "ftz" in ins.parts)
     if name == "ex2":
-        return lambda x: _ftz(ins, np.exp2(x.astype(np.float64)).astype(real))
+        return lambda x: _ftz(ins, np.exp2(x.astype(np.float64)).astype(np_type))
     if name == "lg2":
-        return lambda x: np.log2(_ftz(ins, x).astype(np.float64)).astype(real)
+        return lambda x: np.log2(_ftz(ins, x).astype(np.float64)).astype(np_type)
     if name == "copysign":  # the sign of the first operand
         return lambda sign, x: np.copysign(x, sign)
     fn = FLOATS[name]

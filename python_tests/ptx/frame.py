@@ -1,5 +1,5 @@
-"""Where a warp's values lie: every register, constant and special register is a row of 32 lanes, and an operand is a
-view of one under a type, so that a closure finds it by an index."""
+"""The layout of a warp's values: every register, constant and special register is a row of 32 lanes, and an operand is
+a typed view of a row, which a closure finds by its index."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from .text import Kernel, size_of
 
 LANES = 32
-ALL = np.ones(LANES, bool)  # compared by identity: the mask of a warp that is all there
-NOBODY, EVERYBODY = bytes(LANES), ALL.tobytes()  # what masks are compared with, as that is what is fast
-UNDEFINED = 0xA5A5A5A5A5A5A5A5  # what a register holds before it is written
+ALL = np.ones(LANES, bool)  # compared by identity: the mask of a warp that has not diverged
+NOBODY, EVERYBODY = bytes(LANES), ALL.tobytes()  # masks are compared as bytes, which is fastest
+UNDEFINED = 0xA5A5A5A5A5A5A5A5  # the content of a register before it is written
 
 _INTEGERS = {1: (np.uint8, np.int8), 2: (np.uint16, np.int16), 4: (np.uint32, np.int32), 8: (np.uint64, np.int64)}
 _FLOATS = {2: np.float16, 4: np.float32, 8: np.float64}
@@ -23,7 +23,7 @@ SPECIAL = (*_AXES, "%laneid", "%cluster_ctarank", "%cluster_nctarank")
 
 
 def dtype_of(kind: str) -> np.dtype:
-    """bf16, and pairs of halves, are their bits."""
+    """bf16 values and pairs of halves are represented by their bits."""
     if kind == "pred":
         return np.dtype(bool)
     size = size_of(kind)
@@ -58,7 +58,7 @@ class Frame:
         return self._views.setdefault((*place, dtype), len(self._views))
 
     def source(self, operand: str, kind: str) -> int:
-        """The index of an operand that is read as `kind`: of a wider register the low part."""
+        """The index of an operand that is read as `kind`: the low part of a wider register."""
         if operand in self._place:
             return self._view(self._place[operand], dtype_of(kind))
         size, bits = size_of(kind), self._bits(operand, kind)
@@ -66,7 +66,7 @@ class Frame:
         return self._view(place, dtype_of(kind))
 
     def target(self, operand: str, kind: str) -> int | None:
-        """The index of a register that is written as `kind`: a wider one is extended. `_`: None."""
+        """The index of a register that is written as `kind`: a wider register is extended. None for `_`."""
         if operand == "_":
             return None
         size = self.size(operand)
@@ -83,10 +83,10 @@ class Frame:
         if re.fullmatch(r"-?\d+\.\d*", operand):
             return int.from_bytes(struct.pack({4: "<f", 8: "<d"}[size_of(kind)], float(operand)), "little")
         base, _, offset = operand.partition("+")
-        known = {**{n: at for n, (at, _) in self.kernel.parameters.items()}, **self.kernel.shared, **self.symbols}
-        if base not in known:
+        symbols = {**{n: at for n, (at, _) in self.kernel.parameters.items()}, **self.kernel.shared, **self.symbols}
+        if base not in symbols:
             raise NotImplementedError(f"operand {operand!r} as {kind}")
-        return (known[base] + int(offset or 0)) & mask
+        return (symbols[base] + int(offset or 0)) & mask
 
     @functools.cached_property
     def _initial(self) -> dict[int, np.ndarray]:
@@ -94,7 +94,7 @@ class Frame:
         return {size: np.repeat(column[:, None], LANES, axis=1) for size, column in columns.items()}
 
     def new_rows(self, special: dict[str, object]) -> Rows:
-        """A warp's."""
+        """The rows of one warp."""
         store = {size: matrix.copy() for size, matrix in self._initial.items()}
         for name, value in special.items():
             store[4][self._place[name][1]] = value
@@ -102,7 +102,7 @@ class Frame:
 
 
 class Rows(dict[int, np.ndarray]):
-    """The views of a warp by their index, made when they are first used: most warps go few of a kernel's ways."""
+    """The views of a warp by their index, made at first use: most warps execute only part of a kernel."""
 
     def __init__(self, views: list[tuple[int, int, np.dtype]], store: dict[int, np.ndarray]):
         super().__init__()

@@ -1,5 +1,5 @@
-"""A grid on a machine that does everything in random order: which resident block goes on, which of its warps, for how
-many instructions, in which order diverged lanes run, when a copy lands."""
+"""A grid on a machine that chooses everything at random: which resident block runs next, which of its warps, for how
+many instructions, in which order diverged lanes run, and when a copy lands."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PLAIN, BRANCH, LEAVE, TOGETHER = range(4)
 
 class Step(NamedTuple):
     kind: int
-    run: object  # of a branch: where to
+    run: object  # of a branch: its target
     guard: int | None
     negated: bool
-    members: int | None = None  # of TOGETHER: the mask's index
+    members: int | None = None  # of TOGETHER: the index of the mask
 
 
 class Program:
-    """A kernel whose instructions have become closures."""
+    """A kernel with its instructions as closures."""
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
@@ -57,7 +57,7 @@ class Program:
             if name in module.BUILDERS:
                 collects = module is collective or name in ("bar", "barrier")
                 return TOGETHER if collects else PLAIN, module.BUILDERS[name](self.frame, ins)
-        raise NotImplementedError("an instruction that is not known here")
+        raise NotImplementedError("an unknown instruction")
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,15 +66,15 @@ def program(text: str, name: str) -> Program:
 
 
 class Options(NamedTuple):
-    """Of the machine; nothing of it may change a result."""
+    """Options of the machine. None of them may change a result."""
 
     seed: int = 0
     resident: int = 2  # clusters at a time
-    order: str = "shuffled"  # in which blocks start: forward, backward
-    quantum: int = 120  # the most instructions a warp is ahead with
-    apart: float = 0.1  # how often diverged lanes that are behind are passed over
+    order: str = "shuffled"  # the order in which blocks start: forward, backward, shuffled
+    quantum: int = 120  # the most instructions that a warp runs before another is chosen
+    apart: float = 0.1  # how often the lanes that are behind do not run first
     races: bool = True
-    late: bool = True  # stores reach other blocks only when they are fenced
+    late: bool = True  # stores reach other blocks only after a fence
     limit: int = 100_000_000  # instructions
 
 
@@ -94,12 +94,12 @@ class Grid:
         fixed = [(x.ctypes.data, x.ctypes.data + x.size) for x in made.globals.values()]
         self.memory = GlobalMemory(None if spans is None else sorted([*spans, *fixed]), options.late)
         self.random = random.Random(options.seed)
-        self.executed = [0] * len(made.code)  # by instruction, once a warp
+        self.executed = [0] * len(made.code)  # per instruction, counted once per warp
         self.instructions = self.gave_way = self.idle = 0
-        self.races: dict[tuple[str, str], int] = {}  # what, instruction: how often
+        self.races: dict[tuple[str, str], int] = {}  # (kind, instruction): count
         self.step_of = 0
 
-    # ---- what instructions ask for ----
+    # ---- called by instructions ----
 
     def parameters(self, at: int, size: int, count: int) -> np.ndarray:
         return self._parameters[at : at + size * count].copy().view(f"u{size}").reshape(1, count)
@@ -129,22 +129,22 @@ class Grid:
 
     def _run(self) -> None:
         todo = self._order()
-        live: list[Cluster] = []
-        while todo or live:
-            while todo and len(live) < self.options.resident:
-                live.append(Cluster(self, todo.pop(0)))
-            cluster = self.random.choice(live)
+        running: list[Cluster] = []
+        while todo or running:
+            while todo and len(running) < self.options.resident:
+                running.append(Cluster(self, todo.pop(0)))
+            cluster = self.random.choice(running)
             warps = cluster.runnable()
             if cluster.copies and (not warps or self.random.random() < 0.1):
                 cluster.land(self.random.randrange(len(cluster.copies)))
             elif warps:
                 self._advance(self.random.choice(warps), self.random.randrange(1, self.options.quantum))
             elif cluster.done():
-                live.remove(cluster)
+                running.remove(cluster)
                 self.idle = 0
             else:
                 self.idle += 1
-            self._check_progress(live)
+            self._check_progress(running)
 
     def _order(self) -> list[int]:
         total = self.blocks[0] * self.blocks[1] * self.blocks[2]
@@ -155,10 +155,10 @@ class Grid:
             self.random.shuffle(todo)
         return todo[::-1] if self.options.order == "backward" else todo
 
-    def _check_progress(self, live: list[Cluster]) -> None:
-        if self.idle > 300 * (1 + sum(len(c.warps) for c in live)):
-            waiting = {self.kernel.code[g[0]].text for c in live for w in c.warps if not w.done for g in w.groups}
-            raise Trap(f"nobody gets on; they wait at {sorted(waiting)}")
+    def _check_progress(self, running: list[Cluster]) -> None:
+        if self.idle > 300 * (1 + sum(len(c.warps) for c in running)):
+            waiting = {self.kernel.code[g[0]].text for c in running for w in c.warps if not w.done for g in w.groups}
+            raise Trap(f"no progress: all wait at {sorted(waiting)}")
         if self.instructions > self.options.limit:
             raise Trap(f"more than {self.options.limit} instructions")
 
@@ -193,7 +193,7 @@ class Grid:
 
     @staticmethod
     def _guarded(predicate: np.ndarray, negated: bool, mask: np.ndarray) -> np.ndarray | None:
-        """The lanes for which a predicate holds; None: there are none."""
+        """The lanes for which a predicate holds, or None if there are none."""
         active = ~predicate if negated else predicate
         if mask is not ALL:
             active = active & mask
@@ -212,7 +212,7 @@ class Grid:
             w.groups.append([pc + 1, mask & ~taken])
 
     def _leave(self, w: Warp, group: list, active: np.ndarray | None) -> bool:
-        """Whether the whole warp has gone."""
+        """Whether all lanes of the warp have exited."""
         if active is None:
             group[0] += 1
             return False
@@ -228,12 +228,12 @@ class Grid:
         w.block.settle()
         return True
 
-    # ---- lanes that are apart ----
+    # ---- diverged lanes ----
 
     def _choose(self, w: Warp) -> list:
-        """Lanes at one place go on as one; those at a collective instruction wait for its other lanes. The ones that are
-        behind go first, but not always: a GPU need not bring lanes together either. The choice holds up to a branch, a
-        collective instruction, or where other lanes are."""
+        """Lanes with one program counter run together; those at a collective instruction wait for its other lanes. The
+        lanes that are behind usually run first, but not always, since a GPU need not reconverge lanes either. The
+        choice holds up to a branch, a collective instruction or the program counter of other lanes."""
         w.merge()
         w.apart, w.stops = False, frozenset()
         if len(w.groups) == 1:
@@ -263,4 +263,4 @@ class Grid:
     def _check_members(self, w: Warp, group: list, members: int | None) -> None:
         required = self._required(w, group, members)
         if required is not group[1] and (required & ~group[1]).any():
-            raise Trap("a collective instruction names lanes that have left")
+            raise Trap("a collective instruction names lanes that have exited")

@@ -1,5 +1,5 @@
-"""Shared and global memory. A block's stores to global memory reach the other blocks when they are fenced, and else at
-the end of the grid: as late as the memory model allows."""
+"""Shared and global memory. A block's stores to global memory reach the other blocks after a fence, or else at the end
+of the grid: as late as the memory model allows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 SHARED_WINDOW = 1 << 56  # generic addresses of shared memory
-RANK_SHIFT = 24  # in it, and in shared::cluster addresses: a block's rank in its cluster plus 1; 0 is the own block
+RANK_SHIFT = 24  # there and in shared::cluster addresses: rank in the cluster + 1; 0 is the own block
 PAGE_SHIFT = 12
 PAGE = 1 << PAGE_SHIFT
 
@@ -20,11 +20,11 @@ _WORDS = {n: _BYTES[: _BYTES.size // n * n].view(f"u{n}") for n in (1, 2, 4, 8)}
 
 
 class Trap(Exception):
-    """What a GPU would answer with an error, or a deadlock."""
+    """An error on a GPU, or a deadlock."""
 
 
 def pages_of(at: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Every page that [at, at + size) touch: its number, the indices of the bytes in it, and which of them these are."""
+    """For every page that [at, at + size) touches: its number, the bytes' indices in the page, and their positions."""
     where = (at[:, None] + np.arange(size)).ravel()
     first, last = int(where.min()) >> PAGE_SHIFT, int(where.max()) >> PAGE_SHIFT
     if first == last:
@@ -44,7 +44,7 @@ def check_alignment(at: np.ndarray, bytes_: int) -> None:
 class SharedMemory:
     def __init__(self, size: int):
         self.size = size
-        self.bytes = np.full(-(-size // 16) * 16 + 16, 0xFF, np.uint8)  # NaNs and -1 are there at first
+        self.bytes = np.full(-(-size // 16) * 16 + 16, 0xFF, np.uint8)  # initially NaNs and -1
         self.words = {n: self.bytes.view(f"u{n}") for n in (1, 2, 4, 8)}
 
     def _check(self, at: np.ndarray, bytes_: int) -> None:
@@ -63,7 +63,7 @@ class SharedMemory:
 
 
 class Late:
-    """Of a page: which bytes a block has written that the others do not see yet, and what they see."""
+    """For a page: the bytes that a block has written and the others do not see yet, and the values that they see."""
 
     def __init__(self) -> None:
         self.owner = np.zeros(PAGE, np.int32)  # 0: nobody
@@ -71,7 +71,7 @@ class Late:
 
 
 class GlobalMemory:
-    """This process's memory, of which a kernel may touch `spans`, [begin, end) and sorted; None: all."""
+    """This process's memory. A kernel may access `spans`, sorted [begin, end) pairs; None: everything."""
 
     def __init__(self, spans: list[tuple[int, int]] | None, late: bool):
         self.spans = None if spans is None else np.array(spans, np.int64).reshape(-1, 2)
@@ -98,11 +98,11 @@ class GlobalMemory:
 
     def _hide(self, owner: int, at: np.ndarray, bytes_: int, values: np.ndarray) -> None:
         flat = values.view(np.uint8).reshape(-1)
-        for number, inside, here in pages_of(at, bytes_):
+        for number, in_page, here in pages_of(at, bytes_):
             page = self._pages.get(number)
             if page is not None:
-                hidden = (page.owner[inside] != 0) & (page.owner[inside] != owner)
-                flat[here] = np.where(hidden, page.old[inside], flat[here])
+                hidden = (page.owner[in_page] != 0) & (page.owner[in_page] != owner)
+                flat[here] = np.where(hidden, page.old[in_page], flat[here])
 
     def write(self, owner: int, at: np.ndarray, size: int, values: np.ndarray, strong: bool) -> None:
         count = values.shape[1]
@@ -112,21 +112,21 @@ class GlobalMemory:
         _WORDS[size][((at - _LOWEST) // size)[:, None] + np.arange(count)] = values
 
     def _keep_old(self, owner: int, at: np.ndarray, bytes_: int) -> None:
-        for number, inside, _ in pages_of(at, bytes_):
+        for number, in_page, _ in pages_of(at, bytes_):
             page = self._pages.setdefault(number, Late())
-            fresh = inside[page.owner[inside] != owner]
+            fresh = in_page[page.owner[in_page] != owner]
             page.old[fresh] = _BYTES[(number << PAGE_SHIFT) - _LOWEST + fresh]
             page.owner[fresh] = owner
 
     def publish(self, owner: int, at: np.ndarray, bytes_: int) -> None:
-        """What the block has written there is there for all."""
-        for number, inside, _ in pages_of(at, bytes_):
+        """Makes the block's stores to these addresses visible to all."""
+        for number, in_page, _ in pages_of(at, bytes_):
             if page := self._pages.get(number):
-                mine = inside[page.owner[inside] == owner]
+                mine = in_page[page.owner[in_page] == owner]
                 page.owner[mine] = 0
 
     def modify(self, owner: int, at: int, size: int, fn) -> int:
-        """One atomic operation; what was there."""
+        """One atomic operation; returns the old value."""
         place = np.array([at], np.int64)
         self.check(place, size, "an atomic operation")
         if self._pages:

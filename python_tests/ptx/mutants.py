@@ -1,5 +1,5 @@
-"""One thing removed from a kernel's PTX: the machine has to notice, or what it passes means nothing. Prints a line of JSON
-for each: `python -m ptx.mutants cuda|triton [--soak]`."""
+"""Mutants: one thing is removed from a kernel's PTX, and the machine has to notice, or its verdicts would mean nothing.
+Prints a line of JSON for each: `python -m ptx.mutants cuda|triton [--soak]`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .run import backend_on_ptx, outcome
 class Mutant(NamedTuple):
     what: str
     case: str
-    kernel: str  # in its name
+    kernel: str  # part of its name
     old: str  # a pattern
     new: str = ""
-    which: slice = slice(0, 1)  # of the places where the pattern is
-    seeds: int = 2  # schedules that are tried
+    which: slice = slice(0, 1)  # which occurrences of the pattern
+    seeds: int = 2  # the number of schedules
     soak: bool = False
 
 
 FENCE = r"(membar\.gl|fence\.\w+\.gpu);"
 WAIT = r"mbarrier\.(try|test)_wait\.parity\S* ([%\w]+), [^;]*;"
-COPIES_NEXT = r"(?:(?!_wait\.parity)[\s\S])*?cp\.async\.(bulk|cg)"  # before another wait: by the warp that loads
-WATCHED = r" @over bra DONE; (nanosleep\S* \d+; )?mov\.u64 now"  # the watch ahead of such a wait
-OVER = r"setp.eq.u32 \2, 0, 0;"  # the wait is always over
+COPIES_NEXT = r"(?:(?!_wait\.parity)[\s\S])*?cp\.async\.(bulk|cg)"  # before another wait: the waits of the loading warp
+WATCHED = r" @over bra DONE; (nanosleep\S* \d+; )?mov\.u64 now"  # the watchdog loop before such a wait
+OVER = r"setp.eq.u32 \2, 0, 0;"  # the wait always succeeds
 ARRIVAL = r"mbarrier\.arrive\.shared(::cta)?\.b64 [%\w]+, [^;]*;"
 ACQUIRE_RELEASE = r"acq_rel(?=\.add)"
 BARRIER = r"bar(rier)?\.sync(\.aligned)?\s+\d+;"
 NAMED_BARRIER = r"bar(rier)?\.sync(\.aligned)?\s+[^;]*,[^;]*;"
 CLUSTER_WAIT = r"mbarrier\.(try|test)_wait\.parity\S*\.cluster\S* ([%\w]+), [^;]*;"
-MEETING = r"barrier\.cluster\.arrive\S*;\s*barrier\.cluster\.wait\S*;"
+CLUSTER_SYNC = r"barrier\.cluster\.arrive\S*;\s*barrier\.cluster\.wait\S*;"
 
 FIRST, SECOND, ALL = slice(0, 1), slice(1, 2), slice(None)
 
@@ -51,7 +51,7 @@ CUDA = [
     Mutant("the fences of a sequence's tiles", "tokens of several tiles", "token_kernel", FENCE, "", ALL, soak=True),
     Mutant("the release of a slot", "loss with a tail", "row_kernel", ARRIVAL, "", ALL, soak=True),
     Mutant("the barrier behind a row's result", "two passes", "row_kernel", NAMED_BARRIER, "", SECOND, soak=True),
-    Mutant("the first meeting of the cluster", "loss of a cluster", "row_kernel", MEETING, "", FIRST, 6, soak=True),
+    Mutant("the first sync of the cluster", "loss of a cluster", "row_kernel", CLUSTER_SYNC, "", FIRST, 6, soak=True),
 ]
 TRITON = [
     Mutant("a barrier of a group's reduction", "group", "group_kernel", BARRIER),
@@ -77,7 +77,7 @@ def mutated(mutant: Mutant, text: str, entry: str) -> str:
 
 
 def verdict(on_ptx: Any, backend: str, mutant: Mutant) -> str:
-    """What was said of it under the first schedule that notices; 'ok': none does."""
+    """The error under the first schedule that notices the mutant, or 'ok' if none does."""
     on_ptx.edit = lambda text, entry: mutated(mutant, text, entry)
     said = "ok"
     for seed in range(mutant.seeds):

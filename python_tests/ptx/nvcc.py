@@ -1,5 +1,5 @@
 """The CUDA backend on CPU tensors: the library's own Python and host code launch on a runtime without a GPU
-(fake_cudart.cpp), which hands each kernel's name and parameters over; nvcc's PTX runs. Nothing in csrc is changed."""
+(fake_cudart.cpp), which passes on each kernel's name and parameters, and nvcc's PTX runs. csrc is unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .triton_launch import Ran, spans_of
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 FLAGS = "-std=c++17 -Xcompiler -fPIC,-fvisibility=hidden".split()
-KERNEL_FLAGS = "-O3 -fmad=false -cudart none".split()  # as setup.py: PTX of one architecture, no machine code
+KERNEL_FLAGS = "-O3 -fmad=false -cudart none".split()  # as in setup.py: PTX for one architecture, no machine code
 MODULE = "_on_ptx"
 
 LAUNCHED = ctypes.CFUNCTYPE(
@@ -40,7 +40,7 @@ LAUNCHED = ctypes.CFUNCTYPE(
 
 
 def version() -> str | None:
-    """nvcc's, such as '13.0'; None where it is not."""
+    """nvcc's version, such as '13.0'; None where it is not installed."""
     if shutil.which("nvcc") is None:
         return None
     text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
@@ -48,7 +48,7 @@ def version() -> str | None:
 
 
 def build(arch: int = 90, source: Path = ROOT / "csrc") -> Path:
-    """The folder of the module and its PTX, made anew whenever what it is made from changes."""
+    """The folder of the module and its PTX, rebuilt whenever a source, a flag or nvcc changes."""
     digest = hashlib.sha256(f"{version()} {arch} {FLAGS} {KERNEL_FLAGS}".encode())
     for file in sorted([*source.rglob("*"), HERE / "fake_cudart.cpp"]):
         if file.is_file():
@@ -92,7 +92,7 @@ def _call(command: list[Any]) -> None:
 
 
 class CudaOnPtx(NativeBackend):
-    """The backend "cuda" with PTX for machine code, on CPU tensors."""
+    """The backend "cuda" on CPU tensors, with interpreted PTX as its machine code."""
 
     name = "cuda"
     fuses_group_advantages = True
@@ -113,7 +113,7 @@ class CudaOnPtx(NativeBackend):
     def machine(
         self, shared_bytes: int = 227 << 10, multiprocessors: int = 2, blocks_at_once: int = 1, bulk_copies: bool = True
     ) -> None:
-        """Without bulk copies: as if the PTX were of sm_80, so that rows come by cp.async, and no clusters are."""
+        """Without bulk copies the PTX counts as sm_80's: rows are loaded with cp.async, and there are no clusters."""
         version = self._arch if bulk_copies else 80
         self._library.ptx_machine(self._launched, shared_bytes, version, multiprocessors, blocks_at_once)
 
@@ -147,12 +147,12 @@ class CudaOnPtx(NativeBackend):
 
 
 def tensors_of_the_callers(frames: int) -> list[torch.Tensor]:
-    """What the functions behind `_launch` hold: the kernels get addresses alone, and these are what they may touch."""
-    frame, found = sys._getframe(2), list[torch.Tensor]()
+    """The tensors in the callers of `_launch`: kernels get only addresses, and may access nothing but these."""
+    frame, held = sys._getframe(2), list[torch.Tensor]()
     for _ in range(frames):
-        found += _tensors(list(frame.f_locals.values()))
+        held += _tensors(list(frame.f_locals.values()))
         frame = frame.f_back
-    return found
+    return held
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
@@ -166,5 +166,5 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 @functools.cache
 def short(entry: str) -> str:
     """row_kernel of _ZN2gk10row_kernelIfLb0ELb0EEEvNS_7RowArgsE."""
-    found = re.search(r"\d+([a-z][a-z_]*_kernel)", entry)
-    return found[1] if found else entry
+    match = re.search(r"\d+([a-z][a-z_]*_kernel)", entry)
+    return match[1] if match else entry

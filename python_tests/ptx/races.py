@@ -1,8 +1,8 @@
-"""Accesses of two warps to one address, one of them a store, that nothing orders: by vector clocks.
+"""Finds races by vector clocks: accesses of two warps to one address, one of them a store, that nothing orders.
 
-An agent is a warp of a cluster, or a barrier on behalf of the copies that complete on it. An agent's clock counts its
-releases (arrivals, barriers); clocks[a] of another agent is the newest release of `a` that it knows of. An access is
-ordered before what an agent does if the agent knows the clock at which it was made.
+An agent is a warp of a cluster, or a barrier, which stands for the copies that complete on it. An agent's clock counts
+its releases (arrivals, barriers); another agent's clocks[a] is the latest release of `a` that it knows of. An access is
+ordered before an agent's next one if the agent knows the clock at which the access was made.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from .memory import PAGE, pages_of
 
-READERS = 4  # the newest reads of a byte that are remembered, by agent modulo: a race may be missed, none is invented
+READERS = 4  # remembered reads per byte, one per agent modulo this: a race may be missed, but none is invented
 
 
 class Page:
@@ -23,32 +23,32 @@ class Page:
 
 
 class Shadow:
-    """Who has accessed what, for one block's shared memory or for global memory as a cluster sees it."""
+    """The last accesses to every byte, for one block's shared memory or for global memory as a cluster sees it."""
 
     def __init__(self) -> None:
         self._pages: dict[int, Page] = {}
 
     def load(self, agent: int, clock: int, clocks: np.ndarray, at: np.ndarray, bytes_: int) -> str | None:
-        """Notes it, and says with what it races."""
-        found = None
-        for number, inside, _ in pages_of(at, bytes_):
+        """Records the load, and returns the race that it is part of, if any."""
+        race = None
+        for number, in_page, _ in pages_of(at, bytes_):
             page = self._pages.get(number) or self._pages.setdefault(number, Page())
-            if (page.written[inside] > clocks[page.writer[inside]]).any():
-                found = "a load races with a store"
+            if (page.written[in_page] > clocks[page.writer[in_page]]).any():
+                race = "a load races with a store"
             row = agent % READERS
-            page.reader[row, inside], page.read[row, inside] = agent, clock
-        return found
+            page.reader[row, in_page], page.read[row, in_page] = agent, clock
+        return race
 
     def store(
         self, agent: int, clock: int, clocks: np.ndarray, at: np.ndarray, bytes_: int, changes: np.ndarray
     ) -> str | None:
-        """`changes`: of each byte, whether it gets another value; one that does not races with no other store."""
-        found = None
-        for number, inside, here in pages_of(at, bytes_):
+        """`changes`: which bytes change their value. A store that changes nothing does not race with another store."""
+        race = None
+        for number, in_page, here in pages_of(at, bytes_):
             page = self._pages.get(number) or self._pages.setdefault(number, Page())
-            if ((page.written[inside] > clocks[page.writer[inside]]) & changes[here]).any():
-                found = "a store races with a store"
-            if (page.read[:, inside] > clocks[page.reader[:, inside]]).any():
-                found = "a store races with a load"
-            page.writer[inside], page.written[inside] = agent, clock
-        return found
+            if ((page.written[in_page] > clocks[page.writer[in_page]]) & changes[here]).any():
+                race = "a store races with a store"
+            if (page.read[:, in_page] > clocks[page.reader[:, in_page]]).any():
+                race = "a store races with a load"
+            page.writer[in_page], page.written[in_page] = agent, clock
+        return race

@@ -1,6 +1,6 @@
 """Runs cases on PTX and prints a line of JSON for each: `python -m ptx.run cuda|triton [--soak] [NAME ...]`, from
-python_tests. A process of its own, without TRITON_INTERPRET. Anything but a wrong result or what a GPU would answer
-with an error ends it."""
+python_tests, in a separate process without TRITON_INTERPRET. Errors end it, except for wrong results and what would be
+an error on a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .memory import Trap
 
 
 def backend_on_ptx(name: str) -> Any:
-    """Makes the library's backend `name` run on PTX, on CPU tensors."""
+    """Makes the library's backend `name` run as PTX on CPU tensors."""
     if name == "triton":
         from .triton_launch import TritonOnPtx
 
@@ -33,7 +33,7 @@ def backend_on_ptx(name: str) -> Any:
 
 @contextlib.contextmanager
 def configured(on_ptx: Any, name: str, case: Case) -> Iterator[None]:
-    """The case's machine."""
+    """Runs on the case's machine."""
     if name == "cuda":
         on_ptx.machine(**case.machine)
         yield
@@ -50,7 +50,7 @@ def configured(on_ptx: Any, name: str, case: Case) -> Iterator[None]:
 
 
 def outcome(on_ptx: Any, name: str, case: Case, options: Options) -> dict[str, Any]:
-    """What became of a case: 'ok', or what was wrong."""
+    """The result of a case: 'ok', or what was wrong."""
     on_ptx.options, begun = options, time.monotonic()
     on_ptx.ran.clear()
     said = "ok"

@@ -1,5 +1,5 @@
-"""What orders warps and blocks: barriers, fences, asynchronous copies, clusters. A run(warp, mask) that returns True gives
-way: its warp waits, or is to try again later."""
+"""What orders warps and blocks: barriers, fences, asynchronous copies, clusters. A run(warp, mask) that returns True
+yields: its warp waits, or tries again later."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .text import Instruction
 LANES_OF_A_WARP = 32
 
 
-class Meeting:
-    """bar.sync, and barrier.cluster: warps wait for each other and then know what each of them knew."""
+class WarpBarrier:
+    """bar.sync and barrier.cluster: warps wait for each other, and then each knows what the others knew."""
 
     def __init__(self) -> None:
         self.waiting: list = []
         self.clocks: np.ndarray | None = None
-        self.of_all = True  # that have not left, or of a number of threads
+        self.of_all = True  # all warps that have not exited; False: a given number of threads
 
     def arrive(self, w) -> None:
         self.waiting.append(w)
@@ -40,7 +40,7 @@ class Mbarrier:
         self.expected = self.pending = expected
         self.bytes = self.phase = 0
         self.clocks = np.zeros(agents, np.int32)
-        self.published = self.clocks  # by the phases that are over
+        self.published = self.clocks  # by the completed phases
 
     def arrive(self, clocks: np.ndarray, count: int = 1, expect: int = 0) -> None:
         if count > self.pending:
@@ -75,7 +75,7 @@ def _bar(frame: Frame, ins: Instruction) -> Callable:
 
     def run(w, m):
         threads = int(w.rows[count[0]][0]) if count else None
-        return w.block.meet(w, int(w.rows[name][0]), threads)
+        return w.block.sync(w, int(w.rows[name][0]), threads)
 
     return run
 
@@ -134,7 +134,7 @@ def _init(frame: Frame, ins: Instruction) -> Callable:
 
 
 def _arrive(frame: Frame, ins: Instruction) -> Callable:
-    """Each lane for itself; with expect_tx it announces bytes first."""
+    """Each lane arrives separately; with expect_tx it first announces bytes."""
     expects, arrives = "expect_tx" in ins.parts, ins.parts[1] == "arrive"
     where = next(i for i, x in enumerate(ins.operands) if x.startswith("["))
     address = address_of(frame, ins.operands[where])
@@ -197,7 +197,7 @@ def _bulk_copy(frame: Frame, ins: Instruction) -> Callable:
         for lane in np.flatnonzero(m):
             bytes_, at = int(w.rows[count][lane]), int(barrier(w)[lane])
             if bytes_ % 16 or bytes_ <= 0:
-                raise Trap(f"a bulk copy of {bytes_} bytes, which are not whole 16")
+                raise Trap(f"a bulk copy of {bytes_} bytes, which is no multiple of 16")
             places = np.arange(0, bytes_, 16)
             copy = Copy(w, int(to(w)[lane]) + places, int(source(w)[lane]) + places, 16)
             w.block.cluster.begin(w, [copy], at, lambda b, clocks, n=bytes_: b.complete(clocks, n))
@@ -230,7 +230,7 @@ def _arrive_when_copied(frame: Frame, ins: Instruction) -> Callable:
 
 
 class Copy:
-    """bytes_ from each address in global memory to one in shared memory, at some later time."""
+    """Copies bytes_ from each global address to a shared address, at some later time."""
 
     def __init__(self, w, to: np.ndarray, source: np.ndarray, bytes_: int):
         self.block, self.to, self.source, self.bytes_ = w.block, to, source, bytes_
@@ -240,7 +240,7 @@ class Copy:
         block, words = self.block, max(self.bytes_ // 8, 1)
         size = self.bytes_ // words
         clocks = self.issued.copy()
-        clocks[agent] = clock  # a barrier's copies are ordered by its phases
+        clocks[agent] = clock  # the copies of a barrier are ordered by its phases
         values = block.load_as(agent, clock, clocks, "global", self.source, size, words, False)
         block.store_as(agent, clock, clocks, "shared", self.to, size, values, False)
 

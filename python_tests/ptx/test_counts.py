@@ -1,5 +1,5 @@
-"""How many instructions the kernels execute, against counts.json: a change of more than a few per cent is to be seen, and
-written there by `python -m ptx.counts cuda|triton --pin`."""
+"""The number of instructions that the kernels execute, compared with counts.json. After an intended change of more than
+a few per cent, `python -m ptx.counts cuda|triton --pin` writes the new numbers."""
 
 import json
 
@@ -10,7 +10,7 @@ from .counts import PINNED, compiler, table
 from .test_kernels import HERE, run
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the source tree")
-SAME = 0.03  # schedules differ by a few attempts of a wait
+SAME = 0.03  # schedules differ in how often a wait is tried
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -28,7 +28,7 @@ def test_instructions(backend):
     assert not changed, f"{changed}; if that is meant, run `python -m ptx.counts {backend} --pin` in python_tests"
 
 
-def test_the_notebook_shows_what_is_pinned():
+def test_measurements_show_the_pinned_counts():
     shown = (ROOT / "docs" / "measurements.md").read_text()
     expected = table(json.loads(PINNED.read_text()))
     assert expected in shown, f"docs/measurements.md should have\n{expected}"

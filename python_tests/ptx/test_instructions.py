@@ -1,4 +1,4 @@
-"""Single instructions against numpy and against what the PTX manual says of their edges."""
+"""Single instructions against numpy, and edge cases against the PTX manual."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ LANES = np.arange(32)
 
 
 def result(code, dtype, *inputs):
-    """`code` computes %r9, or %d9, from %r1.. or %d1..; one value a lane."""
+    """`code` computes %r9 or %d9 from %r1.. or %d1..; one value per lane."""
     out = np.zeros(32, dtype)
     size = out.itemsize
     bank = "r" if size == 4 else "d"
     loads = [f"mul.lo.s32 %r8, %r0, {size}; cvt.u64.u32 %d8, %r8; add.s64 %d10, %d0, %d8;"]
     for i in range(1, len(inputs) + 1):
         loads.append(f"add.s64 %d11, %d{i}, %d8; ld.global.b{8 * size} %{bank}{i}, [%d11];")
-    # Addresses come in the same registers as values: from the last to the first.
+    # Addresses are in the registers that then hold the values: load from the last to the first.
     head, *rest = loads
     body = "\n".join([head, *reversed(rest), code, f"st.global.b{8 * size} [%d10], %{bank}9;"])
     run(body, out, *(np.ascontiguousarray(x.astype(dtype)) for x in inputs))
@@ -163,7 +163,7 @@ def test_atomics_of_lanes_at_one_place():
         "ld.global.u32 %r1, [nobody];",
     ],
 )
-def test_what_is_not_known_is_named(code):
+def test_unknown_instructions_are_named(code):
     with pytest.raises(NotImplementedError, match="of k"):
         run(code)
 
@@ -177,19 +177,19 @@ def test_what_is_not_known_is_named(code):
         ("ld.shared.u8 %r1, [%r0+64];", "shared memory of 0 bytes"),
         ("trap;", "trap"),
         ("call.uni __assertfail, (param0, param1);", "device-side assert"),
-        ("setp.eq.s32 %p1, %r0, 3; @%p1 ret; shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;", "have left"),
+        ("setp.eq.s32 %p1, %r0, 3; @%p1 ret; shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;", "have exited"),
     ],
 )
-def test_what_a_gpu_answers_with_an_error(code, message):
+def test_errors_of_a_gpu_are_traps(code, message):
     with pytest.raises(Trap, match=message):
         run(code, np.zeros(1, np.uint32))
 
 
-def test_names_in_braces_are_their_own():
-    twice = "{ .reg .b32 t; .reg .pred q; again: mov.u32 t, 1; setp.eq.u32 q, t, 1; @q bra done; bra again; done: }"
-    made = parse(kernel(f"{twice}\n{twice}\n", 0), "k")
+def test_names_in_braces_are_local():
+    block = "{ .reg .b32 t; .reg .pred q; again: mov.u32 t, 1; setp.eq.u32 q, t, 1; @q bra done; bra again; done: }"
+    made = parse(kernel(f"{block}\n{block}\n", 0), "k")
     assert len(made.labels) == 4 and len([n for n in made.registers if n.startswith("t@")]) == 2
-    run(f"{twice}\n{twice}")
+    run(f"{block}\n{block}")
     assert split("{%r1, %r2}, [%d0+4], 7") == ["{%r1, %r2}", "[%d0+4]", "7"]
     with pytest.raises(ValueError, match=r"no kernel 'other'.* it has k"):
         parse(kernel("", 0), "other")

@@ -1,5 +1,5 @@
-"""Every kernel of both GPU backends, as its compiler's PTX, on the machine of this folder: right by the accuracy rule, no
-race, no deadlock."""
+"""Every kernel of both GPU backends, as compiled PTX on the machine of this folder: accurate, without races or
+deadlocks."""
 
 import importlib.util
 import json
@@ -12,20 +12,20 @@ from conftest import ROOT, environment
 
 from . import nvcc
 
-# The kernels that a backend has, by its sources.
+# A pattern for the kernels in a backend's sources.
 SOURCES = {
     "cuda": ("csrc/cuda/*.cu*", r"__global__[^;{]*?\b(\w+_kernel)\("),
     "triton": ("grpo_kernels/backends/triton/*.py", r"^@kernel\ndef (\w+_kernel)\("),
 }
 HERE = [
-    pytest.param("cuda", marks=pytest.mark.skipif(nvcc.version() is None, reason="nvcc is not here")),
+    pytest.param("cuda", marks=pytest.mark.skipif(nvcc.version() is None, reason="needs nvcc")),
     pytest.param("triton", marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")),
 ]
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the source tree")
 
 
 def run(module, backend, *arguments):
-    """What a module of this folder prints, a line of JSON for each case."""
+    """The output of a module of this folder: a line of JSON for each case."""
     command = [sys.executable, "-m", f"ptx.{module}", backend, *arguments]
     paths = f"{ROOT}:{ROOT / 'python_tests'}"
     done = subprocess.run(
@@ -42,23 +42,23 @@ def run(module, backend, *arguments):
 
 def check(outcomes):
     assert outcomes
-    for found in outcomes:
-        print(f"{found['case']}: {found['instructions']} instructions, {found['waits']} waits, {found['seconds']} s")
-    wrong = {found["case"]: found["said"] for found in outcomes if found["said"] != "ok"}
+    for x in outcomes:
+        print(f"{x['case']}: {x['instructions']} instructions, {x['waits']} waits, {x['seconds']} s")
+    wrong = {outcome["case"]: outcome["said"] for outcome in outcomes if outcome["said"] != "ok"}
     assert not wrong, json.dumps(wrong, indent=1)
 
 
 def kernels_in_the_sources(backend):
     pattern, kernel = SOURCES[backend]
     names = {name for file in ROOT.glob(pattern) for name in re.findall(kernel, file.read_text(), re.MULTILINE)}
-    return names - {"probe_kernel"}  # the driver is asked about it, and nothing launches it
+    return names - {"probe_kernel"}  # never launched: the driver is only asked whether it could run
 
 
 @pytest.mark.parametrize("backend", HERE)
 def test_every_kernel(backend):
     outcomes = run("run", backend)
     check(outcomes)
-    assert {kernel for found in outcomes for kernel in found["kernels"]} == kernels_in_the_sources(backend)
+    assert {kernel for outcome in outcomes for kernel in outcome["kernels"]} == kernels_in_the_sources(backend)
 
 
 @pytest.mark.soak

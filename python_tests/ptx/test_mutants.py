@@ -1,4 +1,4 @@
-"""Something is removed from the kernels, and the machine notices."""
+"""Something is removed from a kernel, and the machine notices."""
 
 import pytest
 from conftest import ROOT
@@ -10,17 +10,17 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the 
 
 def check(backend, *arguments):
     outcomes = run("mutants", backend, *arguments)
-    for found in outcomes:
-        print(f"{found['mutant']}: {found['said'][:200]}")
-    assert outcomes and not [found["mutant"] for found in outcomes if found["said"] == "ok"]
+    for outcome in outcomes:
+        print(f"{outcome['mutant']}: {outcome['said'][:200]}")
+    assert outcomes and not [outcome["mutant"] for outcome in outcomes if outcome["said"] == "ok"]
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_what_is_missing_is_noticed(backend):
+def test_mutants_are_noticed(backend):
     check(backend)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", HERE)
-def test_what_is_missing_is_noticed_in_large_cases(backend):
+def test_mutants_of_large_cases_are_noticed(backend):
     check(backend, "--soak")

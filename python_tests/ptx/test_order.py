@@ -1,5 +1,4 @@
-"""Barriers, fences, copies and clusters: what is in order passes under every schedule, and each thing that is missing is
-noticed."""
+"""Barriers, fences, copies and clusters: correct code passes under every schedule, and each missing part is noticed."""
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ def without(body: str, line: str) -> str:
 
 
 def notices(body: str, make_arrays, expected, **options) -> bool:
-    """Whether some schedule gives an error, a race, or another result."""
+    """Whether some schedule gives an error, a race or a different result."""
     for seed in SEEDS:
         arrays = make_arrays()
         try:
@@ -33,7 +32,7 @@ def notices(body: str, make_arrays, expected, **options) -> bool:
 # ---- lanes ----
 
 
-def test_lanes_take_their_own_way_and_meet():
+def test_lanes_diverge_and_reconverge():
     body = """
     mov.u32 %r1, 0; mov.u32 %r2, %r0;
     loop: setp.eq.u32 %p1, %r2, 0; @%p1 bra out; add.s32 %r1, %r1, %r2; sub.s32 %r2, %r2, 1; bra loop;
@@ -46,14 +45,14 @@ def test_lanes_take_their_own_way_and_meet():
         assert (out == (lanes * (lanes + 1) // 2)[lanes ^ 1]).all()
 
 
-def test_lanes_that_wait_at_two_shuffles_never_meet():
+def test_lanes_that_wait_at_two_shuffles_deadlock():
     body = """setp.lt.u32 %p1, %r0, 16; @%p1 bra low; shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1; ret;
     low: shfl.sync.bfly.b32 %r2, %r0, 2, 31, -1;"""
     with pytest.raises(Trap, match="wait for each other"):
         run(body)
 
 
-# One lane arrives for the warp; the others still have to see the phase of which that is the end.
+# One lane arrives for the warp; the others must still observe the phase that this arrival completes.
 LANE_ARRIVES = """
   mov.u32 %r1, full; setp.ne.s32 %p1, %r0, 0;
   @%p1 bra ready; mbarrier.init.shared.b64 [%r1], 1; ready: bar.sync 0;
@@ -69,7 +68,7 @@ def test_a_lane_that_misses_its_phase_hangs():
     for seed in SEEDS:
         run(LANE_ARRIVES, shared=SHARED, seed=seed, apart=0.5)
     late = without(LANE_ARRIVES, "bar.warp.sync -1;")
-    with pytest.raises(Trap, match="nobody gets on"):
+    with pytest.raises(Trap, match="no progress"):
         for seed in range(20):
             run(late, shared=SHARED, seed=seed, apart=0.5)
 
@@ -94,11 +93,11 @@ def test_a_barrier_of_the_block():
 
 
 def test_a_barrier_with_a_number_of_threads():
-    """Warps 0 to 2 meet; the fourth goes on alone."""
+    """Warps 0 to 2 wait for each other; the fourth goes on alone."""
     body = """setp.gt.u32 %p1, %r0, 95; @%p1 bra out; bar.sync 1, 96; out: ret;"""
     assert not run(body, threads=128).races
-    run(body.replace("bar.sync 1, 96;", "bar.sync 1;"), threads=128)  # for all that have not left
-    with pytest.raises(Trap, match="nobody gets on"):
+    run(body.replace("bar.sync 1, 96;", "bar.sync 1;"), threads=128)  # for all that have not exited
+    with pytest.raises(Trap, match="no progress"):
         run(body.replace("1, 96", "1, 128"), threads=128)
 
 
@@ -170,7 +169,7 @@ def test_copies_of_the_lanes():
     assert notices(without(COPIES, "@!%p3 bra wait;"), make, make()[1], threads=128, shared=SHARED)
 
 
-def test_more_arrivals_than_an_mbarrier_is_for():
+def test_more_arrivals_than_an_mbarrier_expects():
     body = """mov.u32 %r1, full; setp.ne.s32 %p1, %r0, 0; @%p1 ret; mbarrier.init.shared.b64 [%r1], 2;
     mbarrier.arrive.shared.b64 %d1, [%r1], 3;"""
     with pytest.raises(Trap, match="of 2 arrivals got 3"):
@@ -195,7 +194,7 @@ CLUSTER = """
 CLUSTER = "mov.u32 %r8, mem; cvt.u64.u32 %d9, %r8;" + CLUSTER
 
 
-def test_blocks_of_a_cluster_tell_each_other():
+def test_blocks_of_a_cluster_exchange_values():
     def make():
         return (np.zeros(4, np.uint32),)
 
@@ -206,7 +205,7 @@ def test_blocks_of_a_cluster_tell_each_other():
     assert notices(CLUSTER.replace(first, "ready:", 1), make, expected, **options)
 
 
-# ---- blocks that leave things for each other ----
+# ---- communication between blocks through global memory ----
 
 TICKET = """
   mov.u32 %r1, %ctaid.x; setp.ne.s32 %p1, %r0, 0; @%p1 bra end;
@@ -220,7 +219,7 @@ TICKET = """
 
 
 @pytest.mark.parametrize("resident", [1, 2, 4])
-def test_a_store_is_seen_when_it_is_fenced(resident):
+def test_a_store_is_visible_after_a_fence(resident):
     def make():
         return np.zeros(1, np.uint32), np.zeros(4, np.uint32), np.zeros(1, np.uint32)
 
@@ -231,8 +230,8 @@ def test_a_store_is_seen_when_it_is_fenced(resident):
     assert not notices(released, make, np.array([10]), **options)
 
 
-def test_a_fence_covers_what_a_barrier_has_made_known():
-    """Two warps store, one of them fences: behind the block's barrier for both, before it for itself alone."""
+def test_a_fence_covers_stores_that_a_barrier_ordered_before_it():
+    """Two warps store and one of them fences: after the block's barrier for both, before it only for itself."""
     body = """
     mov.u32 %r1, %ctaid.x; setp.ne.u32 %p1, %r1, 0; @%p1 bra reads;
     mul.wide.u32 %d3, %r0, 4; add.s64 %d4, %d1, %d3; st.global.u32 [%d4], 5;
@@ -256,9 +255,9 @@ def test_a_fence_covers_what_a_barrier_has_made_known():
     assert notices(before, make, np.full(64, 5), **options)
 
 
-def test_a_wait_for_nobody_ends():
+def test_an_endless_wait_is_an_error():
     body = "again: ld.volatile.global.u32 %r1, [%d0]; nanosleep.u32 100; setp.eq.u32 %p1, %r1, 0; @%p1 bra again;"
-    with pytest.raises(Trap, match="nobody gets on"):
+    with pytest.raises(Trap, match="no progress"):
         run(body, np.zeros(1, np.uint32))
     with pytest.raises(Trap, match="more than 1000 instructions"):
         run("again: bra again;", limit=1000)

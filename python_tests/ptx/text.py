@@ -1,4 +1,4 @@
-"""PTX text as kernels: parameters, registers, symbols, and instructions with their operands apart."""
+"""Parses PTX text into kernels: parameters, registers, symbols, and instructions with separate operands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def size_of(kind: str) -> int:
 @dataclass(frozen=True)
 class Instruction:
     text: str
-    parts: tuple[str, ...]  # of the opcode, between its dots
+    parts: tuple[str, ...]  # the opcode, split at its dots
     operands: tuple[str, ...]
     guard: str | None = None  # the predicate's register
     negated: bool = False
@@ -39,13 +39,13 @@ class Kernel:
     registers: dict[str, str] = field(default_factory=dict)  # types
     shared: dict[str, int] = field(default_factory=dict)  # offsets
     shared_bytes: int = 0  # dynamic memory, `[]`, begins there
-    constants: dict[str, int] = field(default_factory=dict)  # sizes of what lies in global memory
+    constants: dict[str, int] = field(default_factory=dict)  # sizes of arrays in global memory
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
 
 class Scope:
-    """The names declared between two braces: inline assembly uses the same ones again and again."""
+    """The names declared between two braces: inline assembly reuses the same ones."""
 
     def __init__(self, parent: Scope | None):
         self.parent, self.names = parent, dict[str, str]()
@@ -97,10 +97,10 @@ def _read_parameters(kernel: Kernel, header: str) -> None:
 
 
 def _declare_array(kernel: Kernel, statement: str) -> None:
-    found = ARRAY.search(statement)
-    if found is None:
-        raise NotImplementedError(f"a declaration that the parser does not know: {statement!r}")
-    space, align, kind, name, count = found.groups()
+    match = ARRAY.search(statement)
+    if match is None:
+        raise NotImplementedError(f"an unknown declaration: {statement!r}")
+    space, align, kind, name, count = match.groups()
     size = size_of(kind) * (int(count[1:-1] or 0) if count else 1)
     if space != "shared":
         kernel.constants[name] = size
@@ -112,8 +112,9 @@ def _declare_array(kernel: Kernel, statement: str) -> None:
 
 
 def _read_body(kernel: Kernel, text: str) -> None:
-    """Statements up to the closing brace. Names are resolved at the end, as a scope's labels may come after their use."""
-    found: list[tuple[Scope, str]] = []
+    """Statements up to the closing brace. Names are resolved at the end, as a scope's labels may come after their
+    use."""
+    statements: list[tuple[Scope, str]] = []
     dynamic = [name for name, at in kernel.shared.items() if at == kernel.shared_bytes]
     scope, at = None, 0
     while True:
@@ -125,17 +126,17 @@ def _read_body(kernel: Kernel, text: str) -> None:
             if scope is None:
                 break
         elif label := re.compile(r"([$\w]+)\s*:(?!:)").match(text, at):
-            kernel.labels[scope.declare(label[1])], at = len(found), label.end()
+            kernel.labels[scope.declare(label[1])], at = len(statements), label.end()
         else:
             end = text.index(";", at)
             statement, at = " ".join(text[at:end].split()), end + 1
             if statement.startswith("."):
                 _declare(kernel, scope, statement)
             elif statement:
-                found.append((scope, statement))
-    for name in dynamic:  # behind what the body has declared
+                statements.append((scope, statement))
+    for name in dynamic:  # after everything that the body declares
         kernel.shared_bytes = kernel.shared[name] = -(-kernel.shared_bytes // 128) * 128
-    kernel.code = [_instruction(WORD.sub(lambda m, s=s: s.resolve(m[0]), text)) for s, text in found]
+    kernel.code = [_instruction(WORD.sub(lambda m, s=s: s.resolve(m[0]), text)) for s, text in statements]
 
 
 def _skip_blanks(text: str, at: int) -> int:
@@ -154,7 +155,7 @@ def _declare(kernel: Kernel, scope: Scope, statement: str) -> None:
     elif statement.startswith((".shared", ".global", ".const")):
         _declare_array(kernel, statement)
     elif not statement.startswith((".pragma", ".param")):
-        raise NotImplementedError(f"a directive that the parser does not know: {statement!r}")
+        raise NotImplementedError(f"an unknown directive: {statement!r}")
 
 
 def _instruction(text: str) -> Instruction:
@@ -166,13 +167,13 @@ def _instruction(text: str) -> Instruction:
 
 
 def split(operands: str) -> list[str]:
-    """At the commas outside of brackets."""
-    found, depth, now = [], 0, ""
+    """Splits at the commas outside brackets."""
+    parts, depth, now = [], 0, ""
     for c in operands:
         depth += (c in "{[(") - (c in "}])")
         if c == "," and depth == 0:
-            found.append(now.strip())
+            parts.append(now.strip())
             now = ""
         else:
             now += c
-    return [*found, now.strip()] if now.strip() else found
+    return [*parts, now.strip()] if now.strip() else parts

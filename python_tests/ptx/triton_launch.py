@@ -1,5 +1,5 @@
-"""The Triton backend on CPU tensors: the library launches, Triton compiles for a GPU that is not there, its PTX runs.
-For a process of its own, without TRITON_INTERPRET."""
+"""The Triton backend on CPU tensors: the library launches, Triton compiles for a GPU that need not be present, and its
+PTX runs. For a separate process, without TRITON_INTERPRET."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import struct
 from typing import Any, NamedTuple
 
 import torch
+from dry_driver import DryDriver, dry_run
 
 from grpo_kernels.backends import triton as backend
-from dry_driver import DryDriver, dry_run
 
 from .machine import Grid, Options, program
 
@@ -35,7 +35,7 @@ class TritonOnPtx:
 
             def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
                 ptx = outer.edit(compiled(outer.driver, self.source.fn, function).asm["ptx"], self.metadata.name)
-                outer.launch(ptx, self.source, self.metadata, (x, y, z), rest[4:])  # behind metadata and hooks
+                outer.launch(ptx, self.source, self.metadata, (x, y, z), rest[4:])  # after metadata and hooks
 
         return Launcher
 
@@ -45,7 +45,7 @@ class TritonOnPtx:
         passed = zip(source.fn.arg_names, args, strict=True)
         values = [value for name, x in passed for value in leaves(x, source.signature[name])]
         offsets = [at for at, _ in made.kernel.parameters.values()]
-        for value, at in zip(values, offsets, strict=False):  # what Triton adds at the end is 0
+        for value, at in zip(values, offsets, strict=False):  # the parameters that Triton appends are 0
             parameters[at : at + len(value)] = value
         grid = Grid(
             made, blocks, 32 * metadata.num_warps, bytes(parameters), shared_bytes=metadata.shared,
@@ -56,7 +56,7 @@ class TritonOnPtx:
 
 
 def leaves(value: Any, kind: Any) -> list[bytes]:
-    """An argument as the kernel's parameters hold it; those of a tuple one by one."""
+    """The bytes of an argument in the kernel's parameters; one entry for each element of a tuple."""
     if kind == "constexpr":
         return []
     if isinstance(kind, tuple):
@@ -71,6 +71,6 @@ def compiled(driver: DryDriver, fn: Any, function: int) -> Any:
 
 
 def spans_of(values: Any) -> list[tuple[int, int]]:
-    """Where the tensors among these lie."""
+    """The address ranges of the tensors among these."""
     storages = [x.untyped_storage() for x in values if isinstance(x, torch.Tensor)]
     return sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages if s.nbytes()})

@@ -1,4 +1,4 @@
-"""Kernels written by hand, for the tests of the machine itself."""
+"""Hand-written kernels, for the tests of the machine itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kernel(body: str, arguments: int, shared: str = "") -> str:
 def run(
     body: str, *arrays: np.ndarray, blocks: int = 1, threads: int = 32, shared: str = "", cluster: int = 1, **options
 ):
-    """The grid, after it has run on these arrays."""
+    """Runs a grid on these arrays, and returns it."""
     spans = sorted((x.ctypes.data, x.ctypes.data + x.nbytes) for x in arrays)
     parameters = b"".join(x.ctypes.data.to_bytes(8, "little") for x in arrays)
     made = program(kernel(body, len(arrays), shared), "k")

@@ -1,4 +1,5 @@
-"""Launches of the library, kept instead of run: a kernel's PTX and the input that SentryWard wants with it."""
+"""Captures launches of the library instead of running them: a kernel's PTX, and the description that SentryWard
+needs."""
 
 from __future__ import annotations
 
@@ -21,29 +22,29 @@ PARAMETER = re.compile(r"\.param \.(\w+)\s+(\.ptr[^,]*?)?(\w+_param_\d+)")
 
 class Launch(NamedTuple):
     kernel: str
-    ptx: str  # of this entry alone
+    ptx: str  # of this entry only
     input: dict[str, Any]
 
 
 class Memory:
     """The tensors of a launch by address. Tensors of one storage are one object, so that the verifier sees aliases."""
 
-    def __init__(self, tensors: Iterable[Tensor], known: Iterable[Tensor]):
+    def __init__(self, tensors: Iterable[Tensor], readable: Iterable[Tensor]):
         spans = {(s.data_ptr(), s.nbytes()): x for x in tensors for s in [x.untyped_storage()] if s.nbytes()}
         self.spans = [(begin, size) for begin, size in sorted(spans)]
-        self.known = {x.untyped_storage().data_ptr() for x in known}
+        self.readable = {x.untyped_storage().data_ptr() for x in readable}
 
     def object_at(self, address: int) -> tuple[str, int] | None:
-        """Its name and how far into it this address is; None: no tensor's."""
+        """The name of the object at this address and the offset in it; None if no tensor is there."""
         for i, (begin, size) in enumerate(self.spans):
             if begin <= address < begin + size:
                 return f"tensor{i}", address - begin
         return None
 
     def words_at(self, address: int) -> list[int] | None:
-        """From here to the end, as int32, where the verifier may know them."""
+        """The int32 words from this address to the end of its object, if the verifier may read them."""
         for begin, size in self.spans:
-            if begin in self.known and begin <= address < begin + size:
+            if begin in self.readable and begin <= address < begin + size:
                 raw = ctypes.string_at(address, begin + size - address)
                 raw += b"\0" * (-len(raw) % 4)
                 return list(struct.unpack(f"<{len(raw) // 4}i", raw))
@@ -51,7 +52,7 @@ class Memory:
 
 
 class Parameters:
-    """What is said of a kernel's parameters."""
+    """The description of a kernel's parameters."""
 
     def __init__(self, memory: Memory):
         self.memory = memory
@@ -60,13 +61,13 @@ class Parameters:
         self.contents: list[dict[str, Any]] = []
 
     def add(self, value: bytes, **where: Any) -> None:
-        """An address of a tensor becomes a pointer to an object, anything else a number."""
+        """Describes a tensor's address as a pointer to an object, and anything else as a number."""
         number = int.from_bytes(value, "little")
-        found = self.memory.object_at(number) if len(value) == 8 else None
-        if found is None:
+        target = self.memory.object_at(number) if len(value) == 8 else None
+        if target is None:
             self.arguments.append({**where, "type": f"u{8 * len(value)}", "value": number})
             return
-        name, begin = found
+        name, begin = target
         pointer = {**where, "type": "pointer", "space": "global", "object": name}
         self.declarations.append({**pointer, "base_byte_offset": begin} if begin else pointer)
         words = self.memory.words_at(number)
@@ -74,7 +75,7 @@ class Parameters:
             self.contents.append({**where, "shapes": [[word] for word in words]})
 
     def add_pointer(self, value: bytes, name: str) -> None:
-        """Of a parameter that is declared as one, which is an object even where it is null."""
+        """Describes a parameter that is declared as a pointer, which needs an object even when it is null."""
         if self.memory.object_at(int.from_bytes(value, "little")) is not None:
             return self.add(value, parameter=name)
         self.declarations.append({"parameter": name, "type": "pointer", "space": "global", "object": f"none {name}"})
@@ -92,8 +93,9 @@ class Parameters:
 
 
 def with_threads(launch: Launch, threads: int, columns: int | None = None) -> Launch:
-    """T. As if a block had so many threads, and rows so many columns: launches that the library's host code would not
-    make, of kernels that ask for both when they run. In proportion, they do what the larger ones do."""
+    """T. The launch with this number of threads per block, and of columns per row. The library's host code would not
+    launch this, but the kernels read both at run time, and a smaller launch does in proportion what a larger one
+    does."""
     described = json.loads(json.dumps(launch.input))
     before = described["launch"]["block_dim"][0]
     described["launch"]["block_dim"][0] = threads
@@ -103,25 +105,25 @@ def with_threads(launch: Launch, threads: int, columns: int | None = None) -> La
             for x in described["arguments"]
             if x["value"] >> 32 and x["value"] % 2**32 == columns * (before - 32) // (threads - 32)
         ]
-        (vocab,) = words  # next to the number of slots
+        (vocab,) = words  # in one word with the number of slots
         vocab["value"] = vocab["value"] >> 32 << 32 | columns
     return launch._replace(input=described)
 
 
 class Captured:
-    """What both captures have: the launches, and the tensors whose contents the verifier is told."""
+    """Common to both captures: the launches, and the tensors whose contents the verifier may read."""
 
     launches: list[Launch]
-    known: list[Tensor]
+    readable: list[Tensor]
 
     def take(self) -> list[Launch]:
-        taken, self.launches, self.known = self.launches, [], []
+        taken, self.launches, self.readable = self.launches, [], []
         return taken
 
 
 class CudaCapture(Captured, CudaOnPtx):
     def __init__(self, arch: int = 90):
-        self.launches, self.known, self._tensors = [], [], list[Tensor]()
+        self.launches, self.readable, self._tensors = [], [], list[Tensor]()
         super().__init__(arch)
 
     def _launch(self, kernel: Any, device: Any, *arguments: Any) -> None:
@@ -137,8 +139,8 @@ class CudaCapture(Captured, CudaOnPtx):
             text = one_entry(self.edit(self._texts[entry], entry), entry)
             ((parameter, (_, size)),) = parse(text, entry).parameters.items()
             data = ctypes.string_at(parameters, size)
-            made = Parameters(Memory(self._tensors, self.known))
-            for at in range(0, size, 8):  # a struct's pointers are aligned; two integers may share eight bytes
+            made = Parameters(Memory(self._tensors, self.readable))
+            for at in range(0, size, 8):  # a struct's pointers are aligned; two integers may be in one word
                 made.add(data[at : at + 8], parameter=parameter, offset=at)
             described = made.described([blocks[i] for i in range(3)], threads, shared, cluster)
             self.launches.append(Launch(short(entry), text, described))
@@ -148,7 +150,7 @@ class CudaCapture(Captured, CudaOnPtx):
 
 class TritonCapture(Captured, TritonOnPtx):
     def __init__(self, arch: int = 90):
-        self.launches, self.known = [], []
+        self.launches, self.readable = [], []
         super().__init__(arch)
 
     def launch(self, ptx: str, source: Any, metadata: Any, blocks: tuple[int, int, int], args: tuple) -> None:
@@ -156,19 +158,19 @@ class TritonCapture(Captured, TritonOnPtx):
         passed = zip(source.fn.arg_names, args, strict=True)
         values = [value for name, x in passed for value in leaves(x, source.signature[name])]
         parameters = PARAMETER.findall(text[: text.index("\n{")])
-        values += [bytes(8)] * (len(parameters) - len(values))  # what Triton adds at the end is 0
-        made = Parameters(Memory([x for x in args if isinstance(x, Tensor)], self.known))
+        values += [bytes(8)] * (len(parameters) - len(values))  # the parameters that Triton appends are 0
+        made = Parameters(Memory([x for x in args if isinstance(x, Tensor)], self.readable))
         for (kind, pointer, name), value in zip(parameters, values, strict=True):
             if pointer:
                 made.add_pointer(value, name)
-            elif kind != "f32":  # a float is not told: what depends on it is open
+            elif kind != "f32":  # a float is not described, so branches on it are undecided
                 made.add(value[: int(kind[1:]) // 8], parameter=name)
         described = made.described(blocks, 32 * metadata.num_warps, metadata.shared, 1)
         self.launches.append(Launch(metadata.name, text, described))
 
 
 def one_entry(text: str, entry: str) -> str:
-    """What stands before the kernels, functions, and one kernel."""
+    """The text with only one of its kernels, and with its header and functions."""
     parts = re.split(r"(?m)^(?=(?:\.visible |\.weak )?\.(?:entry|func)\b)", text)
     return "".join(
         part for part in parts if ".entry" not in part[:40] or re.search(rf"\.entry {re.escape(entry)}\(", part)

@@ -13,26 +13,26 @@ from typing import Any, NamedTuple
 from .capture import Launch
 from .rewrites import aligned, constant_atomics, decided, guarded, numbers_not_zero, plain, unwatched
 
-PROVEN = "race_free"  # what the tool says where synchronization and memory are both proven
+PROVEN = "race_free"  # the tool's result when synchronization and memory are both proven
 MEMORY_MIB, MOST_GUARDS = 8000, 40
 
 
 class Options(NamedTuple):
-    """Of a check: the rewrites in addition to W and G, which are made where there is something to rewrite."""
+    """The rewrites of a check, in addition to W and G, which are applied wherever they match."""
 
     atomics: bool = False  # A
     nonzero: bool = False  # Z
     aligned: bool = False  # L
-    taken: bool | None = None  # F: which way branches on floats go; None: they stay
-    seconds: float = 1800  # of wall time, for a machine that others use too
+    taken: bool | None = None  # F: whether branches on floats are taken; None: they are not rewritten
+    seconds: float = 1800  # of wall time, enough for a busy machine
 
 
 class Verdict(NamedTuple):
     result: str
-    said: str  # what else a person wants to know
-    seconds: float  # of the verifier's CPU time
-    guards: int  # of G
-    decided: int  # by F
+    said: str  # details for the reader
+    seconds: float  # CPU time of the verifier
+    guards: int  # stores that G has guarded
+    decided: int  # branches that F has decided
 
 
 def verdict(launch: Launch, options: Options = Options()) -> Verdict:  # noqa: B008
@@ -43,7 +43,7 @@ def verdict(launch: Launch, options: Options = Options()) -> Verdict:  # noqa: B
         text = numbers_not_zero(text)
     if options.aligned:
         if any(pointer.get("base_byte_offset", 0) % 16 for pointer in launch.input["declarations"]):
-            raise ValueError("L is for pointers to whole 16 bytes")
+            raise ValueError("L needs pointers that are multiples of 16")
         text = aligned(text)
     if options.taken is not None:
         text, count = decided(text, options.taken)
@@ -70,14 +70,14 @@ def verified(text: str, inputs: dict[str, Any], folder: Path, seconds: float) ->
 
 
 def cpu_seconds() -> float:
-    """Of the processes that this one has started and that have ended."""
+    """CPU time of this process's children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def warps_own_stores(report: dict[str, Any], text: str, guards: set[int]) -> set[int]:
-    """The lines of stores for G, where the race found is one warp's with itself at one store; and the other stores
-    through the same register, which are the other reductions' through the same memory."""
+    """The lines of the stores for G: the race is of one warp with itself at one store. The other stores through the
+    same register are included: those of other reductions, through the same memory."""
     if report["result"] != "potential_race":
         return set()
     race = report["races"][0]
@@ -98,7 +98,7 @@ def warps_own_stores(report: dict[str, Any], text: str, guards: set[int]) -> set
 
 
 def described(report: dict[str, Any], lines: list[str]) -> str:
-    """What was wrong, and where."""
+    """The error, and where it is."""
     if report["result"] == PROVEN:
         return ""
     if report["result"] == "potential_race":
@@ -108,7 +108,8 @@ def described(report: dict[str, Any], lines: list[str]) -> str:
             for x in (race["first"], race["second"])
         ]
         return f"{race['region']['address_space']} memory: {' and '.join(accesses)}"
-    found = report.get("diagnostics") or [{}]
-    where = (found[0].get("details") or {}).get("location")
+    diagnostics = report.get("diagnostics") or [{}]
+    where = (diagnostics[0].get("details") or {}).get("location")
     line = f" at {lines[where['line'] - 1].strip()!r}" if isinstance(where, dict) and "line" in where else ""
-    return f"{found[0].get('code')}{line} in {report.get('stage')}: {json.dumps(found[0].get('details'))[:600]}"
+    first = diagnostics[0]
+    return f"{first.get('code')}{line} in {report.get('stage')}: {json.dumps(first.get('details'))[:600]}"

@@ -1,7 +1,7 @@
-"""Which branches of a kernel depend on floats that were in shared memory.
+"""Finds a kernel's branches that depend on floats from shared memory.
 
-SentryWard refuses such a launch where copies land in shared memory. Branches on floats of global memory stay: under
-`representative_branches` it takes one side of those by itself."""
+SentryWard refuses such a launch if asynchronous copies write to shared memory. Branches on floats from global memory
+need no rewrite: with `representative_branches` SentryWard takes one side of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REGISTER = re.compile(r"%[A-Za-z_]\w*")
 INSTRUCTION = re.compile(r"^\s*(?:\{\s*)?(@!?%\w+\s+)?([a-z][\w.:]*)\s+(.*?);")
 FLOAT = re.compile(r"\.(f16|f16x2|bf16|bf16x2|f32|f64)\b")
 BRANCH = re.compile(r"^\s*@(!?)(%\w+)\s+bra(?:\.uni)?\s+([\w$]+)\s*;")
-# From parameters, indices and global memory; from shared memory; from there as a floating-point number.
+# Data from parameters, indices and global memory; from shared memory; from shared memory as a floating-point number.
 NOTHING, DATA, FLOAT_DATA = range(3)
 
 
@@ -22,10 +22,10 @@ class Branch(NamedTuple):
 
 
 def float_branches(lines: list[str]) -> list[Branch]:
-    """In their order. What a register holds is followed through the whole text, without regard to the order of its
-    lines, so that a register is float data if it is anywhere."""
-    kinds = _kinds([found for line in lines if (found := _definition(line))])
-    branches = [Branch(i, found[2]) for i, line in enumerate(lines) if (found := BRANCH.match(line))]
+    """These branches, in order. The data flow ignores the order of the lines: a register is float data if any line
+    makes it that."""
+    kinds = _kinds([match for line in lines if (match := _definition(line))])
+    branches = [Branch(i, match[2]) for i, line in enumerate(lines) if (match := BRANCH.match(line))]
     return [branch for branch in branches if kinds.get(branch.predicate) == FLOAT_DATA]
 
 
@@ -37,10 +37,10 @@ class Definition(NamedTuple):
 
 
 def _definition(line: str) -> Definition | None:
-    found = INSTRUCTION.match(line)
-    if found is None or found[2].split(".")[0] in ("bra", "st", "red", "bar", "ret", "mbarrier", "barrier", "fence"):
+    match = INSTRUCTION.match(line)
+    if match is None or match[2].split(".")[0] in ("bra", "st", "red", "bar", "ret", "mbarrier", "barrier", "fence"):
         return None
-    opcode, operands = found[2], found[3]
+    opcode, operands = match[2], match[3]
     head, _, tail = operands.partition("}") if operands.startswith("{") else operands.partition(",")
     name = opcode.split(".")[0]
     loads = name == "ld" and ".shared" in opcode

@@ -1,5 +1,5 @@
-"""One thing wrong in a kernel's PTX: SentryWard has to say that it is not proven, or its verdicts mean nothing. Prints a
-line of JSON for each: `python -m verify.mutants cuda|triton [WORD ...]`."""
+"""Mutants: one thing is wrong in a kernel's PTX, and SentryWard must not prove it, or its verdicts would mean nothing.
+Prints a line of JSON for each: `python -m verify.mutants cuda|triton [WORD ...]`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ptx.mutants import (
     ALL,
     ARRIVAL,
     BARRIER,
+    CLUSTER_SYNC,
     CLUSTER_WAIT,
     COPIES_NEXT,
     FENCE,
-    MEETING,
     NAMED_BARRIER,
     OVER,
     SECOND,
@@ -29,17 +29,17 @@ from .cases import CASES, backend_of
 from .check import Verdict
 from .run import verdicts
 
-# Whatever says that the launch goes wrong in some schedule. `unsupported` and `timeout` do not: then nothing is known.
+# The results that mean: some schedule goes wrong. `unsupported` and `timeout` are no verdict.
 NOTICED = "not_wellsynced", "potential_race", "invalid_lifecycle"
 
 LAST = slice(-1, None)
 EXPECTED = r"(\{ \.reg \.b64 state;) (mbarrier\.arrive\.expect_tx\S* state, \[%r\d+\], )(%r\d+);"
-# Of a full and a free slot: unrolled, so that they stand there several times.
+# The inits of a full and a free slot, several times since the loop is unrolled.
 INITS = r"(mbarrier\.init\.shared\.b64 \[%r\d+\], )(%r\d+);([\s\S]*?)(mbarrier\.init\.shared\.b64 \[%r\d+\], )(%r\d+);"
 ONE_FULL_MORE = r"{ .reg .b32 more; add.u32 more, \2, 1; \1more; }\3\4\5;"
 ONE_FREE_MORE = r"\1\2;\3{ .reg .b32 more; add.u32 more, \5, 1; \4more; }"
-WARP_MEETS = r"bar\.warp\.sync\s+-1;(?=(?:(?!bar\.warp)[\s\S]){0,300}?mbarrier\.arrive\.shared)"
-CHUNK_WAIT = rf"(mbarrier\.try_wait\.parity\.shared\.b64 over, \[%r\d+\]), %r\d+;(?!{COPIES_NEXT})"
+WARP_SYNC = r"bar\.warp\.sync\s+-1;(?=(?:(?!bar\.warp)[\s\S]){0,300}?mbarrier\.arrive\.shared)"
+TILE_WAIT = rf"(mbarrier\.try_wait\.parity\.shared\.b64 over, \[%r\d+\]), %r\d+;(?!{COPIES_NEXT})"
 COPIED = r"cp\.async\.mbarrier\.arrive\.noinc\S* [^;]*;"
 LAST_STORE_AND_ARRIVAL = (
     r"(st\.shared::cluster\.b32 [^;]*;)((?:(?!st\.shared::cluster)[\s\S])*?)(\{ \.reg \.b32 there; mapa[^}]*\})"
@@ -51,11 +51,11 @@ CP_ASYNC, ROW = "rows by cp.async", "row_kernel"
 
 CUDA = [
     Mutant("the wait for a free slot", RING, ROW, f"{WAIT}(?={WATCHED}|{COPIES_NEXT})", OVER, ALL),
-    Mutant("the waits for chunks", RING, ROW, f"{WAIT}(?!{COPIES_NEXT})", OVER, ALL),
-    Mutant("the waits for chunks, backward", BACKWARD, ROW, f"{WAIT}(?!{COPIES_NEXT})", OVER, ALL),
-    Mutant("the phase of the waits for chunks", RING, ROW, CHUNK_WAIT, r"\1, 0;", ALL),
+    Mutant("the waits for tiles", RING, ROW, f"{WAIT}(?!{COPIES_NEXT})", OVER, ALL),
+    Mutant("the waits for tiles, backward", BACKWARD, ROW, f"{WAIT}(?!{COPIES_NEXT})", OVER, ALL),
+    Mutant("the phase of the waits for tiles", RING, ROW, TILE_WAIT, r"\1, 0;", ALL),
     Mutant("the release of a slot", RING, ROW, ARRIVAL, "", ALL),
-    Mutant("a slot is released before its warp has met", RING, ROW, WARP_MEETS, "", ALL),
+    Mutant("a slot is released before its warp's sync", RING, ROW, WARP_SYNC, "", ALL),
     Mutant("the barrier behind the inits", RING, ROW, BARRIER),
     Mutant("the barrier before a row's result", RING, ROW, NAMED_BARRIER),
     Mutant("the barrier behind a row's result", RING, ROW, NAMED_BARRIER, "", SECOND),
@@ -65,16 +65,16 @@ CUDA = [
     Mutant("the arrival behind copies", CP_ASYNC, ROW, COPIED, "", ALL),
     Mutant("the wait for the cluster", PAIR, ROW, CLUSTER_WAIT, OVER),
     Mutant("the arrival at the other block", PAIR, ROW, REMOTE_ARRIVAL),
-    Mutant("the first meeting of the cluster", PAIR, ROW, MEETING),
-    Mutant("the first meeting is the block's own", PAIR, ROW, MEETING, "bar.sync 0;"),
-    Mutant("the arrival comes before what it announces", PAIR, ROW, LAST_STORE_AND_ARRIVAL, r"\2\3 \1"),
+    Mutant("the first sync of the cluster", PAIR, ROW, CLUSTER_SYNC),
+    Mutant("the first sync is only the block's", PAIR, ROW, CLUSTER_SYNC, "bar.sync 0;"),
+    Mutant("the arrival comes before its store", PAIR, ROW, LAST_STORE_AND_ARRIVAL, r"\2\3 \1"),
     Mutant("a barrier of a scan", "gae", "gae_kernel", BARRIER, "", SECOND),
     Mutant("the barrier of a block's sum", "value", "value_kernel", BARRIER),
 ]
 TRITON = [
     *(Mutant(f"barrier {i} of a group", "group", "group_kernel", BARRIER, "", slice(i, i + 1)) for i in range(3)),
     *(
-        Mutant(f"barrier {i} of a row", "statistics, whole rows", "stats_kernel", BARRIER, "", slice(i, i + 1))
+        Mutant(f"barrier {i} of a row", "statistics, unsplit rows", "stats_kernel", BARRIER, "", slice(i, i + 1))
         for i in range(2)
     ),
 ]
@@ -82,21 +82,21 @@ MUTANTS = {"cuda": CUDA, "triton": TRITON}
 
 INIT_FENCE = r"fence\.mbarrier_init\.release\.cluster;"
 
-# What this layer does not see, why, and which one does. That it still does not is tested too, so that the list is true.
+# What this layer does not notice, why, and which layer does. The tests check that too, so that the list stays true.
 UNNOTICED = {
     "cuda": [
-        (Mutant("the publishing of barriers", RING, ROW, INIT_FENCE), "no fence is modelled: test_cuda_rows.py"),
+        (Mutant("the publishing of barriers", RING, ROW, INIT_FENCE), "fences are not modelled: test_cuda_rows.py"),
         (
-            Mutant("the last meeting of the cluster", PAIR, ROW, MEETING, "", LAST),
-            "nor that a block is gone when another writes into it: test_cuda_rows.py",
+            Mutant("the last sync of the cluster", PAIR, ROW, CLUSTER_SYNC, "", LAST),
+            "the exit of a block before another writes into it is not modelled: test_cuda_rows.py",
         ),
         (
-            Mutant("the fences between pieces", "gae", "gae_kernel", FENCE, "", ALL),
-            "nor what blocks leave for each other (A, one block): ptx/mutants.py",
+            Mutant("the fences between tiles", "gae", "gae_kernel", FENCE, "", ALL),
+            "blocks that communicate are not covered (A, one block): ptx/mutants.py",
         ),
         (
             Mutant("a maximum that is a minimum", "rows, backward", ROW, r"max\.f32", "min.f32", ALL),
-            "nor values: the accuracy rule, under every layer that computes",
+            "values are not covered: the accuracy rule, in every layer that computes",
         ),
     ],
     "triton": [],
@@ -109,7 +109,7 @@ def outcome(name: str, backend: Any, capture: Any, mutant: Mutant) -> Verdict:
 
 
 def asked(name: str) -> Iterator[tuple[Mutant, bool]]:
-    """All of a backend's, and whether they are to be noticed."""
+    """All mutants of a backend, and whether they have to be noticed."""
     yield from ((mutant, True) for mutant in MUTANTS[name])
     yield from ((mutant, False) for mutant, _ in UNNOTICED[name])
 
@@ -117,14 +117,14 @@ def asked(name: str) -> Iterator[tuple[Mutant, bool]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backend", choices=MUTANTS)
-    parser.add_argument("words", nargs="*", help="of those that are asked")
+    parser.add_argument("words", nargs="*", help="words in the names of the mutants to run")
     args = parser.parse_args()
     backend, capture = backend_of(args.backend)
     for mutant, expected in asked(args.backend):
         if not args.words or any(word in mutant.what for word in args.words):
-            found = outcome(args.backend, backend, capture, mutant)
-            noticed = found.result in NOTICED
-            line = {"mutant": mutant.what, "noticed": noticed, "to be noticed": expected, **found._asdict()}
+            verdict = outcome(args.backend, backend, capture, mutant)
+            noticed = verdict.result in NOTICED
+            line = {"mutant": mutant.what, "noticed": noticed, "to be noticed": expected, **verdict._asdict()}
             print(json.dumps(line), flush=True)
 
 

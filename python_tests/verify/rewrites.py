@@ -1,5 +1,5 @@
-"""What is changed in a kernel's PTX so that SentryWard 0.1.1 follows it. Each change takes something out of the proof,
-which its docstring says.
+"""The changes to a kernel's PTX with which SentryWard 0.1.1 can analyse it. Each removes something from the proof; its
+docstring says what.
 
 The letters are those of docs/reliability.md.
 """
@@ -20,32 +20,32 @@ SHARED_STORE = re.compile(r"\s*(?:@%\w+ )?st\.shared")
 
 
 def plain(text: str) -> str:
-    """Without comments and debug information: nothing is lost."""
+    """Removes comments and debug information, which changes nothing."""
     text = re.sub(r"^\s*\.(?:loc|file)\b.*$|//.*$", "", text, flags=re.MULTILINE)
     text = text.partition("\t.section")[0]
     return re.sub(r"\n\s*\n+", "\n", text)
 
 
 def unwatched(text: str) -> str:
-    """W. The watch ahead of a wait (`watch` in csrc/cuda/async.cuh) is gone, the wait itself stays.
+    """W. Removes the watchdog before a wait (`watch` in csrc/cuda/async.cuh); the wait itself stays.
 
-    No longer shown: that the watch, which reads the clock and the same barrier, ends. Lost for schedules in which it
-    would end the kernel after 10 s, which the proof of the wait behind it excludes."""
+    No longer shown: that the watchdog, which reads the clock and the same barrier, terminates. It would end the kernel
+    after 10 s in schedules which the proof of the wait behind it excludes."""
     return WATCH.sub(lambda m: f"mov.u32 {m[1]}, 0;", text)
 
 
 def constant_atomics(text: str, value: int = 0) -> str:
-    """A. An atomic that returns the old number returns `value` and touches nothing.
+    """A. An atomic that returns the old value returns `value` and changes nothing.
 
-    No longer shown: anything that several blocks agree on by it. `value` is what this launch's only block, or the
-    first, would get."""
+    No longer shown: communication between blocks through it. `value` is what the launch's only block, or the first,
+    would get."""
     return RETURNING.sub(lambda m: f"mov.u32 {m[1]}, {value};", text)
 
 
 def decided(text: str, taken: bool) -> tuple[str, int]:
-    """F. Every branch on floating-point data goes one way; and how many there are.
+    """F. Makes every branch on floating-point data go to the same side. Also returns how many there are.
 
-    No longer shown: the schedules in which one goes the other way, or threads go different ways."""
+    No longer shown: executions in which one goes to the other side, or threads diverge."""
     lines = text.split("\n")
     branches = float_branches(lines)
     for line, _ in branches:
@@ -55,36 +55,35 @@ def decided(text: str, taken: bool) -> tuple[str, int]:
 
 
 def numbers_not_zero(text: str) -> str:
-    """Z. A number that is compared with 0 right after it was loaded is not 0: rows have a gradient.
+    """Z. A number that is compared with 0 right after it was loaded is not 0: all rows have a gradient.
 
-    No longer shown: launches in which some rows have none, and are passed over by all warps."""
+    No longer shown: launches in which some rows have none, and are skipped by all warps."""
     return re.sub(
         LOADED + TESTED, lambda m: f"{m['load']}setp.eq.u32 {m['predicate']}, 0, {int(m['test'] == 'eq')};", text
     )
 
 
 def aligned(text: str) -> str:
-    """L. What an address leaves over a multiple of 16 is 0: for launches whose pointers and strides are whole ones.
+    """L. Every address is 0 modulo 16: for launches whose pointers and strides are multiples of 16.
 
-    No longer shown: heads and tails of rows that begin elsewhere."""
+    No longer shown: heads and tails of unaligned rows."""
     return REMAINDER.sub(lambda m: f"{m[1]}mov.u32 {m[3]}, 0;", text)
 
 
 def guarded(text: str, lines: Collection[int]) -> str:
-    """G. These stores to shared memory are lane 0's alone.
+    """G. Only lane 0 executes these stores to shared memory.
 
-    Triton lets all lanes of a warp store a reduction's result, which is one value, to one address. No longer shown:
-    that it is one value. `check` guards the stores that a witness shows, both of its accesses being this one
-    instruction in one warp, and no other."""
-    found = text.split("\n")
+    Triton lets all lanes of a warp store a reduction's result to one address. No longer shown: that all lanes have the
+    same value. `check` guards only stores for which SentryWard's witness is this one instruction, twice in one warp."""
+    code = text.split("\n")
     for n in lines:
-        if not SHARED_STORE.match(found[n]):
-            raise ValueError(f"not a plain store to shared memory: {found[n]!r}")
-        guard = re.match(r"\s*@(%\w+) ", found[n])
-        store = found[n].strip().removeprefix(guard[0].strip() if guard else "").strip()
+        if not SHARED_STORE.match(code[n]):
+            raise ValueError(f"not a plain store to shared memory: {code[n]!r}")
+        guard = re.match(r"\s*@(%\w+) ", code[n])
+        store = code[n].strip().removeprefix(guard[0].strip() if guard else "").strip()
         also = f" and.pred first, first, {guard[1]};" if guard else ""
-        found[n] = (
+        code[n] = (
             "\t{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0;"
             f"{also} @first {store} }}"
         )
-    return "\n".join(found)
+    return "\n".join(code)

@@ -1,5 +1,5 @@
 """Verifies cases and prints a line of JSON for each: `python -m verify.run cuda|triton [--soak] [NAME ...]`, from
-python_tests. A process of its own, without TRITON_INTERPRET."""
+python_tests, in a separate process without TRITON_INTERPRET."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .check import PROVEN, Verdict, verdict
 
 
 def verdicts(name: str, backend: Any, capture: Any, case: Case) -> list[Verdict]:
-    """Of the case's launches, up to the first that is not proven."""
+    """The verdicts on the case's launches, up to the first that is not proven."""
     with configured(capture, name, case):
         launches = launched(capture, backend, case)
     assert launches, f"nothing launches {case.kernel}"
-    found = list[Verdict]()
+    results = list[Verdict]()
     for launch in launches:
-        found.append(verdict(launch, case.options))
-        if found[-1].result != PROVEN:
+        results.append(verdict(launch, case.options))
+        if results[-1].result != PROVEN:
             break
-    return found
+    return results
 
 
 def main() -> None:
@@ -35,12 +35,12 @@ def main() -> None:
     backend, capture = backend_of(args.backend)
     for name, case in CASES[args.backend].items():
         if name in args.names or (not args.names and args.soak == case.soak):
-            found = verdicts(args.backend, backend, capture, case)
+            results = verdicts(args.backend, backend, capture, case)
             total = {
-                "launches": len(found), "seconds": round(sum(v.seconds for v in found), 1),
-                "guards": sum(v.guards for v in found),
+                "launches": len(results), "seconds": round(sum(v.seconds for v in results), 1),
+                "guards": sum(v.guards for v in results),
             }  # fmt: skip
-            print(json.dumps({"case": name, **found[-1]._asdict(), **total}), flush=True)
+            print(json.dumps({"case": name, **results[-1]._asdict(), **total}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the rewrites change, and that the verifier, behind them, still reports a race, a hang and a lane's own race."""
+"""The text of the rewrites, and that after them the verifier still reports races, hangs and races within a warp."""
 
 import pytest
 from conftest import ROOT
@@ -23,7 +23,7 @@ WAIT = (
 )
 
 
-def test_the_watch_goes_and_the_wait_stays():
+def test_the_watchdog_is_removed_and_the_wait_stays():
     assert unwatched(f"{WATCH}\n{WAIT}\n{WATCH}") == f"mov.u32 %r9, 0;\n{WAIT}\nmov.u32 %r9, 0;"
 
 
@@ -54,7 +54,7 @@ def test_a_number_that_is_tested_when_it_is_loaded_is_not_zero():
         assert numbers_not_zero(other) == other
 
 
-def test_what_is_left_of_an_address():
+def test_remainders_of_addresses_become_0():
     text = "cvt.u32.u64 %r32, %rd53;\n\tand.b32 %r33, %r32, {};"
     assert aligned(text.format(12)) == "cvt.u32.u64 %r32, %rd53;\n\tmov.u32 %r33, 0;"
     assert aligned(text.format(16)) == text.format(16)
@@ -90,7 +90,7 @@ setp.nan.f32 %p8, %f8, %f8;
 
 
 def test_branches_on_floats_in_shared_memory():
-    """And on what becomes of them; not on an integer, a parameter, or a number of global memory."""
+    """Also on values computed from them, but not on integers, parameters or floats from global memory."""
     lines = FLOATS.split("\n")
     assert [branch.predicate for branch in float_branches(lines)] == ["%p2", "%p4", "%p8"]
     text, count = decided(FLOATS, True)
@@ -103,7 +103,7 @@ def test_branches_on_floats_in_shared_memory():
     assert "bra.uni" not in text and text.count("bra") == 3
 
 
-def test_lane_0_alone_stores():
+def test_only_lane_0_stores():
     text = "\tst.shared.b32 [%r1], %r2;\n\t@%p4 st.shared.b32 [%r1+4], %r2;\n\tst.global.b32 [%rd1], %r2;"
     first, second, third = guarded(text, {0, 1}).split("\n")
     assert "setp.eq.u32 first, lane, 0; @first st.shared.b32 [%r1], %r2; }" in first
@@ -132,13 +132,13 @@ def test_fewer_threads():
     assert launch.input["arguments"][1]["value"] == 3 << 32 | 512
 
 
-# ---- what the verifier says of small kernels ----
+# ---- verdicts on small kernels ----
 
 SHARED = ".shared .align 8 .b8 mem[1024];"
 
 
 def said(body, threads=64, blocks=1, **options):
-    pytest.importorskip("sentryward", reason="SentryWard is not here")
+    pytest.importorskip("sentryward", reason="needs SentryWard")
     text = kernel("mov.u32 %r1, mem; shl.b32 %r2, %r0, 2; add.s32 %r3, %r1, %r2;\n" + body, 1, SHARED)
     described = {
         "schema": "spverify.kernel-input/v1",
@@ -151,8 +151,8 @@ def said(body, threads=64, blocks=1, **options):
     return verdict(Launch("k", text, described), Options(seconds=60, **options))
 
 
-# Each thread hands the next one its number.
-HANDS_OVER = """
+# Each thread passes its number to another.
+EXCHANGE = """
 st.shared.u32 [%r3], %r0;
 bar.sync 0;
 xor.b32 %r4, %r2, 128; add.s32 %r4, %r1, %r4; ld.shared.u32 %r5, [%r4];
@@ -161,30 +161,30 @@ mul.wide.u32 %d1, %r0, 4; add.s64 %d1, %d0, %d1; st.global.u32 [%d1], %r5;
 
 
 def test_a_barrier_and_the_race_without_it():
-    assert said(HANDS_OVER).result == PROVEN
-    found = said(HANDS_OVER.replace("bar.sync 0;", ""))
-    assert found.result == "potential_race" and found.said.startswith("shared memory: ") and found.guards == 0
+    assert said(EXCHANGE).result == PROVEN
+    verdict = said(EXCHANGE.replace("bar.sync 0;", ""))
+    assert verdict.result == "potential_race" and verdict.said.startswith("shared memory: ") and verdict.guards == 0
 
 
 def test_a_race_in_global_memory_between_blocks():
-    assert said(HANDS_OVER, blocks=2).result == "potential_race"
+    assert said(EXCHANGE, blocks=2).result == "potential_race"
 
 
-def test_a_barrier_that_half_of_the_threads_pass_by():
-    assert said("setp.lt.u32 %p1, %r0, 32; @%p1 bra end;" + HANDS_OVER + "end:").result == "not_wellsynced"
+def test_a_barrier_that_half_of_the_threads_skip():
+    assert said("setp.lt.u32 %p1, %r0, 32; @%p1 bra end;" + EXCHANGE + "end:").result == "not_wellsynced"
 
 
 ALL_LANES = "mov.u32 %r6, 5;\nst.shared.u32 [%r1], %r6;\nbar.sync 0;\nld.shared.u32 %r5, [%r1];"
 
 
-def test_a_store_of_all_lanes_is_lane_0s_and_that_of_two_warps_a_race():
-    found = said(ALL_LANES, threads=32)
-    assert (found.result, found.guards) == (PROVEN, 1)
-    found = said(ALL_LANES, threads=64)
-    assert found.result == "potential_race"
+def test_a_store_by_all_lanes_is_guarded_and_one_by_two_warps_is_a_race():
+    verdict = said(ALL_LANES, threads=32)
+    assert (verdict.result, verdict.guards) == (PROVEN, 1)
+    verdict = said(ALL_LANES, threads=64)
+    assert verdict.result == "potential_race"
 
 
-# What the branch is decided to do is what is verified.
+# The side that a branch is decided to take is the side that is verified.
 BRANCHES = """
 ld.global.f32 %f1, [%d0]; st.shared.f32 [%r3], %f1;
 bar.sync 0;
@@ -196,7 +196,7 @@ end:
 """
 
 
-def test_a_race_behind_a_branch_on_floats_is_one_way_only():
-    taken, not_taken = (said(BRANCHES, taken=way) for way in (True, False))
+def test_a_race_on_one_side_of_a_branch_on_floats():
+    taken, not_taken = (said(BRANCHES, taken=taken) for taken in (True, False))
     assert (taken.result, taken.decided) == (PROVEN, 1)
     assert (not_taken.result, not_taken.decided) == ("potential_race", 1)

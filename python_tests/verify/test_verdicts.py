@@ -18,17 +18,17 @@ def missing(module, reason):
 
 
 HERE = [
-    pytest.param("cuda", marks=pytest.mark.skipif(nvcc.version() is None, reason="nvcc is not here")),
-    pytest.param("triton", marks=missing("triton", "Triton is not here")),
+    pytest.param("cuda", marks=pytest.mark.skipif(nvcc.version() is None, reason="needs nvcc")),
+    pytest.param("triton", marks=missing("triton", "needs Triton")),
 ]
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the source tree"),
-    missing("sentryward", "SentryWard is not here (Linux has it, on x86-64 and Arm)"),
+    missing("sentryward", "needs SentryWard, which exists for Linux on x86-64 and Arm"),
 ]
 
 
 def run(module, *arguments):
-    """What a module of this folder prints, a line of JSON for each case."""
+    """The output of a module of this folder: a line of JSON for each case."""
     done = subprocess.run(
         [sys.executable, "-m", f"verify.{module}", *arguments],
         env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'python_tests'}", TRITON_INTERPRET="0"),
@@ -42,14 +42,14 @@ def run(module, *arguments):
 
 
 def check(backend, *arguments):
-    found = run("run", backend, *arguments)
-    for case in found:
+    results = run("run", backend, *arguments)
+    for case in results:
         print(
             f"{case['case']}: {case['result']} in {case['seconds']} s, {case['guards']} guards, {case['decided']} decided"
         )
-    wrong = {case["case"]: f"{case['result']}: {case['said']}" for case in found if case["result"] != PROVEN}
+    wrong = {case["case"]: f"{case['result']}: {case['said']}" for case in results if case["result"] != PROVEN}
     assert not wrong, json.dumps(wrong, indent=1)
-    assert [case["case"] for case in found] == [
+    assert [case["case"] for case in results] == [
         name for name, case in CASES[backend].items() if case.soak == ("--soak" in arguments)
     ]
 
@@ -67,10 +67,10 @@ def test_larger_launches_are_proven(backend):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", HERE)
-def test_what_is_wrong_is_noticed(backend):
-    """And what is known to go by is still not."""
-    found = run("mutants", backend)
-    for mutant in found:
+def test_mutants_are_noticed(backend):
+    """And those that are listed as unnoticed still are."""
+    results = run("mutants", backend)
+    for mutant in results:
         print(f"{mutant['mutant']}: {mutant['result']} in {mutant['seconds']} s: {mutant['said'][:200]}")
-    unexpected = {x["mutant"]: f"{x['result']}: {x['said']}" for x in found if x["noticed"] != x["to be noticed"]}
-    assert found and not unexpected, json.dumps(unexpected, indent=1)
+    unexpected = {x["mutant"]: f"{x['result']}: {x['said']}" for x in results if x["noticed"] != x["to be noticed"]}
+    assert results and not unexpected, json.dumps(unexpected, indent=1)

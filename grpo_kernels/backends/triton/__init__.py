@@ -74,10 +74,10 @@ class _Launch:
         self.tiles = -(-self.vocab // self.shape.tile)
         self._device_of = r.logits
         views = (r.logits, r.targets, r.active, r.temperatures)
-        numbers = (1 / r.temperature, r.logit_scale, r.softcap)
+        scalars = (1 / r.temperature, r.logit_scale, r.softcap)
         self._args = [
             *(arg for view in views for arg in view_args(view)),
-            r.targets.shape[1], self.vocab, *(scalar_bits(x, acc) for x in numbers),
+            r.targets.shape[1], self.vocab, *(scalar_bits(x, acc) for x in scalars),
         ]  # fmt: skip
         self._constants: dict[str, Any] = {
             "SWEEP": Sweep(

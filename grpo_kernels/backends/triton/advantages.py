@@ -69,7 +69,7 @@ def deviation_of_others(source, i, begin, end, ddof, count, ACC: tl.constexpr):
 
 @triton.jit
 def critics_disagree(source, critics, begin, end, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Of how many samples the critic's value is not the reward."""
+    """The number of samples whose critic value differs from the reward."""
     disagree = tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -147,7 +147,7 @@ def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Ten
     order, ends = (None, None) if ids is None else sorted_by_group(ids, ends=True)
     read = (rewards, components, weights, valid)
     constants: dict[str, Any] = {"ACC": ACC_TYPES[acc], "enable_fp_fusion": False, **registers(REGISTERS)}
-    numbers = (form.eps, form.critic_weight, form.clip_low, form.clip_high)
+    scalars = (form.eps, form.critic_weight, form.clip_low, form.clip_high)
     with on_device_of(rewards):
         if form.scale == "batch":
             batch_std = rewards.new_empty(1)
@@ -156,7 +156,7 @@ def group_advantages(samples: Samples, form: AdvantageForm) -> tuple[Tensor, Ten
             )
         group_kernel[(count if ids is not None else count // form.group_size,)](
             *read, order, ends, lengths, critics, batch_std, advantages, means, stds, informative,
-            form.group_size, form.ddof, *(scalar_bits(x, acc) for x in numbers), int(form.single_raw),
+            form.group_size, form.ddof, *(scalar_bits(x, acc) for x in scalars), int(form.single_raw),
             BASELINE=form.baseline, SCALE=form.scale, BLOCK=GROUP_BLOCK.value, num_warps=WARPS, **constants,
         )  # fmt: skip
     return advantages, means, stds, informative

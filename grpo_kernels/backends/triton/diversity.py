@@ -1,6 +1,6 @@
 """Near-duplicates: torch sorts the n-grams, matrix products count what two samples share, a kernel decides in order.
 
-Tokens are counted on the way, so this synchronises. An n-gram of one sample alone gets no column, which
+Tokens are counted first, so this synchronises. An n-gram of one sample alone gets no column, which
 leaves the products a fraction of all n-grams. Similarities are compared as the bits of their float64: integers, in the
 same order.
 """
@@ -119,13 +119,13 @@ def ngrams(tokens: Tensor, owner: Tensor, n: int, samples: int) -> tuple[Tensor,
     """Each n-gram's 64 bits, a token itself or a hash, and its sample; a sample shorter than n is one n-gram."""
     counts = owner.bincount(minlength=samples)
     place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
-    left = counts[owner] - place
-    starts = (place == 0) | (left >= n)
+    remaining = counts[owner] - place
+    starts = (place == 0) | (remaining >= n)
     if n == 1 or not len(tokens):
         return tokens, owner
     h = mixed(counts.clamp(max=n)[owner] + SEED)
     for k in range(min(n, int(counts.max()))):
-        h = torch.where(left > k, mixed(h + tokens.roll(-k)), h)
+        h = torch.where(remaining > k, mixed(h + tokens.roll(-k)), h)
     return h[starts], owner[starts]
 
 

@@ -17,7 +17,7 @@ LARGEST_SHARE = tl.constexpr(1.001)  # 1, and what quotients of float32 and thei
 
 
 class Source(NamedTuple):
-    """Where rewards lie: a row of `components` for each sample, `stride` apart; None for the last three: not given."""
+    """The rewards: a row of `components` for each sample, `stride` apart; None for the last three: not given."""
 
     rewards: Any
     stride: Any
@@ -41,7 +41,7 @@ class Statistics(NamedTuple):
 
 @triton.jit
 def sample_at(source, i, mask):
-    """Where the i-th sample of the groups, which lie one after the other, is kept."""
+    """The index of the i-th sample when the groups are ordered one after the other."""
     if source.order is None:
         return i
     else:
@@ -124,7 +124,7 @@ def statistics(source, begin, end, ddof, ACC: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def sample_advantage(rewards, stride, sample, on, group_size, eps, FORM: tl.constexpr, ACC: tl.constexpr):
-    """Of one sample, from its group's rewards, "centred" or "normalised"; 0 where they are "given", or NaN."""
+    """One sample's advantage from its group's rewards, "centred" or "normalised"; 0 if "given", or for NaN."""
     if FORM.advantages == "given":
         return 0.0
     else:

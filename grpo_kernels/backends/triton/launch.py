@@ -1,4 +1,4 @@
-"""How a kernel is made and launched: nothing at run time is specialised, numbers travel as bits."""
+"""How a kernel is compiled and launched: run-time arguments are not specialised, and scalars are passed as bits."""
 
 from __future__ import annotations
 

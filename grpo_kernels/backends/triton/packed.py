@@ -1,5 +1,5 @@
-"""Where packed sequences lie. On a GPU nobody has checked the boundaries, as that would wait for them: wrong ones give
-wrong numbers, but no access outside of the tokens."""
+"""The bounds of packed sequences. On a GPU nothing checks the boundaries, since that would synchronise: wrong ones give
+wrong results, but no access outside the tokens."""
 
 import triton
 import triton.language as tl

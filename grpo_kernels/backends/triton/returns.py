@@ -79,8 +79,8 @@ def gae_kernel(
         r = read((rewards, rewards_b, rewards_t), b, first + t, is_active, zero, ACC)
         v = read((values, values_b, values_t), b, first + t, is_active, zero, ACC)
         following = read((values, values_b, values_t), b, first + t + 1, next_is_active, zero, ACC)
-        ahead, known = tl.associative_scan((following, next_is_active.to(tl.int32)), 0, latest, reverse=True)
-        ahead = tl.where(known != 0, ahead, next_value)
+        ahead, has_later = tl.associative_scan((following, next_is_active.to(tl.int32)), 0, latest, reverse=True)
+        ahead = tl.where(has_later != 0, ahead, next_value)
         delta = tl.where(is_active, temporal_difference(r, v, ahead, gamma), 0.0)
         factor, total = tl.associative_scan((tl.where(is_active, decay, 1.0), delta), 0, chained, reverse=True)
         a = total + factor * running
@@ -137,8 +137,8 @@ def value_kernel(
     active, active_b: tl.int64, active_t: tl.int64, tokens: tl.int64, count: tl.int64, clip: tl.int64,
     loss, per_token, g_values, metrics, sums, done, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens a program, which leaves `sums` [5, programs] behind: loss, tokens, clipped, values, targets.
-    `done`, int32: how many programs have; the last one adds them up."""
+    """Each program takes a block of tokens and stores its partials in `sums` [5, programs]: loss, tokens, clipped,
+    values, targets. `done`, int32: how many programs have; the last one adds them up."""
     program = tl.program_id(0).to(tl.int64)
     i = program * BLOCK + tl.arange(0, BLOCK)
     b, t, in_bounds = i // tokens, i % tokens, i < count

@@ -30,16 +30,16 @@ def scale_kernel(
     f = tl.load(factor).to(ACC)
     if f != 1:
         ACCESS: tl.constexpr = 128 // matrix.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
-        whole = columns // ACCESS * ACCESS  # in accesses that no mask may split
+        vector_columns = columns // ACCESS * ACCESS  # in accesses that no mask may split
         blocks = tl.cdiv(columns, BLOCK)
         for i in range(tl.program_id(0), rows * blocks, tl.num_programs(0)):
             row, begin = i // blocks, i % blocks * BLOCK
             data = row_at(matrix, stride_b, stride_t, row // tokens, row % tokens, ALIGNED)
             column = begin + tl.arange(0, BLOCK)
-            multiply(data + column, column < whole, f)
+            multiply(data + column, column < vector_columns, f)
             if ALIGNED:
                 if begin + BLOCK >= columns:
-                    rest = whole + tl.arange(0, ACCESS)
+                    rest = vector_columns + tl.arange(0, ACCESS)
                     multiply(data + rest, rest < columns, f)
 
 

@@ -1,6 +1,6 @@
 """The token kernel: ratio, objective, KL, weights, reduction and every metric, with the derivative, from log-probs.
 
-One launch. A program takes a sequence, or a piece of one where no token asks for its sequence, and leaves its sums
+One launch. A program takes a sequence, or part of one where no token needs its sequence, and leaves its sums
 behind; the program that arrives last adds them up, in the order of the programs.
 """
 
@@ -79,7 +79,8 @@ def scatter_pooled_grad(
 
 @triton.jit
 def segment(program, pieces, cu_seqlens, tokens, sequences, BLOCK: tl.constexpr):
-    """The batch row and the tokens [begin, end) of it that a program takes, in whole blocks; none past the last."""
+    """The batch row and the tokens [begin, end) of it that a program takes, a multiple of blocks; none past the
+    last."""
     sequence, piece = program // pieces, program % pieces
     here = sequence < sequences
     if cu_seqlens is None:

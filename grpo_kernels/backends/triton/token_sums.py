@@ -15,7 +15,7 @@ METRIC_COUNT = tl.constexpr(len(METRICS))
 
 @triton.jit
 def identity(i: tl.constexpr):
-    """Of the i-th sum."""
+    """The neutral element of the i-th sum."""
     if i < ADDED:
         return 0.0
     elif i < MINIMA:
@@ -118,7 +118,7 @@ def store_metrics(metrics, loss, t, low_min, high_max):
 
 @triton.jit
 def reduce_programs(sums_ptr, counts_ptr, sequences, metrics, loss, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Everything the programs left, in the order of the programs. Read from the cache that they share."""
+    """All partials, in the order of the programs, loaded from the cache that programs share."""
     programs = tl.num_programs(0).to(tl.int64)
     sums = empty_sums(BLOCK, ACC)
     for start in range(0, programs, BLOCK):

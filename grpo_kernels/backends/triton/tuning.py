@@ -20,27 +20,28 @@ from .launch import ALIGNMENT, INTERPRETED
 
 
 class Config(NamedTuple):
-    """Of every row kernel on one architecture: shared, or one pass and two would sum in another order."""
+    """The launch configuration of all row kernels on one architecture: with two, one pass and two passes would sum in
+    different orders."""
 
     warps: int  # of a program
     programs: int  # that a multiprocessor holds at a time: the registers are shared between them
     steps: int  # accesses of 16 bytes in flight per thread
     segment: int  # columns whose lanes are reduced together; a power of two, at least a tile
-    split_below: int  # rows a multiprocessor; with fewer, a row is shared between programs
+    split_below: int  # rows per multiprocessor; with fewer, a row is split between programs
 
 
-# 8 warps of 4 accesses: 16 KiB in flight a program, 32 KiB on a multiprocessor that holds two, about what the latency
+# 8 warps of 4 accesses: 16 KiB in flight per program, 32 KiB on a multiprocessor that holds two, about what the latency
 # asks for; and a thread holds 32 halves and their lanes' sums without spilling. Segments of 16384 columns: a
 # reduction across the warps every 32 KiB costs a few per cent, and one row of a 152k vocabulary still occupies ten
-# multiprocessors. Four rows a multiprocessor: below that, whole rows leave some of them idle for a whole row's time at
-# the end.
+# multiprocessors. Four rows per multiprocessor: with fewer, unsplit rows would leave some of them idle at the end, for
+# the time of a row.
 TABLE = {
     ("cuda", 80): Config(warps=8, programs=2, steps=4, segment=16384, split_below=4),
     ("cuda", 90): Config(warps=8, programs=2, steps=4, segment=16384, split_below=4),
     ("cuda", 100): Config(warps=8, programs=2, steps=4, segment=16384, split_below=4),
     ("hip", 0): Config(warps=4, programs=2, steps=4, segment=16384, split_below=4),  # waves are twice as wide
 }
-# Small, as every operation costs a call of numpy; and both ways to share a row are reached with few rows.
+# Small, as every operation costs a call of numpy; few rows suffice to test split rows and others.
 INTERPRETER = Config(warps=1, programs=1, steps=2, segment=2048, split_below=4)
 INTERPRETER_LANES = 512
 
@@ -89,10 +90,10 @@ def _hardware(device: torch.device) -> Hardware:
 
 def config_of(backend: str, arch: int) -> Config:
     """The newest row that is not newer than the architecture; the oldest for what is older than all."""
-    known = sorted(a for b, a in TABLE if b == backend)
-    if not known:
+    archs = sorted(a for b, a in TABLE if b == backend)
+    if not archs:
         raise RuntimeError(f"no launch configuration for {backend!r}; there are {', '.join(map(str, TABLE))}")
-    return TABLE[backend, max((a for a in known if a <= arch), default=known[0])]
+    return TABLE[backend, max((a for a in archs if a <= arch), default=archs[0])]
 
 
 def shape_of(config: Config, hardware: Hardware, element_size: int) -> Shape:
