@@ -104,9 +104,11 @@ def layout_of(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device
         return Layout(shape, None, device)
     if len(shape) == 2:
         raise ValueError(f"cu_seqlens goes with flat [N] tokens; got padded ones of shape {tuple(shape)}")
-    check_tensor("cu_seqlens", cu_seqlens, device=device, kind="integer")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be int32 or int64 [R + 1]; got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    check_tensor("cu_seqlens", cu_seqlens, device=device)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64; got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must be [R + 1]; got shape {tuple(cu_seqlens.shape)}")
     if not torch.compiler.is_compiling():
         check_boundaries(cu_seqlens, shape[0])
     return Layout(shape, cu_seqlens.to(torch.int64), device)
@@ -213,7 +215,7 @@ class PolicyInputs(NamedTuple):
 
 def check_logits(logits: Tensor, name: str = "logits") -> None:
     """Raises unless they are a dense tensor of a dtype that has kernels."""
-    check_tensor(name, logits, kind="float", differentiable=True)
+    check_tensor(name, logits, differentiable=True)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(str, LOGITS_DTYPES))}; got {logits.dtype}")
 

@@ -358,7 +358,7 @@ def test_rewards_are_checked(backend):
     for options, message in (
         ({"rewards": b.advantages, "group_size": 4}, "divide the 6 samples; got 4"),
         ({"rewards": b.advantages}, "exactly one of group_size and group_ids"),
-        ({"rewards": b.advantages[:4], "group_size": 2}, "advantages must have shape"),
+        ({"rewards": b.advantages[:4], "group_size": 2}, r"rewards must have shape \(6,\); got \(4,\)"),
         ({"rewards": b.advantages, "group_size": 3, "advantage_eps": -1.0}, "eps must be a finite number"),
         ({"rewards": b.advantages, "group_size": 3, "advantage_scale": "std"}, "scale must be one of"),
         ({"rewards": b.advantages, "group_size": 3, "advantage_scale": "none", "advantage_eps": 1.0}, "eps must be"),

@@ -14,12 +14,13 @@ FULL = {"eps_high": 0.4, "delta": 1.6, "kl_coef": 0.1, "entropy_coef": 0.05, "kl
 
 def with_scalars(**changes):
     def patch(monkeypatch):
-        original = reference.Scalars
-        monkeypatch.setattr(
-            reference,
-            "Scalars",
-            lambda *values: original(*values)._replace(**{k: f(original(*values)) for k, f in changes.items()}),
-        )
+        original = reference.scalars_of
+
+        def changed(*args):
+            s = original(*args)
+            return s._replace(**{name: f(s) for name, f in changes.items()})
+
+        monkeypatch.setattr(reference, "scalars_of", changed)
 
     return patch
 
