@@ -66,7 +66,7 @@ def value_loss(
     """PPO's clipped value loss, ``max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / 2``, in one launch with its
     derivative (TRL's PPO and verl's ``compute_value_loss``).
 
-    Differentiable in ``values``; every other tensor is detached. Nothing of a masked token is read.
+    Differentiable in ``values`` alone: another tensor that requires grad is refused. Nothing of a masked token is read.
 
     Args:
         values: ``[B, T]``, or ``[N]`` packed; of the critic being trained. float32 or float64, others in float32.
@@ -85,7 +85,8 @@ def value_loss(
         ValueLoss(loss, per_token_loss, metrics).
 
     Raises:
-        ValueError: for shapes that do not fit, a clip that is not above 0, or old values missing.
+        ValueError: for shapes or devices that do not fit, a clip that is not above 0, or old values missing.
+        TypeError: for dtypes that do not fit.
     """
     check_tensor("values", values, kind="float", differentiable=True)
     if clip is not None:

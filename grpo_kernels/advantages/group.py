@@ -82,7 +82,8 @@ def group_advantages(
 
     Raises:
         ValueError: unless exactly one of group_size and group_ids is given and fits; for shapes that do not fit,
-            unknown names, and options that the chosen form ignores.
+            unknown names, options that the chosen form ignores, and tensors on another device or that require grad.
+        TypeError: for dtypes that do not fit.
     """
     samples = _samples(rewards, reward_weights, valid, group_ids, lengths, critic_values)
     form = _form(group_size, baseline, scale, ddof, eps, single, clip, critic_weight)

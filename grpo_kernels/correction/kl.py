@@ -34,7 +34,7 @@ def kl_divergence(
 
     Args:
         logps: ``[B, T]``, or ``[N]`` packed; log-probs of the current policy, nats.
-        ref_logps: per token, of the reference; detached, as every tensor below.
+        ref_logps: per token, of the reference; without grad, as every tensor below.
         estimator: ``"k1"``, ``"abs"``, ``"k2"`` or ``"k3"``.
         mask: per token, any dtype, 0 masks: the KL there is 0, and nothing is read, NaN included.
         gradient: ``"pathwise"``; ``"straight_through"`` (that of k2); weighted, in value and gradient, by

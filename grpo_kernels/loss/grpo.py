@@ -119,7 +119,8 @@ def grpo_loss(
         single_pass: write the gradient in the forward. A gradient of the loss other than 1 then costs one sweep more
             in the backward (and with retain_graph memory); prefer ``scale`` to dividing the loss. float16 logits take
             two sweeps nonetheless, unless ``scale`` is a tensor or above 1: their gradient would underflow before
-            ``torch.amp.GradScaler`` multiplies the loss. With its ``scale=scaler.get_scale()`` do not scale again.
+            ``torch.amp.GradScaler`` multiplies the loss. Its ``scale=scaler.scale(torch.ones(()))`` stands for
+            ``scaler.scale(loss)``, in one pass.
         backend: ``"auto"`` or a name from ``available_backends()``.
 
     Returns:

@@ -248,8 +248,8 @@ def policy_loss(
     """The policy loss from log-probs: ``scale * sum(weights * terms) / denominator``.
 
     ``terms = policy + kl_coef * kl - entropy_coef * entropy``, the maths of ``LossConfig``, in one launch with its
-    derivative. Differentiable in ``logps`` and ``entropy``; every
-    other tensor is detached. What TRL's ``_compute_loss`` and verl's ``compute_policy_loss_*`` do after the log-probs.
+    derivative. Differentiable in ``logps`` and ``entropy``; another tensor that requires grad is refused. What TRL's
+    ``_compute_loss`` and verl's ``compute_policy_loss_*`` do after the log-probs.
 
     Args:
         logps: ``[B, T]``, or ``[N]`` packed; log-probs of the current policy, nats, float32 or float64 (others are

@@ -118,6 +118,19 @@ def test_a_loss_scale_as_scale_takes_one_pass(scale, monkeypatch):
     assert error(x.grad, exact_gradient(logits, targets, advantages)) < 2**-11
 
 
+def test_a_grad_scaler_gives_its_scale_to_the_single_pass(monkeypatch):
+    """As docs/migrating.md has it; a step of the optimizer with the unscaled gradient follows."""
+    monkeypatch.setattr("grpo_kernels.loss.grpo.FromLogits.logps", None)
+    logits, targets, advantages = many_tokens()
+    x = torch.nn.Parameter(logits.float())
+    optimizer, scaler = torch.optim.SGD([x], lr=SCALE), torch.amp.GradScaler("cpu", init_scale=SCALE)
+    gk.grpo_loss(x.half(), targets, advantages, scale=scaler.scale(torch.ones(()))).loss.backward()
+    scaler.step(optimizer)
+    scaler.update()
+    step = logits.float() - x.detach()
+    assert error(step, exact_gradient(logits, targets, advantages)) < 2**-10
+
+
 @pytest.mark.parametrize("function", ["grpo_loss", "linear_grpo_loss"])
 def test_a_grad_scaler_trains_float16(function):
     """torch.amp.GradScaler around our loss: the unscaled gradient of float32 leaves, to float16's precision."""
