@@ -65,7 +65,7 @@ def kl_estimate(estimator: str, u: Tensor) -> Tensor:
         return u.abs()
     if estimator == "k2":
         return u.square() / 2
-    return torch.expm1(u) - u  # k3
+    return torch.expm1(u) - u.clamp(max=1000)  # k3; of infinity: e^1000 is no number already
 
 
 def weighted_kl(form: Form, u: Tensor, logp: Tensor, rollout: Tensor | None, log_ratio: Tensor) -> Tensor:
@@ -92,7 +92,8 @@ def kl_penalty(form: Form, logp: Tensor, ref: Tensor, rollout: Tensor | None, lo
         k2 = (ref - logp).square() / 2
         return k2 - k2.detach() + clamped
     held = (u.abs() > s.kl_input_clamp) | (k.abs() > s.kl_output_clamp)
-    flat = held | (u == 0) if form.kl_estimator != "k1" else held  # at 0 the others have no slope
+    # A weight of 0 removes whatever it weighs, and at u = 0 all but k1 have no slope.
+    flat = held | ((k == 0) & ((u != 0) | (form.kl_estimator != "k1")))
     lp, x = only_where(~flat, logp), only_where(~flat, log_ratio)
     k = weighted_kl(form, torch.where(flat, bounded, ref - lp), lp, rollout, x)
     return torch.where(held, clamped, k)
