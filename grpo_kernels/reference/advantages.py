@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..inputs.grouping import AdvantageForm, Samples
 from ..inputs.layout import acc_dtype
-from .objectives import weighted
+from .objectives import only_where, weighted
 
 # ---- group advantages ----
 
@@ -174,7 +174,7 @@ def whiten(values: Tensor, active: Tensor, coefficients: Tensor) -> Tensor:
 def value_term(value: Tensor, old: Tensor, target: Tensor, clip: float) -> Tensor:
     """max((v - R)^2, (clip(v, old - c, old + c) - R)^2) / 2. A NaN of the old value, which no comparison of the clip
     would see, is not hidden."""
-    value = torch.where(old.isnan(), old, value)
+    value = value + torch.where(old.isnan(), old, 0.0)
     error, bounded = value - target, value.clamp(old - clip, old + clip) - target
     return torch.where(bounded.square() > error.square(), bounded.square(), error.square()) / 2
 
@@ -184,6 +184,7 @@ def value_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (0-d), per-token terms [B, T] and metrics [len(VALUE_METRICS)]."""
     v, target = (torch.where(active, x, 0.0) for x in (values, returns))
+    v = only_where(weights != 0, v)
     old = v.detach() if old_values is None else torch.where(active, old_values, 0.0)
     term = value_term(v, old, target, clip)
     n = active.sum()

@@ -68,6 +68,11 @@ def kl_estimate(estimator: str, u: Tensor) -> Tensor:
     return torch.expm1(u) - u.clamp(max=1000)  # k3; of infinity: e^1000 is no number already
 
 
+def own_part(x: Tensor) -> Tensor:
+    """0, with the gradient of x; an infinite x has none."""
+    return torch.where(x.isinf(), 0.0, x - x.detach())
+
+
 def weighted_kl(form: Form, u: Tensor, logp: Tensor, rollout: Tensor | None, log_ratio: Tensor) -> Tensor:
     """The estimator of u, times the weight of its gradient form."""
     k = kl_estimate(form.kl_estimator, u)
@@ -75,7 +80,7 @@ def weighted_kl(form: Form, u: Tensor, logp: Tensor, rollout: Tensor | None, log
     if form.kl_gradient == "importance_weighted":
         log_weight = log_ratio
     elif form.kl_gradient == "score_function":
-        log_weight = logp - logp.detach()
+        log_weight = own_part(logp)
     elif form.kl_gradient == "behaviour_weighted":
         assert rollout is not None
         log_weight = logp - rollout
@@ -90,7 +95,7 @@ def kl_penalty(form: Form, logp: Tensor, ref: Tensor, rollout: Tensor | None, lo
     clamped = k.clamp(-s.kl_output_clamp, s.kl_output_clamp)
     if form.kl_gradient == "straight_through":
         k2 = (ref - logp).square() / 2
-        return k2 - k2.detach() + clamped
+        return own_part(k2) + clamped
     held = (u.abs() > s.kl_input_clamp) | (k.abs() > s.kl_output_clamp)
     # A weight of 0 removes whatever it weighs, and at u = 0 all but k1 have no slope.
     flat = held | ((k == 0) & ((u != 0) | (form.kl_estimator != "k1")))
@@ -109,8 +114,7 @@ def log_ratios(logps: Tensor, old: Tensor, active: Tensor, layout: Layout, level
     if level != "sequence_product":
         total = total / layout.sequence_sums(active.to(torch.int64)).clamp(min=1)
     if level == "sequence_token":
-        own = torch.where(active & ~logps.isinf(), logps - logps.detach(), 0.0)
-        per_token = layout.of_sequences(total.detach()) + own
+        per_token = layout.of_sequences(total.detach()) + torch.where(active, own_part(logps), 0.0)
         return clamp(per_token, high=s.sequence_log_ratio_max)
     return layout.of_sequences(clamp(total, high=s.sequence_log_ratio_max))
 
@@ -164,7 +168,9 @@ def policy_loss(
     policy = weighted(token_weight, policy)
     kl = zero
     if form.kl_estimator != "none":
-        kl = kl_penalty(form, logps, read(inputs.ref_logps, zero), rollout, log_ratio, s)
+        part = torch.as_tensor(s.kl_coef != 0, device=logps.device)
+        lp, x = only_where(part, logps), only_where(part, log_ratio)
+        kl = kl_penalty(form, lp, read(inputs.ref_logps, zero), rollout, x, s)
     h = zero if entropy is None else torch.where(active, entropy, zero)
     entropy_weights = weights if inputs.entropy_weights is None else torch.where(active, inputs.entropy_weights, zero)
     coef = s.entropy_coef * read(inputs.entropy_mask, one)

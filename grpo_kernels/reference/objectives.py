@@ -163,7 +163,8 @@ def dppo_kl_objective(v: TokenValues, s: Scalars) -> Objective:
 
 def ratio_term(keep: Tensor, v: TokenValues) -> tuple[Tensor, Tensor]:
     """-A r of the tokens that are kept, and its weight."""
-    weight = torch.where(keep, only_where(keep & (v.adv != 0), v.log_ratio).exp(), 0.0)
+    passes = keep & ((v.adv != 0) | v.log_ratio.isnan())
+    weight = torch.where(keep, only_where(passes, v.log_ratio).exp(), 0.0)
     return times(v.adv, -weight), weight
 
 
@@ -192,9 +193,15 @@ def dro_objective(v: TokenValues, s: Scalars) -> Objective:
 def clip_cov_objective(v: TokenValues, s: Scalars) -> Objective:
     """clip, without the tokens picked for their covariance (arXiv:2505.22617)."""
     dropped = v.selected != 0
-    value, weight, flags = clip_objective(v._replace(log_ratio=only_where(~dropped, v.log_ratio)), s)
+    value, weight, flags = clip_objective(
+        v._replace(log_ratio=only_where(~dropped | v.log_ratio.isnan(), v.log_ratio)), s
+    )
     none = times(torch.zeros_like(value), value)  # a NaN is not hidden
-    return torch.where(dropped, none, value), torch.where(dropped, none, weight), flags._replace(cap=flags.cap | dropped)
+    return (
+        torch.where(dropped, none, value),
+        torch.where(dropped, none, weight),
+        flags._replace(cap=flags.cap | dropped),
+    )
 
 
 def kl_cov_objective(v: TokenValues, s: Scalars) -> Objective:
