@@ -58,7 +58,7 @@ class AdvantageKernel {
     for (int64_t c = 0; c < p.components; ++c) {
       const double r = load_acc(p.rewards, k * p.components + c, p.is_double);
       if (std::isnan(r)) continue;
-      sum += p.reward_weights ? p.reward_weights[c] * r : r, any = true;
+      sum += p.reward_weights ? weighted_(p.reward_weights[c], r) : r, any = true;
     }
     return any ? sum : NAN;
   }

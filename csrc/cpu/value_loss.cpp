@@ -21,8 +21,8 @@ template <typename T> void run(const ValueParams& p, int64_t first, int64_t coun
     }
     const double value = values(i), target = returns(i), weight = weights(i);
     const ValueTerm<double> term = value_term(value, old_values ? double(old_values(i)) : value, target, p.clip);
-    per_token[i] = T(term.value), g_values[i] = T(weight * term.d_value);
-    sums.loss += weight * term.value;
+    per_token[i] = T(term.value), g_values[i] = T(weighted_(weight, term.d_value));
+    sums.loss += weighted_(weight, term.value);
     ++sums.tokens, sums.clipped += term.clipped, sums.value += value, sums.target += target;
   }
 }

@@ -40,7 +40,7 @@ struct RewardSource {
     for (int64_t c = 0; c < components; ++c) {
       const float r = rewards[k * stride + c];
       if (r != r) continue;
-      sum += weights ? float(weights[c]) * r : r, any = true;
+      sum += weights ? weighted_(float(weights[c]), r) : r, any = true;
     }
     return any ? sum : NAN;
   }

@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(kThreads) value_kernel(ValueArgs a) {
       const float value = read(p.values, at.row, at.t, 0), target = read(p.returns, at.row, at.t, 0);
       term = value_term(value, read(p.old_values, at.row, at.t, value), target, a.clip);
       weight = read(p.weights, at.row, at.t, 0);
-      sums = sums.merge({weight * term.value, 1, float(term.clipped), value, target});
+      sums = sums.merge({weighted_(weight, term.value), 1, float(term.clipped), value, target});
     }
-    per_token[i] = term.value, g_values[i] = weight * term.d_value;
+    per_token[i] = term.value, g_values[i] = weighted_(weight, term.d_value);
   });
   sums = block_merge(sums);
   if (threadIdx.x == 0) partials[blockIdx.x] = sums;

@@ -38,7 +38,7 @@ template <typename T>
 GK_HD T advantage(const AdvantageForm& form, T reward, T critic, T std, const GroupStatistics<T>& group) {
   T a = centred(form, reward, group);
   const bool judged = critic == critic;
-  if (judged) a = (1 - T(form.critic_weight)) * a + T(form.critic_weight) * (reward - critic);
+  if (judged) a = weighted_(1 - T(form.critic_weight), a) + T(form.critic_weight) * (reward - critic);
   if (form.scale == Scale::none || (group.count == 1 && !judged)) return a;
   if (form.scale == Scale::mean) {
     const T mean = group.mean + group.residual;

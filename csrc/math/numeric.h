@@ -21,9 +21,13 @@ GK_HD double expm1_(double x) { return ::expm1(x); }
 GK_HD float log_(float x) { return logf(x); }
 GK_HD double log_(double x) { return ::log(x); }
 
+template <typename T> GK_HD T min_(T a, T b) { return b < a ? b : a; }
+template <typename T> GK_HD T max_(T a, T b) { return a < b ? b : a; }
+template <typename T> GK_HD T clamp_(T x, T low, T high) { return min_(max_(x, low), high); }
+
 // e^x - 1 - x without cancellation: near 0 its series x^2/2 (1 + x/3 (1 + x/4 (...))), to the type's last bit.
 template <typename T> GK_HD T expm1_minus_x_(T x) {
-  if (!(x < T(0.5) && x > T(-0.5))) return exp_(x) - 1 - x;
+  if (!(x < T(0.5) && x > T(-0.5))) return exp_(x) - 1 - min_(x, T(1000));  // of infinity: e^1000 is no number already
   constexpr int kLast = sizeof(T) == 8 ? 17 : 10;
   T series = 1;
 #ifdef __CUDACC__
@@ -35,13 +39,9 @@ template <typename T> GK_HD T expm1_minus_x_(T x) {
 
 template <typename T> GK_HD bool is_finite_(T x) { return x - x == 0; }
 
-template <typename T> GK_HD T min_(T a, T b) { return b < a ? b : a; }
-template <typename T> GK_HD T max_(T a, T b) { return a < b ? b : a; }
-template <typename T> GK_HD T clamp_(T x, T low, T high) { return min_(max_(x, low), high); }
-
 // weight * x, but exactly 0 for a weight of 0, even if x is infinite or NaN.
 template <typename T> GK_HD T weighted_(T weight, T x) { return weight == 0 ? T(0) : weight * x; }
-// a * b, but 0 for an a of 0 and an infinite b; a NaN stays one.
-template <typename T> GK_HD T times_(T a, T b) { return a == 0 && b == b ? T(0) : a * b; }
+// a * b, but 0 times infinity is 0; a NaN stays one.
+template <typename T> GK_HD T times_(T a, T b) { return (a == 0 && b == b) || (b == 0 && a == a) ? T(0) : a * b; }
 
 }  // namespace gk

@@ -126,7 +126,7 @@ template <typename T> GK_HD Term<T> vespo_objective(const TokenValues<T>& t, con
   const bool pos = t.adv >= 0;
   const T k = pos ? s.vespo_k_pos : s.vespo_k_neg, lambda = pos ? s.vespo_lambda_pos : s.vespo_lambda_neg;
   const T log_w = t.pooled.log_ratio, phi = exp_(lambda + k * log_w - lambda * exp_(log_w));
-  return score_objective(is_finite_(phi) ? phi : T(0), t.adv, t.logp, 0);
+  return score_objective(is_finite_(phi) || log_w != log_w ? phi : T(0), t.adv, t.logp, 0);
 }
 
 // KL(old || new) of the Bernoulli distributions "this token or any other".
@@ -173,8 +173,9 @@ template <typename T> GK_HD Term<T> dro_objective(const TokenValues<T>& t, const
 // clip, except on the tokens selected by their covariance.
 template <typename T> GK_HD Term<T> clip_cov_objective(const TokenValues<T>& t, const Scalars<T>& s) {
   Term<T> term = clip_objective(t.log_ratio, t.adv, s);
-  if (t.selected != 0) term = {T(0), T(0), T(0), T(0), T(0), term.flags | kCapped};
-  return term;
+  if (t.selected == 0) return term;
+  const T none = times_(T(0), term.value);  // a NaN is not hidden
+  return {none, none, T(0), T(0), none, term.flags | kCapped};
 }
 
 // -A r, plus cov_kl |x| on the selected tokens.
@@ -235,7 +236,7 @@ GK_HD PooledTerm<T> pooled_term(const Form& form, T raw_log_ratio, T adv, T weig
     return {clamp_(x, -T(kVespoLogMax), T(kVespoLogMax)) + of_weight, false};
   }
   if (form.objective == Objective::gmpo) {  // one-sided: a ratio that moves against A is not clipped
-    if (adv == 0) return {T(0), false};
+    if (adv == 0) return {times_(T(0), x), false};
     const T kept = adv > 0 ? min_(x, s.eps_high) : max_(x, -s.eps_low);
     return {kept, passes_grad && clamp_passes_grad(x, kept)};
   }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..inputs.grouping import AdvantageForm, Samples
 from ..inputs.layout import acc_dtype
+from .objectives import only_where, weighted
 
 # ---- group advantages ----
 
@@ -65,7 +66,7 @@ def advantages_of_group(
     """(R - baseline) / (scale + eps) of a group's valid rewards; a scale of exactly 0 does not divide."""
     a, alone = centred(r, lengths, form), torch.full_like(r, len(r) == 1, dtype=torch.bool)
     if critic is not None:
-        blended = (1 - form.critic_weight) * a + form.critic_weight * (r - critic)
+        blended = weighted(1 - form.critic_weight, a) + form.critic_weight * (r - critic)
         a, alone = torch.where(critic.isnan(), a, blended), alone & critic.isnan()
     if form.scale == "none":
         return a
@@ -171,7 +172,9 @@ def whiten(values: Tensor, active: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def value_term(value: Tensor, old: Tensor, target: Tensor, clip: float) -> Tensor:
-    """max((v - R)^2, (clip(v, old - c, old + c) - R)^2) / 2."""
+    """max((v - R)^2, (clip(v, old - c, old + c) - R)^2) / 2. A NaN of the old value, which no comparison of the clip
+    would see, is not hidden."""
+    value = value + torch.where(old.isnan(), old, 0.0)
     error, bounded = value - target, value.clamp(old - clip, old + clip) - target
     return torch.where(bounded.square() > error.square(), bounded.square(), error.square()) / 2
 
@@ -181,9 +184,10 @@ def value_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (0-d), per-token terms [B, T] and metrics [len(VALUE_METRICS)]."""
     v, target = (torch.where(active, x, 0.0) for x in (values, returns))
+    v = only_where(weights != 0, v)
     old = v.detach() if old_values is None else torch.where(active, old_values, 0.0)
     term = value_term(v, old, target, clip)
     n = active.sum()
     clipped = (term > (v - target).square() / 2).to(v.dtype)
     metrics = torch.stack([n.to(v.dtype), *(x.sum() / n.clamp(min=1) for x in (clipped, v, target))])
-    return torch.where(active, weights * term, 0.0).sum(), term.detach(), metrics.detach()
+    return torch.where(active, weighted(weights, term), 0.0).sum(), term.detach(), metrics.detach()

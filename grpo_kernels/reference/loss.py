@@ -67,7 +67,12 @@ def kl_estimate(estimator: str, u: Tensor) -> Tensor:
         return u.abs()
     if estimator == "k2":
         return u.square() / 2
-    return torch.expm1(u) - u  # k3
+    return torch.expm1(u) - u.clamp(max=1000)  # k3; of infinity: e^1000 is no number already
+
+
+def own_part(x: Tensor) -> Tensor:
+    """0, with the gradient of x; an infinite x has none."""
+    return torch.where(x.isinf(), 0.0, x - x.detach())
 
 
 def weighted_kl(form: Form, u: Tensor, logp: Tensor, rollout: Tensor | None, log_ratio: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ def weighted_kl(form: Form, u: Tensor, logp: Tensor, rollout: Tensor | None, log
     if form.kl_gradient == "importance_weighted":
         log_weight = log_ratio
     elif form.kl_gradient == "score_function":
-        log_weight = logp - logp.detach()
+        log_weight = own_part(logp)
     elif form.kl_gradient == "behaviour_weighted":
         assert rollout is not None
         log_weight = logp - rollout
@@ -92,9 +97,10 @@ def kl_penalty(form: Form, logp: Tensor, ref: Tensor, rollout: Tensor | None, lo
     clamped = k.clamp(-s.kl_output_clamp, s.kl_output_clamp)
     if form.kl_gradient == "straight_through":
         k2 = (ref - logp).square() / 2
-        return k2 - k2.detach() + clamped
+        return own_part(k2) + clamped
     held = (u.abs() > s.kl_input_clamp) | (k.abs() > s.kl_output_clamp)
-    flat = held | (u == 0) if form.kl_estimator != "k1" else held  # at 0 the others have no slope
+    # A weight of 0 removes whatever it weighs, and at u = 0 all but k1 have no slope.
+    flat = held | ((k == 0) & ((u != 0) | (form.kl_estimator != "k1")))
     lp, x = only_where(~flat, logp), only_where(~flat, log_ratio)
     k = weighted_kl(form, torch.where(flat, bounded, ref - lp), lp, rollout, x)
     return torch.where(held, clamped, k)
@@ -110,8 +116,7 @@ def log_ratios(logps: Tensor, old: Tensor, active: Tensor, layout: Layout, level
     if level != "sequence_product":
         total = total / layout.sequence_sums(active.to(torch.int64)).clamp(min=1)
     if level == "sequence_token":
-        own = torch.where(active & ~logps.isinf(), logps - logps.detach(), 0.0)
-        per_token = layout.of_sequences(total.detach()) + own
+        per_token = layout.of_sequences(total.detach()) + torch.where(active, own_part(logps), 0.0)
         return clamp(per_token, high=s.sequence_log_ratio_max)
     return layout.of_sequences(clamp(total, high=s.sequence_log_ratio_max))
 
@@ -165,7 +170,9 @@ def policy_loss(
     policy = weighted(token_weight, policy)
     kl = zero
     if form.kl_estimator != "none":
-        kl = kl_penalty(form, logps, read(inputs.ref_logps, zero), rollout, log_ratio, s)
+        part = torch.as_tensor(s.kl_coef != 0, device=logps.device)
+        lp, x = only_where(part, logps), only_where(part, log_ratio)
+        kl = kl_penalty(form, lp, read(inputs.ref_logps, zero), rollout, x, s)
     h = zero if entropy is None else torch.where(active, entropy, zero)
     entropy_weights = weights if inputs.entropy_weights is None else torch.where(active, inputs.entropy_weights, zero)
     coef = s.entropy_coef * read(inputs.entropy_mask, one)

@@ -70,8 +70,8 @@ def weighted(weight: Tensor | float, x: Tensor) -> Tensor:
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
-    """a * b, where an a of exactly 0 removes an infinite b; a NaN stays one."""
-    return torch.where((a == 0) & b.isinf(), 0.0, a * b)
+    """a * b, but 0 times infinity is 0; a NaN stays one."""
+    return torch.where(((a == 0) & b.isinf()) | (a.isinf() & (b == 0)), 0.0, a * b)
 
 
 def outside_clip(ratio: Tensor, adv: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def vespo_objective(v: TokenValues, s: Scalars) -> Objective:
     k = _choose(up, s.vespo_k_pos, s.vespo_k_neg, v.adv)
     lam = _choose(up, s.vespo_lambda_pos, s.vespo_lambda_neg, v.adv)
     phi = (lam + k * log_w - lam * log_w.exp()).exp()
-    return score_objective(torch.where(phi.isfinite(), phi, 0.0), v, _no_flags(v.adv))
+    return score_objective(torch.where(phi.isfinite() | log_w.isnan(), phi, 0.0), v, _no_flags(v.adv))
 
 
 def reinforce_objective(v: TokenValues, s: Scalars) -> Objective:
@@ -163,7 +163,8 @@ def dppo_kl_objective(v: TokenValues, s: Scalars) -> Objective:
 
 def ratio_term(keep: Tensor, v: TokenValues) -> tuple[Tensor, Tensor]:
     """-A r of the tokens that are kept, and its weight."""
-    weight = torch.where(keep, only_where(keep & (v.adv != 0), v.log_ratio).exp(), 0.0)
+    passes = keep & ((v.adv != 0) | v.log_ratio.isnan())
+    weight = torch.where(keep, only_where(passes, v.log_ratio).exp(), 0.0)
     return times(v.adv, -weight), weight
 
 
@@ -192,8 +193,15 @@ def dro_objective(v: TokenValues, s: Scalars) -> Objective:
 def clip_cov_objective(v: TokenValues, s: Scalars) -> Objective:
     """clip, without the tokens picked for their covariance (arXiv:2505.22617)."""
     dropped = v.selected != 0
-    value, weight, flags = clip_objective(v._replace(log_ratio=only_where(~dropped, v.log_ratio)), s)
-    return torch.where(dropped, 0.0, value), torch.where(dropped, 0.0, weight), flags._replace(cap=flags.cap | dropped)
+    value, weight, flags = clip_objective(
+        v._replace(log_ratio=only_where(~dropped | v.log_ratio.isnan(), v.log_ratio)), s
+    )
+    none = times(torch.zeros_like(value), value)  # a NaN is not hidden
+    return (
+        torch.where(dropped, none, value),
+        torch.where(dropped, none, weight),
+        flags._replace(cap=flags.cap | dropped),
+    )
 
 
 def kl_cov_objective(v: TokenValues, s: Scalars) -> Objective:
@@ -234,7 +242,7 @@ def pooled_term(form: Form, log_ratio: Tensor, adv: Tensor, importance: Tensor, 
         log_importance = importance.log().clamp(VESPO_LOG_MIN, VESPO_LOG_MAX)
         return (log_ratio.clamp(-VESPO_LOG_MAX, VESPO_LOG_MAX) + log_importance).detach()
     kept = torch.where(adv > 0, clamp(log_ratio, high=s.eps_high), clamp(log_ratio, low=-s.eps_low))
-    return torch.where(adv == 0, 0.0, kept)
+    return torch.where(adv == 0, times(adv, log_ratio), kept)
 
 
 def pooled_limit(form: Form, log_ratio: Tensor) -> Tensor:

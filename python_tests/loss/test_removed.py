@@ -1,190 +1,22 @@
-"""A token that a weight, an advantage or a bound of exactly 0 removes contributes exactly 0, whatever its log-probs
-are. A NaN that is not removed is never hidden."""
+"""Columns of probability 0, and what a shift of the logits does not change. What weights and bounds remove is in
+test_zero_rule.py."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from conftest import BACKENDS_HERE, acc_dtype_of
-from forms import OBJECTIVES
+from conftest import BACKENDS_HERE
 from oracle_cases import one_thread as one_thread  # small tensors wait for a second thread longer than they compute
 
 import grpo_kernels as gk
-from grpo_kernels import config
-from grpo_kernels.config import KL_GRADIENTS
 
-INF, NAN = math.inf, math.nan
-BY_COVARIANCE = [name for name, objective in config.OBJECTIVES.items() if objective.selects_tokens]
-BY_SEQUENCE = [name for name, objective in config.OBJECTIVES.items() if objective.pooling != "none"]
-LOSSES = {"clip": {}, "dual": {"dual_clip": 3.0}, "delta": {"delta": 1.5}, **OBJECTIVES}
-# (logp, old and rollout): ratios that overflow in every dtype, ratios of 0 / 0, and NaNs.
-FAR = [(-1.0, -2000.0), (-1.0, -INF), (-2000.0, -1.0), (-INF, -1.0)]
-BAD = [*FAR, (-1.0, NAN), (NAN, -1.0), (NAN, NAN)]
-REMOVERS = ["token_weights", "entropy_mask", "sequence_weights"]
-
-
-def run(config, logps, old, backend, dtype, *, adv, **options):
-    x = torch.tensor(logps, dtype=dtype, requires_grad=True)
-    old = torch.tensor(old, dtype=dtype)
-    out = gk.policy_loss(
-        x, torch.tensor(adv, dtype=dtype), old_logps=old, rollout_logps=old, config=config, backend=backend, **options
-    )
-    return out, torch.autograd.grad(out.loss, x)[0]
-
-
-GOOD = [(-1.0, -1.1), (-0.5, -0.5)]
-
-
-def columns(pairs):
-    """Log-probs and old log-probs of one sequence: the bad tokens, then two good ones."""
-    return tuple([[pair[i] for pair in (*pairs, *GOOD)]] for i in (0, 1))
-
-
-def harmless(pairs):
-    return [(-1.0, -1.0)] * len(pairs)
-
-
-def removing(removers, bad, dtype):
-    """Options that remove the first `bad` tokens, with a row for each remover."""
-    off = {remover: torch.ones(len(removers), bad + len(GOOD), dtype=dtype) for remover in removers}
-    for i, remover in enumerate(removers):
-        off[remover][i, :bad] = 0
-    if "sequence_weights" in removers:
-        off["sequence_weights"] = off["sequence_weights"][:, 0]
-    return off
+INF = math.inf
 
 
 @pytest.fixture(params=BACKENDS_HERE)
 def every_backend(request):
     return request.param
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_weight_of_0_removes_the_token(every_backend, name):
-    """A token weight, the mask of the top entropies or a sequence weight: the result is that of a good token there."""
-    config, dtype = gk.LossConfig(**LOSSES[name]), acc_dtype_of(every_backend)
-    pooled = {"gmpo": REMOVERS[1:], "vespo": REMOVERS[2:]}  # removing a token does not remove it from the pooled ratio
-    removers = pooled.get(name, REMOVERS)
-    pairs = [pair for pair in BAD if name not in BY_COVARIANCE or pair[0] == -1.0]  # the covariance uses every log-prob
-    for adv in (1.0, -1.0):
-        options = {**removing(removers, len(pairs), dtype), "adv": [adv] * len(removers)}
-        out, g = run(config, *(row * len(removers) for row in columns(pairs)), every_backend, dtype, **options)
-        good, expected = run(
-            config, *(row * len(removers) for row in columns(harmless(pairs))), every_backend, dtype, **options
-        )
-        assert torch.equal(out.loss, good.loss) and torch.equal(g, expected), (adv, out.loss, g, expected)
-        assert (g[:, : len(pairs)] == 0).all() and (name == "clip_cov" or g[:-1, -1].all())
-
-
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("dro", "kl_cov")])
-def test_an_advantage_of_0_removes_the_token(every_backend, name):
-    squares = {"ratio_sq_coef": 0.0} if name in ("tv_mask", "ipo") else {}
-    config, dtype = gk.LossConfig(**{**LOSSES[name], **squares}), acc_dtype_of(every_backend)
-    pairs = [(lp, old) for lp, old in FAR if lp == -1.0 or name not in (*BY_SEQUENCE, "clip_cov")]
-    rest = [0.0, 0.0] if name == "vespo" else [1.0, -1.0]  # it pools the ratios of all tokens
-    adv = [[0.0] * len(pairs) + rest]
-    out, g = run(config, *columns(pairs), every_backend, dtype, adv=adv)
-    good, expected = run(config, *columns(harmless(pairs)), every_backend, dtype, adv=adv)
-    assert torch.equal(out.loss, good.loss) and torch.equal(g, expected)
-    assert (g[:, : len(pairs)] == 0).all()
-
-
-BOUNDED = {  # options, A, and the loss of a token whose ratio overflows
-    "clip": ({}, 1.0, -1.2),
-    "delta": ({"delta": 1.5}, -1.0, 1.5),
-    "delta above the range": ({"delta": 1.5}, 1.0, -1.2),
-    "dual": ({"dual_clip": 3.0}, -1.0, 3.0),
-    "cispo": ({"objective": "cispo"}, 2.0, 10.0),
-    "sapo": ({"objective": "sapo"}, 1.0, -4.0),
-    "dppo_tv": ({"objective": "dppo_tv"}, 1.0, 0.0),
-    "dppo_kl": ({"objective": "dppo_kl"}, 1.0, 0.0),
-    "tv_mask": ({"objective": "tv_mask"}, 1.0, 0.0),
-    "ipo": ({"objective": "ipo"}, 1.0, 0.0),
-    "clamped": ({"log_ratio_clamp": math.log(2), "eps_high": 3.0}, 1.0, -2.0),
-}
-
-
-@pytest.mark.parametrize("old", [-2000.0, -INF])
-@pytest.mark.parametrize("name", BOUNDED)
-def test_a_bound_holds_a_ratio_that_overflows(every_backend, name, old):
-    (options, adv, value), dtype = BOUNDED[name], acc_dtype_of(every_backend)
-    out, g = run(gk.LossConfig(**options), [[-1.0]], [[old]], every_backend, dtype, adv=[adv])
-    torch.testing.assert_close(out.loss, torch.tensor(value, dtype=dtype))
-    assert g.item() == (-10.0 if name == "cispo" else 0.0)
-
-
-@pytest.mark.parametrize("name", ["cispo", "dppo_tv", "dppo_kl", "clip", "sapo", "kl_cov"])
-@pytest.mark.parametrize("adv", [1.0, -1.0])
-def test_a_target_of_probability_0_weighs_nothing(every_backend, name, adv):
-    options = {"cispo": {"objective": "cispo"}}.get(name, LOSSES[name])
-    dtype = acc_dtype_of(every_backend)
-    if name == "kl_cov":
-        options = {"objective": "tv_mask", "tv_low": 2.0}  # -A r without a bound: r = 0
-    out, g = run(gk.LossConfig(**options), [[-INF]], [[-5.0]], every_backend, dtype, adv=[adv])
-    bounded = 0.8 if name == "clip" and adv < 0 else 0.0
-    saturated = -4 / options["sapo_tau_pos" if adv > 0 else "sapo_tau_neg"] * adv if name == "sapo" else 0.0
-    tau = options.get("sapo_tau_pos" if adv > 0 else "sapo_tau_neg", 1.0)
-    expected = torch.tensor(bounded + saturated / (1 + math.exp(tau)), dtype=dtype)
-    torch.testing.assert_close(out.loss, expected)
-    assert g.item() == 0
-
-
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("vespo", "clip_cov", "kl_cov", "reinforce")])
-@pytest.mark.parametrize("adv", [1.0, -1.0])
-def test_a_nan_is_not_hidden(every_backend, name, adv):
-    """A NaN among the old log-probs. vespo takes a NaN ratio for 0, as TRL does, and reinforce uses no ratio."""
-    dtype = acc_dtype_of(every_backend)
-    out, g = run(gk.LossConfig(**LOSSES[name]), *columns([(-1.0, NAN)]), every_backend, dtype, adv=[adv])
-    assert out.loss.isnan()
-    if name not in BY_SEQUENCE and not name.startswith("dro"):
-        assert g[0, 0].isnan() and g[0, 1:].isfinite().all()
-    assert out.metrics["clip_region"] * 3 <= 2  # a NaN counts as outside of no bound
-
-
-@pytest.mark.parametrize("gradient", KL_GRADIENTS)
-@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
-def test_a_kl_of_0_is_0_under_any_weight(every_backend, estimator, gradient):
-    """logp = ref, where both weights overflow. Only k1 has a slope there, which they multiply."""
-    config = gk.LossConfig(kl_coef=0.5, kl_estimator=estimator, kl_gradient=gradient)
-    dtype = acc_dtype_of(every_backend)
-    ref = torch.tensor([[-1.0]], dtype=dtype)
-    out, g = run(config, [[-1.0]], [[-2000.0]], every_backend, dtype, adv=[0.0], ref_logps=ref)
-    assert out.loss == 0
-    if estimator != "k1":
-        assert g.item() == 0
-    elif gradient in ("pathwise", "score_function"):
-        assert g.item() == 0.5
-
-
-@pytest.mark.parametrize("gradient", KL_GRADIENTS)
-def test_a_clamp_holds_a_kl_that_overflows(every_backend, gradient):
-    if gradient == "straight_through":
-        pytest.skip("its gradient is k2's, which no clamp bounds")
-    config = gk.LossConfig(kl_coef=0.5, kl_gradient=gradient, kl_input_clamp=20.0, kl_output_clamp=10.0)
-    dtype = acc_dtype_of(every_backend)
-    ref = torch.tensor([[999.0]], dtype=dtype)
-    out, g = run(config, [[-1.0]], [[-2000.0]], every_backend, dtype, adv=[0.0], ref_logps=ref)
-    assert out.loss == 5 and g.item() == 0
-
-
-@pytest.mark.parametrize("bad", [NAN, INF])
-def test_an_entropy_without_a_coefficient_is_ignored(every_backend, bad):
-    dtype = acc_dtype_of(every_backend)
-    entropy = torch.tensor([[bad, 1.0]], dtype=dtype, requires_grad=True)
-    x, old, adv = torch.tensor([[-1.0, -1.0]], dtype=dtype), torch.tensor([[-1.0, -1.0]], dtype=dtype), torch.ones(1)
-    none = gk.policy_loss(x, adv, old_logps=old, entropy=entropy, return_entropy=True, backend=every_backend)
-    assert none.loss == -1 and none.per_token_loss.isfinite().all()
-    config = gk.LossConfig(entropy_coef=0.5, entropy_mask_bonus=True)
-    mask = torch.tensor([[0.0, 1.0]], dtype=dtype)
-    out = gk.policy_loss(
-        x.requires_grad_(), adv, old_logps=old, entropy=entropy, entropy_mask=mask, config=config, backend=every_backend
-    )
-    g, h = torch.autograd.grad(out.loss, (x, entropy))
-    assert out.loss == -0.5 - 0.5 and g[0, 0] == 0 and h.tolist() == [[0.0, -0.5]]
-
-
-# ---- the vocabulary ----
 
 
 def exact_row(z, target, old, adv, coef, temperature):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .math import advantage, centred
-from .numeric import max_, quotient
+from .numeric import max_, quotient, weighted
 
 GROUP_BLOCK = tl.constexpr(128)  # groups are small
 LARGEST_SHARE = tl.constexpr(1.001)  # 1, and what quotients of float32 and their squares may be above
@@ -57,7 +57,7 @@ def reward_at(source, i, mask, ACC: tl.constexpr):
         r = tl.load(source.rewards + at * source.stride + c, mask, float("nan")).to(ACC)
         there = r == r
         if source.weights is not None:
-            r = r * tl.load(source.weights + c).to(ACC)
+            r = weighted(tl.load(source.weights + c).to(ACC), r)
         total, any = total + tl.where(there, r, 0.0), any | there
     if source.valid is not None:
         any = any & (tl.load(source.valid + at, mask, 0) != 0)

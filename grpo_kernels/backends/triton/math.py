@@ -126,7 +126,7 @@ def vespo_objective(logp, adv, log_w, s):
     k = tl.where(up, s.vespo_k_pos, s.vespo_k_neg)
     lam = tl.where(up, s.vespo_lambda_pos, s.vespo_lambda_neg)
     phi = tl.exp(lam + k * log_w - lam * tl.exp(log_w))
-    return score_objective(tl.where(is_finite(phi), phi, 0.0), adv, logp, never, never, never)
+    return score_objective(tl.where(is_finite(phi) | (log_w != log_w), phi, 0.0), adv, logp, never, never, never)
 
 
 @triton.jit
@@ -178,8 +178,9 @@ def dro_objective(logp, log_ratio, adv, s):
 def clip_cov_objective(log_ratio, adv, selected, s):
     """clip, without the tokens picked for their covariance."""
     clip, picked, zero = clip_objective(log_ratio, adv, s), selected != 0, tl.zeros_like(adv)
-    value, slope = tl.where(picked, 0.0, clip.value), tl.where(picked, 0.0, clip.d_log_ratio)
-    weight = tl.where(picked, 0.0, clip.weight)
+    none = times(zero, clip.value)  # a NaN is not hidden
+    value, slope = tl.where(picked, none, clip.value), tl.where(picked, none, clip.d_log_ratio)
+    weight = tl.where(picked, none, clip.weight)
     return Term(value, slope, zero, zero, weight, clip.low, clip.high, clip.cap | picked)
 
 
@@ -243,7 +244,7 @@ def pooled_term(raw_log_ratio, adv, weight, s, FORM: tl.constexpr):
         return clamp_(x, -VESPO_LOG_MAX, VESPO_LOG_MAX) + of_weight, adv < adv
     elif FORM.objective == "gmpo":  # one-sided: a ratio that moves against A stays
         kept = tl.where(adv > 0, min_(x, s.eps_high), max_(x, -s.eps_low))
-        return tl.where(adv == 0, 0.0, kept), passes_grad & clamp_passes_grad(x, kept) & (adv != 0)
+        return tl.where(adv == 0, times(adv, x), kept), passes_grad & clamp_passes_grad(x, kept) & (adv != 0)
     else:
         return x, passes_grad
 
@@ -359,7 +360,7 @@ def advantage(reward, d, critic, mean, std, count, critic_weight, eps, SCALE: tl
     """A centred reward, blended with the critic's baseline where there is one, and scaled; a group of one is not."""
     if CRITIC:
         judged = critic == critic
-        d = tl.where(judged, (1 - critic_weight) * d + critic_weight * (reward - critic), d)
+        d = tl.where(judged, weighted(1 - critic_weight, d) + critic_weight * (reward - critic), d)
         a = scaled(d, mean, std, eps, SCALE)
         return tl.where(judged, a, tl.where(count == 1, d, a))
     else:
@@ -377,7 +378,9 @@ def temporal_difference(reward, value, next_value, gamma):
 
 @triton.jit
 def value_term(value, old, target, clip):
-    """(max((v - R)^2, (clip(v, old - c, old + c) - R)^2) / 2, its derivative, whether the clipped one is larger)."""
+    """(max((v - R)^2, (clip(v, old - c, old + c) - R)^2) / 2, its derivative, whether the clipped one is larger). A NaN
+    of the old value, which no comparison of the clip would see, is not hidden."""
+    value = tl.where(old == old, value, old)
     error, bounded = value - target, clamp_(value, old - clip, old + clip) - target
     clipped = bounded * bounded > error * error
     return tl.where(clipped, bounded * bounded, error * error) / 2, tl.where(clipped, 0.0, error), clipped

@@ -38,8 +38,8 @@ def weighted(weight, x):
 
 @triton.jit
 def times(a, b):
-    """a * b, where an a of exactly 0 removes an infinite b; a NaN stays one."""
-    return tl.where(a == 0, tl.where(b == b, 0.0, b), a * b)
+    """a * b, but 0 times infinity is 0; a NaN stays one."""
+    return tl.where(((a == 0) & (b == b)) | ((b == 0) & (a == a)), 0.0, a * b)
 
 
 @triton.jit
@@ -49,7 +49,8 @@ def expm1_minus_x(x):
     series = 1.0 + x * (1.0 / LAST)
     for i in tl.static_range(LAST - 3):
         series = 1.0 + x * series * (1.0 / (LAST - 1 - i))
-    return tl.where(tl.abs(x) < 0.5, x * x * 0.5 * series, tl.exp(x) - 1.0 - x)
+    far = tl.exp(x) - 1.0 - min_(x, 1000.0)  # of infinity: e^1000 is no number already
+    return tl.where(tl.abs(x) < 0.5, x * x * 0.5 * series, far)
 
 
 @triton.jit

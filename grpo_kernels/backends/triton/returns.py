@@ -10,7 +10,7 @@ from torch import Tensor
 from ...inputs.layout import acc_dtype
 from .launch import ACC_TYPES, bits_to_float, kernel, on_device_of, registers, scalar_bits
 from .math import temporal_difference, value_term
-from .numeric import max_, quotient
+from .numeric import max_, quotient, weighted
 from .packed import first_of_tail, sequence_bounds
 from .policy_inputs import read, view_args
 
@@ -151,9 +151,9 @@ def value_kernel(
         value, read((old, old_b, old_t), b, t, is_active, value, ACC), target, bits_to_float(clip, ACC)
     )
     tl.store(per_token + i, tl.where(is_active, term, 0.0), mask=in_bounds)
-    tl.store(g_values + i, tl.where(is_active, weight * slope, 0.0), mask=in_bounds)
+    tl.store(g_values + i, tl.where(is_active, weighted(weight, slope), 0.0), mask=in_bounds)
     programs, at = tl.num_programs(0).to(tl.int64), sums + program
-    tl.store(at, tl.sum(tl.where(is_active, weight * term, 0.0), 0))
+    tl.store(at, tl.sum(tl.where(is_active, weighted(weight, term), 0.0), 0))
     tl.store(at + programs, tl.sum(is_active.to(ACC), 0))
     tl.store(at + 2 * programs, tl.sum((is_active & clipped).to(ACC), 0))
     tl.store(at + 3 * programs, tl.sum(value, 0))

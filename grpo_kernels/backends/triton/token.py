@@ -175,7 +175,7 @@ def token_kernel(
         )  # fmt: skip
         sums, d_pooled = merge(sums, of_block), d_pooled + d_pooled_of_block
     if POOLING != "none":
-        d_pooled_sum = tl.sum(d_pooled, 0) * shared.passes_grad
+        d_pooled_sum = tl.where(shared.passes_grad != 0, tl.sum(d_pooled, 0), 0.0)
         if d_pooled_sum != 0:  # a NaN is something
             tl.debug_barrier()  # before this thread adds to what another has stored
             to_each = shared.share * d_pooled_sum
