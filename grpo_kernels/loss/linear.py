@@ -159,7 +159,16 @@ def _logps(
         hidden = torch.where(rows.active[..., None], rows.logits[:, : rows.targets.shape[1]], 0.0)
         return reference.token_logps(torch.nn.functional.linear(hidden, weight, bias), rows)
     outputs: tuple[Tensor, Tensor, Tensor] = apply(
-        "linear_token_logps", LinearLogps, rows.logits, weight, bias, chunk, sum_p2, validate, backend, *rows[1:]
+        "linear_token_logps and linear_grpo_loss",
+        LinearLogps,
+        rows.logits,
+        weight,
+        bias,
+        chunk,
+        sum_p2,
+        validate,
+        backend,
+        *rows[1:],
     )
     return outputs
 

@@ -83,7 +83,7 @@ def row_logps(
     if inplace_backward:
         check_inplace(rows.logits)
     outputs: tuple[Tensor, Tensor, Tensor] = apply(
-        "token_logps", RowLogps, rows.logits, sum_p2, validate, inplace_backward, backend, *rows[1:]
+        "token_logps and grpo_loss", RowLogps, rows.logits, sum_p2, validate, inplace_backward, backend, *rows[1:]
     )
     return outputs
 
