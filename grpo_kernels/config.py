@@ -258,6 +258,11 @@ class LossConfig(ComparesTensorsById):
             raise ValueError(f"no preset {name!r}; there are {', '.join(sorted(PRESETS))}")
         return cls(**{**PRESETS[name], **changes})
 
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments, by name: ``LossConfig(**config.to_dict())`` equals it, by way of JSON too, which holds all of
+        them but a coefficient that is a tensor."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+
     @property
     def has_kl(self) -> bool:
         return self.form.kl_estimator != "none"

@@ -16,7 +16,7 @@ from ..inputs.data_parallel import reduced
 from ..inputs.grouping import VALUE_METRICS, check_ddof_eps
 from ..inputs.layout import acc_dtype, active_tokens, layout_of
 from ..ops import advantages as ops
-from ..ops.library import first_order, none_for_unused_outputs
+from ..ops.library import apply, first_order, none_for_unused_outputs
 from ..reference import advantages as reference
 
 EPS_MODES = ("variance", "floor", "std")
@@ -107,7 +107,7 @@ def value_loss(
     if differentiable(backend):
         loss, per_token, metrics = reference.value_loss(values_bt, *inputs)  # type: ignore[arg-type]
     else:
-        loss, per_token, metrics = _ValueLoss.apply(values_bt, backend, *inputs)
+        loss, per_token, metrics = apply("value_loss", _ValueLoss, values_bt, backend, *inputs)
     return ValueLoss(loss, per_token.view(layout.shape), dict(zip(VALUE_METRICS, metrics.unbind(), strict=True)))
 
 

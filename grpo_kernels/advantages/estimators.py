@@ -224,7 +224,8 @@ def process_advantages(
         group_ids=None if group_ids is None else group_ids.repeat_interleave(steps),
     ).advantages.view(step_rewards.shape)  # fmt: skip
     ends = torch.where(counts, step_ends.to(torch.int64), 0)
-    if ends.device.type == "cpu" and not torch.compiler.is_compiling() and ((ends < 0) | (ends >= length)).any():
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if ends.device.type == "cpu" and not hidden and ((ends < 0) | (ends >= length)).any():
         bad = ends[(ends < 0) | (ends >= length)][0].item()
         raise ValueError(f"step_ends must be in [0, {length}); got {bad}")
     at_ends = z.new_zeros(mask.shape).scatter_add(1, ends, z)

@@ -86,7 +86,8 @@ class CorrectionConfig:
         level: whose rho: the ``"token"``'s, or one per row: ``"sequence_sum"`` ``exp(sum_t d)``, ``"sequence_mean"``
             ``exp(mean_t d)`` (geometric mean).
         low, high: bounds of the weight. A weight outside is not a rejection: the mask never changes for it.
-        filters: every ``RejectionFilter`` must keep a token for it to be kept.
+        filters: every ``RejectionFilter`` must keep a token for it to be kept; each may be a dict of its arguments, as
+            ``dataclasses.asdict`` and JSON give it.
         veto: drops each row in which any token's rho lies below this.
         opsm_delta: off-policy sequence mask (DeepSeek-V3.2, arXiv:2512.02556): drops tokens with ``A < 0`` of rows
             whose mean ``behaviour - logps`` exceeds it.
@@ -123,7 +124,8 @@ class CorrectionConfig:
         check_choice("level", self.level, LEVELS)
         check_choice("nan", self.nan, NANS)
         check_choice("opsm_behaviour", self.opsm_behaviour, BEHAVIOURS)
-        object.__setattr__(self, "filters", tuple(self.filters))
+        filters = (RejectionFilter(**f) if isinstance(f, dict) else f for f in self.filters)
+        object.__setattr__(self, "filters", tuple(filters))
         if not all(isinstance(f, RejectionFilter) for f in self.filters):
             raise TypeError(f"filters must be RejectionFilter objects; got {self.filters!r}")
         _check_bounds(self.low, self.high)

@@ -151,9 +151,10 @@ def rollout_correction(
     if config.batch_normalise:
         weights = normalised(weights, tokens, dp_group)
     dtype, counted = acc_dtype(old_logps.dtype), active & keep
+    given = mask is not None and mask.dtype == torch.bool and layout.padded  # `active` is the caller's own memory
     return RolloutCorrection(
         torch.where(counted, _spread(weights, layout), 0.0).to(dtype).reshape(layout.shape),
-        (counted if config.renormalise else active).reshape(layout.shape),
+        (counted if config.renormalise else active.clone() if given else active).reshape(layout.shape),
         {name: value.to(dtype) for name, value in metrics.items()},
     )
 

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from .check import check_positive, check_tensor
 
+OVERWRITTEN_ERROR = (
+    "these logits hold their gradient, which a loss in place has written over them: so in a second loss of the same "
+    "logits, or in torch.utils.checkpoint around a loss of logits from outside of it; pass inplace=False"
+)
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -158,6 +162,26 @@ class RowStats(NamedTuple):
     log_sum: Tensor
 
 
+def _owner(logits: Tensor) -> Tensor:
+    """What the caller holds where the logits are a view of all of it."""
+    base = logits._base
+    return logits if base is None or base.numel() != logits.numel() else base
+
+
+def note_overwritten(logits: Tensor) -> None:
+    """Remembers that they now hold their gradient, until somebody writes to them."""
+    if not logits.is_inference():
+        torch.autograd.graph.increment_version(logits)
+        _owner(logits)._gradient_since = logits._version  # type: ignore[attr-defined]
+
+
+def check_not_overwritten(logits: Tensor) -> None:
+    if torch.compiler.is_compiling() or logits.is_inference():
+        return
+    if getattr(_owner(logits), "_gradient_since", None) == logits._version:
+        raise RuntimeError(OVERWRITTEN_ERROR)
+
+
 def check_rows_apart(logits: Tensor) -> None:
     """Rows of [B, T', V] that share memory cannot be overwritten by their gradients. Exact."""
     (batch, tokens, vocab), (batch_stride, token_stride, _) = logits.shape, logits.stride()
@@ -247,6 +271,7 @@ def rows_of(
     """Checks what a row kernel needs and brings it to [B, T]. `logits` may be hidden states (the linear path); with a
     `layout`, tokens past its last boundary are masked."""
     _check_targets(logits, targets, name)
+    check_not_overwritten(logits)
     if name == "logits" and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits must be dense in the vocabulary; got strides {logits.stride()}")
     check_positive("logit_scale", logit_scale)

@@ -15,7 +15,7 @@ from ..inputs.check import check_tensor, check_unused
 from ..inputs.grouping import acc_rewards, check_ddof_eps
 from ..inputs.layout import Layout, PolicyInputs, Rows, acc_dtype, check_logits, layout_of, rows_of
 from ..ops import loss as ops
-from ..ops.library import first_order, none_for_unused_outputs
+from ..ops.library import apply, first_order, none_for_unused_outputs
 from .logps import CONSUMED_ERROR, N_ROWS, check_inplace, row_logps, unsupported_group
 from .policy import N_INPUTS, Advantages, LossArguments, LossOutput, loss_from_logps, output, policy_inputs
 
@@ -35,7 +35,7 @@ class SinglePass(torch.autograd.Function):
             gradient, logps, entropy = ops.row_policy(logits, *rows, *inputs, validate, backend)
         loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], cu_seqlens, *inputs, backend)
         ctx.save_for_backward(gradient)
-        ctx.inplace, ctx.consumed, ctx.grad_aliased, ctx.backend = inplace, False, False, backend
+        ctx.inplace, ctx.consumed, ctx.backend = inplace, False, backend
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
         none_for_unused_outputs(ctx)
         return loss, logps, entropy, per_token, metrics
@@ -53,15 +53,13 @@ class SinglePass(torch.autograd.Function):
 
 
 def scale_gradient(ctx: Any, gradient: Tensor, g: Tensor) -> Tensor:
-    """g * gradient, in its own memory where nothing else reads it, then or later; a g of 1 costs nothing."""
+    """g * gradient, in its own memory where no other backward may come; there a g of 1 costs nothing."""
     if torch.compiler.is_compiling():
         return gradient.mul_(g) if ctx.inplace else gradient * g  # a 0-d g keeps its precision and the gradient's dtype
-    another_may_come = torch._C._autograd._get_current_graph_task_keep_graph() and not ctx.inplace
-    if g.device.type == "cpu" and g == 1:
-        ctx.grad_aliased = ctx.grad_aliased or another_may_come
-        return gradient
-    if another_may_come or ctx.grad_aliased:
+    if torch._C._autograd._get_current_graph_task_keep_graph() and not ctx.inplace:
         return gradient * g
+    if g.device.type == "cpu" and g == 1:
+        return gradient
     implementation(ctx.backend).scale(gradient if gradient.dim() == 3 else gradient.view(1, 1, -1), g)
     return gradient
 
@@ -195,9 +193,9 @@ class FromLogits:
     def fused(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if self._inplace:
             check_inplace(self.rows.logits)
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = SinglePass.apply(
-            self.rows.logits, self.layout.cu_seqlens, self._validate, self._inplace, self.backend, *self.rows[1:],
-            *inputs,
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = apply(
+            "grpo_loss", SinglePass, self.rows.logits, self.layout.cu_seqlens, self._validate, self._inplace,
+            self.backend, *self.rows[1:], *inputs,
         )  # fmt: skip
         return outputs
 

@@ -12,7 +12,7 @@ from ..config import DEFAULT, LossConfig
 from ..inputs.check import check_tensor
 from ..inputs.layout import Layout, PolicyInputs, Rows, check_logits, layout_of, rows_of
 from ..ops import loss as ops
-from ..ops.library import first_order, none_for_unused_outputs
+from ..ops.library import apply, first_order, none_for_unused_outputs
 from ..ops.linear_chunks import chunk_rows_for
 from ..reference import loss as reference
 from .grpo import ConfiguredLoss, Rewards, loss_from_rows, scale_gradient
@@ -76,7 +76,7 @@ class LinearSinglePass(torch.autograd.Function):
         )
         loss, per_token, _, _, metrics = ops.token_policy(logps, entropy, rows[1], cu_seqlens, *inputs, backend)
         ctx.save_for_backward(*gradients)
-        ctx.inplace, ctx.grad_aliased, ctx.backend = False, False, backend
+        ctx.inplace, ctx.backend = False, backend
         ctx.mark_non_differentiable(logps, entropy, per_token, metrics)
         none_for_unused_outputs(ctx)
         return loss, logps, entropy, per_token, metrics
@@ -140,9 +140,9 @@ class FromHidden:
 
     def fused(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         chunk = chunk_rows_for(self._weight, self._chunk_rows, self.rows.targets.numel(), gradient=True)
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = LinearSinglePass.apply(
-            self.rows.logits, self._weight, self._bias, self.layout.cu_seqlens, chunk, self._validate, self.backend,
-            *self.rows[1:], *inputs,
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = apply(
+            "linear_grpo_loss", LinearSinglePass, self.rows.logits, self._weight, self._bias, self.layout.cu_seqlens,
+            chunk, self._validate, self.backend, *self.rows[1:], *inputs,
         )  # fmt: skip
         return outputs
 
@@ -158,8 +158,17 @@ def _logps(
         rows = rows._replace(targets=ops.legal_targets(rows, weight.shape[0], validate))
         hidden = torch.where(rows.active[..., None], rows.logits[:, : rows.targets.shape[1]], 0.0)
         return reference.token_logps(torch.nn.functional.linear(hidden, weight, bias), rows)
-    outputs: tuple[Tensor, Tensor, Tensor] = LinearLogps.apply(
-        rows.logits, weight, bias, chunk, sum_p2, validate, backend, *rows[1:]
+    outputs: tuple[Tensor, Tensor, Tensor] = apply(
+        "linear_token_logps and linear_grpo_loss",
+        LinearLogps,
+        rows.logits,
+        weight,
+        bias,
+        chunk,
+        sum_p2,
+        validate,
+        backend,
+        *rows[1:],
     )
     return outputs
 

@@ -11,7 +11,7 @@ from ..backends import differentiable, resolve
 from ..inputs.check import check_tensor
 from ..inputs.layout import Rows, check_logits, check_rows_apart, rows_of
 from ..ops import loss as ops
-from ..ops.library import first_order, none_for_unused_outputs
+from ..ops.library import apply, first_order, none_for_unused_outputs
 from ..reference import loss as reference
 
 CONSUMED_ERROR = (
@@ -82,8 +82,8 @@ def row_logps(
         return reference.token_logps(rows.logits, rows)
     if inplace_backward:
         check_inplace(rows.logits)
-    outputs: tuple[Tensor, Tensor, Tensor] = RowLogps.apply(
-        rows.logits, sum_p2, validate, inplace_backward, backend, *rows[1:]
+    outputs: tuple[Tensor, Tensor, Tensor] = apply(
+        "token_logps and grpo_loss", RowLogps, rows.logits, sum_p2, validate, inplace_backward, backend, *rows[1:]
     )
     return outputs
 

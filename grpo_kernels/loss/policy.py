@@ -15,7 +15,7 @@ from ..config import DEFAULT, METRICS, OBJECTIVES, LossConfig, Scalars
 from ..inputs.check import check_tensor
 from ..inputs.layout import Layout, PolicyInputs, acc_dtype, active_tokens, layout_of
 from ..ops import loss as ops
-from ..ops.library import first_order, none_for_unused_outputs
+from ..ops.library import apply, first_order, none_for_unused_outputs
 from ..reference import loss as reference
 from .covariance import covariance_selection
 from .logps import unsupported_group
@@ -206,10 +206,15 @@ def loss_from_logps(
         inputs = inputs._replace(selected=covariance_selection(logps, active, inputs, config))
     if differentiable(backend):
         return reference.policy_loss(logps, entropy, active, layout, inputs, config)
-    outputs: tuple[Tensor, Tensor, Tensor] = TokenPolicy.apply(
-        logps, entropy, active, layout.cu_seqlens, backend, *inputs
+    outputs: tuple[Tensor, Tensor, Tensor] = apply(
+        "policy_loss", TokenPolicy, logps, entropy, active, layout.cu_seqlens, backend, *inputs
     )
     return outputs
+
+
+def _own(converted: Tensor, given: Tensor) -> Tensor:
+    """A copy where the conversion has made none: the caller may overwrite what was given, and what is returned."""
+    return converted.detach().clone() if converted.dtype == given.dtype else converted
 
 
 def output(
@@ -307,4 +312,5 @@ def policy_loss(
     )
     inputs = policy_inputs(layout, active, dtype, config, Advantages(advantages), given)
     loss, per_token, metrics = loss_from_logps(logps_bt, entropy_bt, active, layout, inputs, config, backend)
-    return output(layout, loss, logps_bt, entropy_bt, per_token, metrics)
+    own_entropy = None if entropy_bt is None or entropy is None else _own(entropy_bt, entropy)
+    return output(layout, loss, _own(logps_bt, logps), own_entropy, per_token, metrics)

@@ -7,11 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 SECOND_DERIVATIVE_ERROR = (
     "the kernels compute first derivatives only, so create_graph=True would give second derivatives of 0; "
     "pass create_graph=False, or backend='reference', which is differentiable any number of times"
+)
+TRANSFORM_ERROR = (
+    "{}: torch.func (grad, vjp, jvp, vmap) and forward-mode AD cannot transform the kernels; pass backend='reference', "
+    "which they can, or take the gradient with torch.autograd.grad or .backward()"
+)
+NO_GRADIENT_ERROR = (
+    "grpo_kernels::{} has no gradient outside of its loss, as in a program of torch.export; run it under "
+    "torch.no_grad(), or train with the loss itself, which torch.compile takes"
 )
 LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 
@@ -20,9 +29,23 @@ def define(schema: str, run: Callable, fake: Callable) -> Any:
     """Registers `run` for every device; `fake` gives the shapes. The returned overload skips the name lookup."""
     LIBRARY.define(schema)
     name = schema.partition("(")[0]
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+
+    def checked(*args: Any) -> Any:  # torch itself would only warn, in a backward that leaves the gradients away
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            raise RuntimeError(NO_GRADIENT_ERROR.format(name))
+        return run(*args)
+
+    LIBRARY.impl(name, checked, "CompositeExplicitAutograd")
     torch.library.register_fake(f"grpo_kernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.grpo_kernels, name).default
+
+
+def apply(public: str, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply` for the public function of that name; torch's own error for transforms says nothing of it."""
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            raise RuntimeError(TRANSFORM_ERROR.format(public))
+    return function.apply(*args)
 
 
 def first_order(backward: Callable) -> Callable:

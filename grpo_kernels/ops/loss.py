@@ -14,7 +14,15 @@ from torch import Tensor
 
 from ..backends import implementation
 from ..config import METRICS
-from ..inputs.layout import PolicyInputs, Rows, RowStats, acc_dtype, check_boundaries, check_rows_apart
+from ..inputs.layout import (
+    PolicyInputs,
+    Rows,
+    RowStats,
+    acc_dtype,
+    check_boundaries,
+    check_rows_apart,
+    note_overwritten,
+)
 from . import linear_chunks
 from .library import define
 
@@ -87,11 +95,6 @@ def _clear_ignored(gradient: Tensor, rows: Rows) -> None:
     gradient[:, rows.targets.shape[1] :].zero_()
 
 
-def _modified(logits: Tensor) -> None:
-    if not logits.is_inference():
-        torch.autograd.graph.increment_version(logits)
-
-
 def _row_forward(*args: Any) -> tuple[Tensor, ...]:
     rows, (sum_p2, validate, backend) = _split(args)
     check_targets(rows.targets, rows.active, rows.logits.shape[-1], validate)
@@ -108,7 +111,7 @@ def _row_backward(*args: Any) -> Tensor:
 def _row_backward_(*args: Any) -> None:
     check_rows_apart(args[0])
     _row_backward_into(args[0], args)
-    _modified(args[0])
+    note_overwritten(args[0])
 
 
 def _row_backward_into(gradient: Tensor, args: tuple) -> None:
@@ -126,7 +129,7 @@ def _row_policy(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _row_policy_(*args: Any) -> tuple[Tensor, Tensor]:
     check_rows_apart(args[0])
     outputs = _row_policy_into(args[0], args)
-    _modified(args[0])
+    note_overwritten(args[0])
     return outputs
 
 
