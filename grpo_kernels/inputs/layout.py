@@ -237,7 +237,7 @@ def rows_of(
     """Checks what a row kernel needs and brings it to [B, T]. `logits` may be hidden states (the linear path); with a
     `layout`, tokens past its last boundary are masked."""
     _check_logits(logits, targets, name)
-    if name == "logits" and logits.stride(-1) != 1 and logits.shape[-1] > 1:
+    if name == "logits" and logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel():
         raise ValueError(f"logits must be dense in the vocabulary; got strides {logits.stride()}")
     _check_positive("logit_scale", logit_scale)
     if softcap is not None:
