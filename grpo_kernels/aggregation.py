@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import LossConfig
+from .inputs.check import check_factor, check_tensor
 from .inputs.layout import Layout
 
 
@@ -28,7 +29,10 @@ def aggregation_weights(
         raise ValueError(f"aggregation={aggregation!r} over flat tokens needs cu_seqlens")
     if sequence_weights is not None and not layout.knows_sequences:
         raise ValueError("sequence_weights over flat tokens need cu_seqlens")
-    if denominator is None:
+    check_factor("scale", scale, active.device)
+    if denominator is not None:
+        check_factor("denominator", denominator, active.device, above_0=True)
+    else:
         denominator = _own_denominator(layout, active, aggregation, config)
     weight = (_on_device(scale, active, dtype) / denominator).to(dtype)
     if aggregation != "sequence_mean" and sequence_weights is None:
@@ -66,6 +70,5 @@ def _own_denominator(layout: Layout, active: Tensor, aggregation: str, config: L
 
 
 def _checked(sequence_weights: Tensor, layout: Layout) -> Tensor:
-    if sequence_weights.shape != (layout.sequences,):
-        raise ValueError(f"sequence_weights must be [{layout.sequences}]; got {tuple(sequence_weights.shape)}")
+    check_tensor("sequence_weights", sequence_weights, device=layout.device, shape=(layout.sequences,))
     return sequence_weights.detach()

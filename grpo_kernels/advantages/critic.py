@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..aggregation import aggregation_weights
 from ..backends import differentiable, resolve
 from ..config import LossConfig
+from ..inputs.check import check_choice, check_number, check_tensor, check_unused
 from ..inputs.data_parallel import reduced
-from ..inputs.grouping import VALUE_METRICS, check_choice, check_ddof_eps, check_unread
+from ..inputs.grouping import VALUE_METRICS, check_ddof_eps
 from ..inputs.layout import acc_dtype, active_tokens, layout_of
 from ..ops import advantages as ops
-from ..ops.library import none_for_unused_outputs
+from ..ops.library import first_order, none_for_unused_outputs
 from ..reference import advantages as reference
 
 EPS_MODES = ("variance", "floor", "std")
@@ -43,7 +43,7 @@ class _ValueLoss(torch.autograd.Function):
         return loss, per_token, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
         return None if g is None else g * ctx.saved_tensors[0], *[None] * 6
 
@@ -87,21 +87,20 @@ def value_loss(
     Raises:
         ValueError: for shapes that do not fit, a clip that is not above 0, or old values missing.
     """
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be above 0, or None for no clipping; got {clip!r}")
-    if clip is not None and old_values is None:
-        raise ValueError(f"clip={clip!r} needs old_values; got None")
-    backend, layout, dtype = (
-        resolve(backend, values.device, acc_dtype(values.dtype)),
-        layout_of(values.shape, cu_seqlens, values.device),
-        acc_dtype(values.dtype),
-    )
+    check_tensor("values", values, kind="float", differentiable=True)
+    if clip is not None:
+        check_number("clip", clip, lambda c: c > 0, "above 0, or None for no clipping")
+        if old_values is None:
+            raise ValueError(f"clip={clip!r} needs old_values; got None")
+    dtype = acc_dtype(values.dtype)
+    backend, layout = resolve(backend, values.device, dtype), layout_of(values.shape, cu_seqlens, values.device)
     active = active_tokens(mask, layout, values.device)
     config = LossConfig(aggregation=aggregation, max_length=max_length, count_empty_sequences=count_empty_sequences)
     weights = aggregation_weights(
         layout, active, aggregation, config, dtype=dtype, denominator=denominator, scale=scale
     )
-    old = layout.tokens(old_values, "old_values", dtype) if clip is not None else None
+    old = layout.tokens(old_values, "old_values", dtype, "float")
+    old = None if clip is None else old
     inputs = (old, layout.tokens(returns, "returns", dtype), weights, active, math.inf if clip is None else float(clip))
     values_bt = values.to(dtype).reshape(layout.bt_shape)
     if differentiable(backend):
@@ -168,9 +167,10 @@ def whiten(
         if not shift_mean:
             raise ValueError("shift_mean=False and divide=False together leave the values as they are; set one of them")
         for name, value, default in (("ddof", ddof, 1), ("eps", eps, 1e-8), ("eps_mode", eps_mode, "variance")):
-            check_unread(name, value, default, "with divide=False, which does not read it")
-    if mask is not None and mask.shape != values.shape:
-        raise ValueError(f"mask must have the shape of values, {tuple(values.shape)}; got {tuple(mask.shape)}")
+            check_unused(name, value, default, "with divide=False, which ignores it")
+    check_tensor("values", values)
+    if mask is not None:
+        check_tensor("mask", mask, device=values.device, shape=values.shape)
     x = values.detach().to(acc_dtype(values.dtype))
     active = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.to(torch.bool)
     if x.dim() != 2:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
+from ..inputs.check import check_tensor
 from ..inputs.grouping import check_groups
 from ..inputs.layout import layout_of
 from ..ops import advantages as ops
@@ -64,8 +65,7 @@ def group_diversity(
             threshold outside [0, 1] or an ngram below 1.
         TypeError: if token_ids are not integers.
     """
-    if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
-        raise TypeError(f"token_ids must be integers; got {token_ids.dtype}")
+    check_tensor("token_ids", token_ids, kind="integer")
     layout = layout_of(token_ids.shape, cu_seqlens, token_ids.device)
     if not layout.knows_sequences:
         raise ValueError(f"flat token_ids need cu_seqlens; got shape {tuple(token_ids.shape)} and none")
@@ -73,12 +73,8 @@ def group_diversity(
         raise ValueError(f"threshold must be from 0 to 1; got {threshold!r}")
     if not isinstance(ngram, int) or ngram < 1:
         raise ValueError(f"ngram must be a whole number of at least 1; got {ngram!r}")
-    check_groups(layout.sequences, group_size, group_ids)
-    for name, x in (("mask", mask), ("group_ids", group_ids)):
-        if x is not None and x.device != token_ids.device:
-            raise ValueError(f"{name} must be where token_ids are, on {token_ids.device}; got {x.device}")
-    if mask is not None:
-        mask = layout.tokens(mask, "mask", torch.bool)
+    check_groups(layout.sequences, group_size, group_ids, token_ids.device)
+    mask = layout.tokens(mask, "mask", torch.bool)
     ids = None if group_ids is None else group_ids.to(torch.int64)
     if token_ids.dtype not in (torch.int32, torch.int64):
         token_ids = token_ids.to(torch.int64)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
+from ..inputs.check import check_choice, check_positive, check_tensor
 from ..inputs.data_parallel import Ranks, reduced
-from ..inputs.grouping import check_choice, check_groups, groups_of, per_sample, reward_weights_of
+from ..inputs.grouping import check_groups, groups_of, per_sample, reward_weights_of
 from ..ops import advantages as ops
 from ..reference import advantages as reference
 from .critic import check_whitening, over_ranks
@@ -18,6 +19,7 @@ from .group import EPS, GroupAdvantages, group_advantages
 
 
 def _one_reward(rewards: Tensor) -> None:
+    check_tensor("rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be [S], one a sample; got shape {tuple(rewards.shape)}")
 
@@ -94,8 +96,7 @@ def gpg_advantages(
     Raises:
         ValueError: as ``group_advantages``.
     """
-    if not 0 < f_norm < float("inf"):
-        raise ValueError(f"f_norm must be a finite number above 0; got {f_norm!r}")
+    check_positive("f_norm", f_norm)
     _one_reward(rewards)
     plain = group_advantages(
         rewards, group_size=group_size, group_ids=group_ids, scale="none", single=single, valid=valid,
@@ -147,6 +148,7 @@ def gdpo_advantages(
     Raises:
         ValueError: as ``group_advantages``.
     """
+    check_tensor("rewards", rewards)
     if rewards.dim() != 2 or rewards.shape[1] == 0:
         raise ValueError(f"rewards must be [S, K], K above 0; got shape {tuple(rewards.shape)}")
     check_whitening(ddof, batch_eps, batch_eps_mode)
@@ -162,7 +164,7 @@ def gdpo_advantages(
     ]  # fmt: skip
     advantages, mean, std, informative = (torch.stack(x, 1) for x in zip(*each, strict=True))
     counts = _counted(~rewards.isnan().all(1), valid)
-    times = per_sample(lengths, "lengths", len(rewards), torch.float64)
+    times = per_sample(lengths, "lengths", rewards, torch.float64)
     total = (advantages.to(torch.float64) * weights).sum(1)
     times = counts.to(torch.float64) if times is None else torch.where(counts, times, 0.0)
     moments = over_ranks(reference.masked_moments(total, times), dp_group)
@@ -201,17 +203,19 @@ def process_advantages(
     Raises:
         ValueError: for shapes that do not fit; on the CPU also for a step that ends outside ``[0, T)``.
     """
+    check_tensor("step_rewards", step_rewards)
+    device = step_rewards.device
+    check_tensor("step_ends", step_ends, device=device, kind="integer")
+    check_tensor("mask", mask, device=device)
     if step_rewards.dim() != 2 or step_ends.shape != step_rewards.shape:
         raise ValueError(
             f"step_rewards and step_ends must be [S, K]; got {tuple(step_rewards.shape)} and {tuple(step_ends.shape)}"
         )
     if mask.dim() != 2 or len(mask) != len(step_rewards):
         raise ValueError(f"mask must be [S, T] with S = {len(step_rewards)}; got {tuple(mask.shape)}")
-    if valid is not None and valid.shape != step_rewards.shape:
-        raise ValueError(f"valid must be [S, K], {tuple(step_rewards.shape)}; got {tuple(valid.shape)}")
-    if step_ends.is_floating_point():
-        raise ValueError(f"step_ends must be integers; got {step_ends.dtype}")
-    check_groups(len(step_rewards), group_size, group_ids)
+    if valid is not None:
+        check_tensor("valid", valid, device=device, shape=step_rewards.shape)
+    check_groups(len(step_rewards), group_size, group_ids, device)
     steps, length = step_rewards.shape[1], mask.shape[1]
     counts = _counted(~step_rewards.isnan(), valid)
     z = group_advantages(

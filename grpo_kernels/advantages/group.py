@@ -10,21 +10,10 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
+from ..inputs import grouping
+from ..inputs.check import check_choice, check_number, check_tensor, check_unused
 from ..inputs.data_parallel import Ranks
-from ..inputs.grouping import (
-    BASELINES,
-    SCALES,
-    SINGLES,
-    AdvantageForm,
-    Samples,
-    acc_rewards,
-    check_choice,
-    check_ddof_eps,
-    check_groups,
-    check_unread,
-    per_sample,
-    reward_weights_of,
-)
+from ..inputs.grouping import AdvantageForm, Samples, acc_rewards, check_groups, per_sample, reward_weights_of
 from ..ops import advantages as ops
 
 EPS = 1e-4
@@ -115,11 +104,9 @@ def _samples(
     lengths: Tensor | None,
     critic_values: Tensor | None,
 ) -> Samples:
+    check_tensor("rewards", rewards)
     if rewards.dim() not in (1, 2):
         raise ValueError(f"rewards must be [S] or [S, K], one or K a sample; got shape {tuple(rewards.shape)}")
-    n = rewards.shape[0]
-    if group_ids is not None:
-        check_groups(n, None, group_ids)
     weights = None
     if reward_weights is not None:
         weights = reward_weights_of(reward_weights, rewards)
@@ -130,10 +117,10 @@ def _samples(
     return Samples(
         acc_rewards(rewards if rewards.dim() == 2 else rewards[:, None]),
         weights,
-        per_sample(valid, "valid", n, torch.bool),
-        per_sample(group_ids, "group_ids", n, torch.int64),
-        per_sample(lengths, "lengths", n, torch.float64),
-        per_sample(critic_values, "critic_values", n, torch.float64),
+        per_sample(valid, "valid", rewards, torch.bool),
+        per_sample(group_ids, "group_ids", rewards, torch.int64, "integer"),
+        per_sample(lengths, "lengths", rewards, torch.float64),
+        per_sample(critic_values, "critic_values", rewards, torch.float64),
     )
 
 
@@ -147,12 +134,11 @@ def _form(
     clip: float | tuple[float | None, float | None] | None,
     critic_weight: float,
 ) -> AdvantageForm:
-    check_choice("baseline", baseline, BASELINES)
-    check_choice("scale", scale, SCALES)
-    check_choice("single", single, SINGLES)
-    check_ddof_eps(ddof, eps)
-    if not 0 <= critic_weight <= 1:
-        raise ValueError(f"critic_weight must be in [0, 1]; got {critic_weight!r}")
+    check_choice("baseline", baseline, grouping.BASELINES)
+    check_choice("scale", scale, grouping.SCALES)
+    check_choice("single", single, grouping.SINGLES)
+    grouping.check_ddof_eps(ddof, eps)
+    check_number("critic_weight", critic_weight, lambda x: 0 <= x <= 1, "in [0, 1]")
     low, high = clip if isinstance(clip, (tuple, list)) else (clip if clip is None else -clip, clip)
     low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
     if not (low <= 0 <= high and low < high):
@@ -166,12 +152,12 @@ def _form(
 
 def _check_read(samples: Samples, form: AdvantageForm) -> None:
     if form.scale in ("mean", "none"):
-        check_unread("eps", form.eps, EPS, f"with scale={form.scale!r}, which does not read it")
+        check_unused("eps", form.eps, EPS, f"with scale={form.scale!r}, which ignores it")
     if form.baseline == "length_weighted" and samples.lengths is None:
         raise ValueError("baseline='length_weighted' needs lengths; got None")
     if form.baseline != "length_weighted":
-        check_unread("lengths", samples.lengths, None, f"with baseline={form.baseline!r}, which does not read them")
+        check_unused("lengths", samples.lengths, None, f"with baseline={form.baseline!r}, which ignores them")
     if samples.critic_values is None:
-        check_unread("critic_weight", form.critic_weight, 0.0, "without critic_values")
+        check_unused("critic_weight", form.critic_weight, 0.0, "without critic_values")
     elif form.critic_weight == 0:
         raise ValueError(f"critic_values need a critic_weight above 0; got {form.critic_weight!r}")

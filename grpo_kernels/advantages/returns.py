@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from ..inputs.grouping import check_unread
+from ..inputs.check import check_number, check_tensor, check_unused
 from ..inputs.layout import Layout, acc_dtype, active_tokens, layout_of
 from ..ops import advantages as ops
 from .critic import check_whitening, whitened_grid
@@ -40,7 +40,8 @@ class Tokens(NamedTuple):
         return ops.gae(rewards, None, self.active, self.layout.cu_seqlens, gamma, 1.0, self.backend)[0]
 
     def rewards(self, rewards: Tensor) -> Tensor:
-        """[B, T]; one reward a sequence is put on its last active token."""
+        """[B, T]; one reward per sequence is put on its last active token."""
+        check_tensor("rewards", rewards, device=self.layout.device)
         if rewards.shape == self.layout.shape:
             return self.per_token(rewards, "rewards")
         spread = self.layout.tokens_or_sequences(rewards, "rewards", self.dtype)
@@ -52,18 +53,18 @@ class Tokens(NamedTuple):
         return TokenAdvantages(*(x.to(self.dtype).view(self.layout.shape) for x in (advantages, returns)))
 
 
-def tokens_of(like: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None, backend: str) -> Tokens:
-    """`mask` gives the shape where `like` may hold one value a sequence."""
-    layout = layout_of(like.shape if mask is None else mask.shape, cu_seqlens, like.device)
+def tokens_of(
+    like: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None, backend: str, per_token: bool = True
+) -> Tokens:
+    """The mask gives the shape where `like` need not be per token: it may hold one value per sequence."""
+    check_tensor(name, like)
+    if mask is not None:
+        check_tensor("mask", mask, device=like.device)
+    layout = layout_of(like.shape if per_token or mask is None else mask.shape, cu_seqlens, like.device)
     if not layout.knows_sequences:
         raise ValueError(f"flat tokens need cu_seqlens; got {name} of shape {tuple(like.shape)} without")
     active = active_tokens(mask, layout, like.device)
     return Tokens(layout, active, acc_dtype(like.dtype), resolve(backend, like.device, acc_dtype(like.dtype)))
-
-
-def _check_unit(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1]; got {value!r}")
 
 
 def gae(
@@ -97,8 +98,8 @@ def gae(
     Raises:
         ValueError: for shapes that do not fit, flat tokens without cu_seqlens, or gamma and lam out of range.
     """
-    _check_unit("gamma", gamma)
-    _check_unit("lam", lam)
+    check_number("gamma", gamma, lambda x: 0 <= x <= 1, "in [0, 1]")
+    check_number("lam", lam, lambda x: 0 <= x <= 1, "in [0, 1]")
     tokens = tokens_of(values, "values", mask, cu_seqlens, backend)
     outputs = ops.gae(
         tokens.rewards(rewards), tokens.per_token(values, "values"), None if mask is None else tokens.active,
@@ -109,7 +110,7 @@ def gae(
 
 def _minus_kl(tokens: Tokens, rewards: Tensor, kl: Tensor | None, kl_coef: float) -> Tensor:
     if kl is None:
-        check_unread("kl_coef", kl_coef, 0.0, "without kl")
+        check_unused("kl_coef", kl_coef, 0.0, "without kl")
         return rewards
     if kl_coef == 0:
         raise ValueError(f"kl needs a kl_coef other than 0; got {kl_coef!r}")
@@ -153,8 +154,8 @@ def reinforce_plus_plus(
     Raises:
         ValueError: for shapes that do not fit, and for one of kl and kl_coef without the other.
     """
-    _check_unit("gamma", gamma)
-    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend)
+    check_number("gamma", gamma, lambda x: 0 <= x <= 1, "in [0, 1]")
+    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend, per_token=False)
     shaped = _minus_kl(tokens, tokens.rewards(rewards), kl, kl_coef)
     return _whitened(tokens, tokens.returns(shaped, float(gamma)), dp_group, ddof=ddof, eps=eps, eps_mode=eps_mode)
 
@@ -191,7 +192,7 @@ def reinforce_plus_plus_baseline(
     Raises:
         ValueError: as ``group_advantages`` and ``reinforce_plus_plus``.
     """
-    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend)
+    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend, per_token=False)
     centred = group_advantages(
         rewards, group_size=group_size, group_ids=group_ids, scale="none", single=single, valid=valid,
         dp_group=dp_group, backend=backend,
@@ -225,11 +226,8 @@ def remax(
     Raises:
         ValueError: for shapes that do not fit.
     """
-    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend)
-    if baselines.shape != (tokens.layout.sequences,):
-        raise ValueError(
-            f"baselines must be one a sequence, {(tokens.layout.sequences,)}; got {tuple(baselines.shape)}"
-        )
+    tokens = tokens_of(rewards, "rewards", mask, cu_seqlens, backend, per_token=False)
+    check_tensor("baselines", baselines, device=rewards.device, shape=(tokens.layout.sequences,))
     returns = tokens.returns(tokens.rewards(rewards), 1.0)
     spread = tokens.layout.of_sequences(baselines.detach().to(tokens.dtype))
     return tokens.output(torch.where(tokens.active, returns - spread, 0.0), returns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..inputs.check import check_tensor
 from ..inputs.grouping import Groups, groups_of
 from .returns import TokenAdvantages, tokens_of
 
@@ -43,11 +44,12 @@ def optimal_token_baseline(
     Raises:
         ValueError: for shapes that do not fit; packed tokens, which do not line up.
     """
+    check_tensor("logps", logps, kind="float")
     if logps.dim() != 2:
         raise ValueError(f"logps must be padded, [S, T]; got shape {tuple(logps.shape)}")
     tokens = tokens_of(logps, "logps", mask, None, backend)
     active = tokens.active
-    groups = groups_of(len(logps), group_size, group_ids)
+    groups = groups_of(len(logps), group_size, group_ids, logps.device)
     returns = tokens.returns(tokens.rewards(rewards), 1.0)
     energy = 1 - 2 * tokens.per_token(logps, "logps").double().exp() + tokens.per_token(sum_p2, "sum_p2").double()
     if token_weights is not None:

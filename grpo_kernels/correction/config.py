@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..inputs.grouping import check_choice
+from ..inputs.check import check_choice, check_number
 
 WEIGHTS = ("none", "ratio", "truncate", "clip", "mask")
 LEVELS = ("token", "sequence_sum", "sequence_mean")
@@ -20,11 +19,6 @@ BEHAVIOURS = ("rollout", "old")
 def _require(legal: bool, what: str, *got: object) -> None:
     if not legal:
         raise ValueError(f"{what}; got {', '.join(map(repr, got))}")
-
-
-def _number(name: str, value: Any, legal: Callable[[float], bool], what: str) -> None:
-    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-    _require(finite and legal(value), f"{name} must be {what}", value)
 
 
 @dataclass(frozen=True)
@@ -75,9 +69,9 @@ def _log(x: float) -> float:
 def _check_bounds(low: float | None, high: float | None, signed: bool = False) -> None:
     number = "a finite number"
     if low is not None:
-        _number("low", low, lambda x: signed or x >= 0, number if signed else f"{number}, at least 0")
+        check_number("low", low, lambda x: signed or x >= 0, number if signed else f"{number}, at least 0")
     if high is not None:
-        _number("high", high, lambda x: signed or x > 0, number if signed else f"{number} above 0")
+        check_number("high", high, lambda x: signed or x > 0, number if signed else f"{number} above 0")
     if low is not None and high is not None:
         _require(low <= high, "low must be at most high", low, high)
 
@@ -134,11 +128,11 @@ class CorrectionConfig:
             raise TypeError(f"filters must be RejectionFilter objects; got {self.filters!r}")
         _check_bounds(self.low, self.high)
         if self.veto is not None:
-            _number("veto", self.veto, lambda x: 0 < x < 1, "between 0 and 1, or None")
+            check_number("veto", self.veto, lambda x: 0 < x < 1, "between 0 and 1, or None")
         if self.opsm_delta is not None:
-            _number("opsm_delta", self.opsm_delta, lambda x: x >= 0, "at least 0, or None")
+            check_number("opsm_delta", self.opsm_delta, lambda x: x >= 0, "at least 0, or None")
         if self.log_clamp is not None:
-            _number("log_clamp", self.log_clamp, lambda x: x > 0, "above 0, or None")
+            check_number("log_clamp", self.log_clamp, lambda x: x > 0, "above 0, or None")
         _check_weight(self)
         _check_unread(self)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..inputs.check import check_tensor
 from ..inputs.data_parallel import reduced
 
 
@@ -149,11 +150,11 @@ class AdaptiveEntropyController(_Controller):
         Raises:
             ValueError: if the shapes differ.
         """
+        check_tensor("entropy", entropy, kind="float", differentiable=True)
         entropy = entropy.detach()
         if mask is None:
             mask = torch.ones_like(entropy)
-        if mask.shape != entropy.shape:
-            raise ValueError(f"mask must have the shape of entropy, {tuple(entropy.shape)}; got {tuple(mask.shape)}")
+        check_tensor("mask", mask, device=entropy.device, shape=entropy.shape)
         active = mask.to(torch.bool)
         wide = torch.float32 if entropy.device.type == "mps" else torch.float64
         seen = torch.stack([torch.where(active, entropy, 0.0).sum(dtype=wide), active.sum().to(wide)])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import KL_ESTIMATORS, KL_GRADIENTS, LossConfig
-from ..inputs.grouping import check_choice
+from ..inputs.check import check_choice, check_number, check_tensor
 from ..inputs.layout import acc_dtype, layout_of
 from ..reference import loss as reference
 
@@ -53,23 +53,25 @@ def kl_divergence(
     check_choice("estimator", estimator, KL_ESTIMATORS[1:])
     check_choice("gradient", gradient, KL_GRADIENTS)
     for name, clamp in (("input_clamp", input_clamp), ("output_clamp", output_clamp)):
-        if clamp is not None and not 0 < clamp < float("inf"):
-            raise ValueError(f"{name} must be a finite number above 0, or None; got {clamp!r}")
+        if clamp is not None:
+            check_number(name, clamp, lambda x: x > 0, "a finite number above 0, or None")
     if gradient == "behaviour_weighted" and rollout_logps is None:
         raise ValueError("gradient='behaviour_weighted' needs rollout_logps; got None")
     config = LossConfig(
         kl_coef=1.0, kl_estimator=estimator, kl_gradient=gradient, kl_input_clamp=input_clamp,
         kl_output_clamp=output_clamp,
     )  # fmt: skip
-    layout, dtype = layout_of(logps.shape, None), acc_dtype(logps.dtype)
+    check_tensor("logps", logps, kind="float", differentiable=True)
+    layout, dtype = layout_of(logps.shape, None, logps.device), acc_dtype(logps.dtype)
     active = layout.tokens(mask, "mask", torch.bool)
 
     def read(x: Tensor | None, name: str) -> Tensor | None:
-        x = layout.tokens(x, name, dtype)
+        x = layout.tokens(x, name, dtype, "float")
         return x if x is None or active is None else torch.where(active, x, 0.0)
 
     logp = logps.to(dtype).reshape(layout.bt_shape)
     logp = logp if active is None else torch.where(active, logp, 0.0)
+    layout.check(ref_logps, "ref_logps", "float")
     ref = read(ref_logps, "ref_logps")
     assert ref is not None
     old, rollout = read(old_logps, "old_logps"), read(rollout_logps, "rollout_logps")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..inputs.check import check_tensor
 from ..inputs.data_parallel import reduced
 from ..inputs.layout import Layout, acc_dtype, active_tokens, layout_of
 from ..reference import loss as reference
@@ -130,6 +131,7 @@ def rollout_correction(
     config = config or CorrectionConfig()
     if changes:
         config = dataclasses.replace(config, **changes)
+    check_tensor("old_logps", old_logps, kind="float")
     layout = layout_of(old_logps.shape, cu_seqlens, old_logps.device)
     if not layout.knows_sequences:
         raise ValueError(f"flat tokens need cu_seqlens, their sequences' boundaries; got shape {tuple(layout.shape)}")
@@ -157,9 +159,8 @@ def rollout_correction(
 
 
 def _read(layout: Layout, x: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape {tuple(layout.shape)}; got {x!r}")
-    values = layout.tokens(x, name, dtype)
+    check_tensor(name, x)
+    values = layout.tokens(x, name, dtype, "float")
     assert values is not None
     return values
 

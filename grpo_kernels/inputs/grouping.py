@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .check import check_tensor
 
 BASELINES = ("mean", "leave_one_out", "length_weighted", "none")
 SCALES = ("group", "batch", "leave_one_out", "mean", "none")
@@ -37,17 +39,6 @@ class AdvantageForm(NamedTuple):
     single_raw: bool
 
 
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def check_unread(name: str, value: Any, default: Any, why: str) -> None:
-    """An option that the chosen form ignores must be left alone."""
-    if value is not default and value != default:
-        raise ValueError(f"{name} must be {default!r} {why}; got {value!r}")
-
-
 def check_ddof_eps(ddof: int, eps: float) -> None:
     if ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 or 1; got {ddof!r}")
@@ -55,25 +46,24 @@ def check_ddof_eps(ddof: int, eps: float) -> None:
         raise ValueError(f"eps must be a finite number of at least 0; got {eps!r}")
 
 
-def check_groups(samples: int, group_size: int | None, group_ids: Tensor | None) -> None:
+def check_groups(
+    samples: int, group_size: int | None, group_ids: Tensor | None, device: torch.device | None = None
+) -> None:
     if (group_size is None) == (group_ids is None):
         raise ValueError(f"give exactly one of group_size and group_ids; got {group_size!r} and {group_ids!r}")
     if group_size is not None and (group_size < 1 or samples % group_size):
         raise ValueError(f"group_size must be at least 1 and divide the {samples} samples; got {group_size!r}")
-    if group_ids is None:
-        return
-    if group_ids.shape != (samples,) or group_ids.is_floating_point() or group_ids.is_complex():
-        raise ValueError(
-            f"group_ids must be integers of shape {(samples,)}; got {group_ids.dtype} {tuple(group_ids.shape)}"
-        )
+    if group_ids is not None:
+        check_tensor("group_ids", group_ids, device=device, kind="integer", shape=(samples,))
 
 
-def per_sample(values: Tensor | None, name: str, samples: int, dtype: torch.dtype) -> Tensor | None:
-    """A [S] tensor, detached; as bool: what is not 0."""
+def per_sample(
+    values: Tensor | None, name: str, rewards: Tensor, dtype: torch.dtype, kind: str = "number"
+) -> Tensor | None:
+    """A [S] tensor where the rewards are, detached; as bool: what is not 0."""
     if values is None:
         return None
-    if values.shape != (samples,):
-        raise ValueError(f"{name} must be one a sample, {(samples,)}; got {tuple(values.shape)}")
+    check_tensor(name, values, device=rewards.device, kind=kind, shape=rewards.shape[:1])
     return values.detach().to(dtype)
 
 
@@ -86,6 +76,7 @@ def reward_weights_of(weights: Tensor | Sequence[float] | None, rewards: Tensor)
     """float64 [K] for rewards [S, K], 1 each for None. Numbers are filled in where the rewards are: a tensor made of
     them on the CPU would be copied there, which synchronises."""
     if isinstance(weights, Tensor):
+        check_tensor("reward_weights", weights)
         return weights.detach().to(rewards.device, torch.float64)
     if weights is None or not len(weights):
         return rewards.new_ones(rewards.shape[1:] if weights is None else (0,), dtype=torch.float64)
@@ -124,9 +115,11 @@ class Groups(NamedTuple):
         return alone, best, second
 
 
-def groups_of(samples: int, group_size: int | None, group_ids: Tensor | None) -> Groups:
+def groups_of(
+    samples: int, group_size: int | None, group_ids: Tensor | None, device: torch.device | None = None
+) -> Groups:
     """Ids are ranked by a sort: unlike `unique` it has a known shape, so there is no host sync."""
-    check_groups(samples, group_size, group_ids)
+    check_groups(samples, group_size, group_ids, device)
     if group_ids is None:
         return Groups(group_size or 1, None)
     ordered, order = group_ids.to(torch.int64).sort()

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .check import check_positive, check_tensor
+
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -24,6 +26,7 @@ class Layout(NamedTuple):
 
     shape: torch.Size
     cu_seqlens: Tensor | None = None  # [R + 1]; tokens past the last boundary belong to no sequence
+    device: torch.device | None = None  # None: any
 
     @property
     def padded(self) -> bool:
@@ -61,19 +64,27 @@ class Layout(NamedTuple):
         ends = torch.nn.functional.pad(tokens[0].cumsum(0), (1, 0))[bounds]
         return ends[1:] - ends[:-1]
 
-    def tokens(self, values: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
-        """A per-token tensor of the caller's shape, detached, as [B, T]."""
-        if values is None:
-            return None
+    def check(self, values: Tensor, name: str, kind: str = "number", differentiable: bool = False) -> None:
+        """Raises unless it is a per-token tensor of the caller's shape."""
+        check_tensor(name, values, device=self.device, kind=kind, differentiable=differentiable)
         if values.shape != self.shape:
             raise ValueError(
                 f"{name} must have the shape of the tokens, {tuple(self.shape)}; got {tuple(values.shape)}"
             )
+
+    def tokens(self, values: Tensor | None, name: str, dtype: torch.dtype, kind: str = "number") -> Tensor | None:
+        """A per-token tensor of the caller's shape, detached, as [B, T]."""
+        if values is None:
+            return None
+        self.check(values, name, kind)
         return values.detach().to(dtype).reshape(self.bt_shape)
 
     def tokens_or_sequences(self, values: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
-        """The same for a tensor that may also hold one value a sequence: [R], or [B, 1] when padded."""
-        if values is None or values.shape == self.shape:
+        """The same for a tensor that may also hold one value per sequence: [R], or [B, 1] when padded."""
+        if values is None:
+            return None
+        check_tensor(name, values, device=self.device)
+        if values.shape == self.shape:
             return self.tokens(values, name, dtype)
         values = values.detach().to(dtype)
         if self.padded and values.shape == (self.shape[0], 1):
@@ -86,20 +97,19 @@ class Layout(NamedTuple):
 
 
 def layout_of(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device | None = None) -> Layout:
-    """`device`: the tokens', where the boundaries must be too, or each call would copy them there and synchronise."""
+    """`device`: the tokens', where every other tensor must be too, or each call would copy it there and synchronise."""
     if len(shape) not in (1, 2):
         raise ValueError(f"per-token tensors must be [B, T] or flat [N]; got shape {tuple(shape)}")
     if cu_seqlens is None:
-        return Layout(shape)
+        return Layout(shape, None, device)
     if len(shape) == 2:
         raise ValueError(f"cu_seqlens goes with flat [N] tokens; got padded ones of shape {tuple(shape)}")
+    check_tensor("cu_seqlens", cu_seqlens, device=device, kind="integer")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64 [R + 1]; got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    if device is not None and cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens must be where the tokens are, on {device}; got {cu_seqlens.device}")
     if not torch.compiler.is_compiling():
         check_boundaries(cu_seqlens, shape[0])
-    return Layout(shape, cu_seqlens.to(torch.int64))
+    return Layout(shape, cu_seqlens.to(torch.int64), device)
 
 
 def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
@@ -119,12 +129,9 @@ def within_sequences(active: Tensor, layout: Layout) -> Tensor:
 
 def active_tokens(mask: Tensor | None, layout: Layout, device: torch.device) -> Tensor:
     """bool [B, T]; tokens past the last boundary of cu_seqlens are masked."""
-    if mask is not None and mask.shape != layout.shape:
-        raise ValueError(f"mask must have the shape of the tokens, {tuple(layout.shape)}; got {tuple(mask.shape)}")
-    if mask is None:
+    active = layout.tokens(mask, "mask", torch.bool)
+    if active is None:
         active = torch.ones(layout.bt_shape, dtype=torch.bool, device=device)
-    else:
-        active = mask.to(torch.bool).reshape(layout.bt_shape)
     return within_sequences(active, layout)
 
 
@@ -204,13 +211,14 @@ class PolicyInputs(NamedTuple):
     form: list[str]
 
 
-def _check_logits(logits: Tensor, targets: Tensor, name: str) -> None:
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    """Raises unless they are a dense tensor of a dtype that has kernels."""
+    check_tensor(name, logits, kind="float", differentiable=True)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(str, LOGITS_DTYPES))}; got {logits.dtype}")
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise TypeError(f"targets must be integers; got {targets.dtype}")
-    if logits.device != targets.device:
-        raise ValueError(f"{name} and targets must be on one device; got {logits.device} and {targets.device}")
+
+
+def _check_targets(logits: Tensor, targets: Tensor, name: str) -> None:
     lead, wanted = logits.shape[:-1], targets.shape
     one_more = len(wanted) >= 2 and lead == (*wanted[:-1], wanted[-1] + 1)
     if logits.dim() < 1 or (lead != wanted and not one_more):
@@ -236,12 +244,12 @@ def rows_of(
 ) -> Rows:
     """Checks what a row kernel needs and brings it to [B, T]. `logits` may be hidden states (the linear path); with a
     `layout`, tokens past its last boundary are masked."""
-    _check_logits(logits, targets, name)
+    _check_targets(logits, targets, name)
     if name == "logits" and logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel():
         raise ValueError(f"logits must be dense in the vocabulary; got strides {logits.stride()}")
-    _check_positive("logit_scale", logit_scale)
+    check_positive("logit_scale", logit_scale)
     if softcap is not None:
-        _check_positive("softcap", softcap)
+        check_positive("softcap", softcap)
     grid = (1, targets.numel()) if targets.dim() < 2 else (math.prod(targets.shape[:-1]), targets.shape[-1])
     if targets.dim() < 2:
         logits = logits.reshape(1, *logits.shape) if targets.dim() == 1 else logits.reshape(1, 1, -1)
@@ -250,8 +258,7 @@ def rows_of(
     targets = targets.to(torch.int64)
     active = targets != ignore_index
     if mask is not None:
-        if mask.shape != targets.shape:
-            raise ValueError(f"mask must have the shape of targets, {tuple(targets.shape)}; got {tuple(mask.shape)}")
+        check_tensor("mask", mask, device=targets.device, shape=targets.shape)
         active = torch.logical_and(active, mask)  # one operation for a mask of any dtype
     active = active.reshape(grid)
     if layout is not None:
@@ -260,17 +267,13 @@ def rows_of(
     return Rows(logits, targets.reshape(grid), active, number, tensor, float(logit_scale), float(softcap or 0))
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0 or value == float("inf"):
-        raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
-
-
 def _temperature(
     temperature: float | Tensor, targets: Tensor, dtype: torch.dtype, grid: tuple[int, int]
 ) -> tuple[float, Tensor | None]:
     if not isinstance(temperature, Tensor):
-        _check_positive("temperature", temperature)
+        check_positive("temperature", temperature)
         return float(temperature), None
+    check_tensor("temperature", temperature)
     t = temperature.detach().to(targets.device, dtype)
     if t.dim() == 1 and targets.dim() >= 2 and t.shape[0] == targets.shape[0]:  # one a row
         t = t.reshape(-1, *[1] * (targets.dim() - 1))

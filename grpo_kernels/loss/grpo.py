@@ -7,15 +7,15 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..advantages.group import EPS, group_advantages
 from ..backends import LARGEST_FUSED_GROUP, differentiable, fuses_group_advantages, implementation, resolve
 from ..config import DEFAULT, OBJECTIVES, LossConfig
+from ..inputs.check import check_tensor, check_unused
 from ..inputs.grouping import acc_rewards, check_ddof_eps
-from ..inputs.layout import Layout, PolicyInputs, Rows, acc_dtype, layout_of, rows_of
+from ..inputs.layout import Layout, PolicyInputs, Rows, acc_dtype, check_logits, layout_of, rows_of
 from ..ops import loss as ops
-from ..ops.library import none_for_unused_outputs
+from ..ops.library import first_order, none_for_unused_outputs
 from .logps import CONSUMED_ERROR, N_ROWS, check_inplace, row_logps, unsupported_group
 from .policy import N_INPUTS, Advantages, LossArguments, LossOutput, loss_from_logps, output, policy_inputs
 
@@ -41,7 +41,7 @@ class SinglePass(torch.autograd.Function):
         return loss, logps, entropy, per_token, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
         if ctx.consumed:
             raise RuntimeError(CONSUMED_ERROR)
@@ -117,7 +117,9 @@ def grpo_loss(
             afterwards reads the gradient; autograd raises where a node had saved them, and on a second backward.
             Without grad nothing is written.
         single_pass: write the gradient in the forward. A gradient of the loss other than 1 then costs one sweep more
-            in the backward (and with retain_graph memory); prefer ``scale`` to dividing the loss.
+            in the backward (and with retain_graph memory); prefer ``scale`` to dividing the loss. float16 logits take
+            two sweeps nonetheless, unless ``scale`` is a tensor or above 1: their gradient would underflow before
+            ``torch.amp.GradScaler`` multiplies the loss. With its ``scale=scaler.get_scale()`` do not scale again.
         backend: ``"auto"`` or a name from ``available_backends()``.
 
     Returns:
@@ -130,6 +132,8 @@ def grpo_loss(
     """
     unsupported_group("tp_group", tp_group)
     unsupported_group("cp_group", cp_group)
+    check_logits(logits)
+    check_tensor("targets", targets, device=logits.device, kind="integer")
     backend = resolve(backend, logits.device, logits.dtype)
     layout = layout_of(targets.shape, cu_seqlens, targets.device)
     rows = rows_of(
@@ -153,6 +157,9 @@ class Rewards(NamedTuple):
     group_size: int | None
     eps: float
     scale: str
+
+
+_OF_REWARDS = ("group_size", "advantage_eps", "advantage_scale")  # the arguments that go with rewards alone
 
 
 class RowSource(Protocol):
@@ -207,13 +214,11 @@ def loss_from_rows(
     """What `grpo_loss` and `linear_grpo_loss` share: everything but where the logits come from."""
     rows, layout, backend = source.rows, source.layout, source.backend
     dtype = acc_dtype(rows.logits.dtype)
-    fused_advantages = None
-    if advantages is None and source.fuses_group_advantages:
-        fused_advantages = _rewards_in_launch(rewards, layout, dtype, config)
-    made = fused_advantages or advantages_of(advantages, rewards, backend)
+    made = advantages_of(advantages, rewards, source, dtype, config)
     inputs = policy_inputs(layout, rows.active, dtype, config, made, given)
     entropy: Tensor | None
-    if single_pass and config.form.token_local and not differentiable(backend) and source.wants_grad:
+    fuses = config.form.token_local and not differentiable(backend) and source.wants_grad
+    if fuses and single_pass and _holds_gradient(rows.logits.dtype, given.scale):
         loss, logps, entropy, per_token, metrics = source.fused(inputs)
     else:
         logps, entropy, _ = source.logps()
@@ -221,27 +226,37 @@ def loss_from_rows(
     return output(layout, loss, logps, entropy if config.has_entropy or return_entropy else None, per_token, metrics)
 
 
-def advantages_of(advantages: Tensor | None, rewards: Rewards, backend: str) -> Advantages:
-    """As given, or of the rewards in a launch of their own."""
+def _holds_gradient(dtype: torch.dtype, scale: float | Tensor) -> bool:
+    """Whether a gradient in `dtype` of the loss as it is, before any loss scale, can be trusted: of a mean over 10^5
+    tokens most of it would be 0 in float16. A scale that is a tensor, or above 1, is the loss scale itself."""
+    return dtype != torch.float16 or isinstance(scale, Tensor) or scale > 1
+
+
+def advantages_of(
+    advantages: Tensor | None, rewards: Rewards, source: RowSource, dtype: torch.dtype, config: LossConfig
+) -> Advantages:
+    """As given; or of the rewards, in the loss's own launches where the source takes them, else in one before."""
     if (advantages is None) == (rewards.values is None):
         raise ValueError("give either advantages or rewards (with group_size)")
+    layout, (values, group_size, eps, scale) = source.layout, rewards
     if advantages is not None:
-        if rewards.group_size is not None:
-            raise ValueError(f"group_size={rewards.group_size} goes with rewards; got advantages")
+        for name, value, default in zip(_OF_REWARDS, rewards[1:], (None, EPS, "group"), strict=True):
+            check_unused(name, value, default, "with advantages, which are taken as they are")
         return Advantages(advantages)
-    assert rewards.values is not None
-    made = group_advantages(
-        rewards.values, group_size=rewards.group_size, eps=rewards.eps, scale=rewards.scale, backend=backend
+    check_tensor(
+        "rewards", values, device=layout.device, shape=(layout.sequences,) if layout.knows_sequences else layout.shape
     )
+    assert values is not None
+    if source.fuses_group_advantages and (fused := _rewards_in_launch(rewards, layout, dtype, config)):
+        return fused
+    made = group_advantages(values, group_size=group_size, eps=eps, scale=scale, backend=source.backend)
     return Advantages(made.advantages)
 
 
 def _rewards_in_launch(rewards: Rewards, layout: Layout, dtype: torch.dtype, config: LossConfig) -> Advantages | None:
-    """Rewards for the loss's own launches; None where they take one of their own, which also names what is wrong."""
+    """None where the loss's launches cannot make these advantages, or something is wrong that a launch before names."""
     values, group_size, eps, scale = rewards
-    if values is None or group_size is None:
-        return None
-    if not (layout.padded and values.shape == layout.shape[:1]) or acc_rewards(values).dtype != dtype:
+    if values is None or group_size is None or not layout.padded or acc_rewards(values).dtype != dtype:
         return None
     if not 1 <= group_size <= LARGEST_FUSED_GROUP or layout.shape[0] % group_size:
         return None

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import differentiable, resolve
 from ..config import DEFAULT, LossConfig
-from ..inputs.layout import Layout, PolicyInputs, Rows, layout_of, rows_of
+from ..inputs.check import check_tensor
+from ..inputs.layout import Layout, PolicyInputs, Rows, check_logits, layout_of, rows_of
 from ..ops import loss as ops
-from ..ops.library import none_for_unused_outputs
+from ..ops.library import first_order, none_for_unused_outputs
 from ..ops.linear_chunks import chunk_rows_for
 from ..reference import loss as reference
 from .grpo import ConfiguredLoss, Rewards, loss_from_rows, scale_gradient
@@ -40,7 +40,7 @@ class LinearLogps(torch.autograd.Function):
         return (*stats[:2], squares)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g_logps: Tensor | None, g_entropy: Tensor | None, _: Any) -> tuple:
         if g_logps is None and g_entropy is None:
             return (None,) * (7 + N_ROWS)
@@ -82,7 +82,7 @@ class LinearSinglePass(torch.autograd.Function):
         return loss, logps, entropy, per_token, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
         if g is None:
             return (None,) * (7 + N_ROWS + N_INPUTS)
@@ -91,6 +91,14 @@ class LinearSinglePass(torch.autograd.Function):
             scale_gradient(ctx, x, g) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
         ]
         return *gradients, *[None] * (4 + N_ROWS + N_INPUTS)
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
+    check_logits(hidden, "hidden")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None or name == "weight":
+            check_tensor(name, x, device=hidden.device, kind="float", differentiable=True)
+    check_tensor("targets", targets, device=hidden.device, kind="integer")
 
 
 def _prepared(
@@ -108,8 +116,8 @@ def _prepared(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
     for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
-            raise TypeError(f"{name} must be {hidden.dtype} on {hidden.device}, as hidden; got {x.dtype} on {x.device}")
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(f"{name} must be {hidden.dtype}, as hidden; got {x.dtype}")
     return rows_of(hidden, targets, mask, name="hidden", **transform), weight, bias
 
 
@@ -145,10 +153,11 @@ class FromHidden:
 def _logps(
     rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int | None, sum_p2: bool, validate: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if differentiable(backend):
-        ops.check_targets(rows, weight.shape[0], validate)
-        return reference.token_logps(torch.nn.functional.linear(rows.logits, weight, bias), rows)
     chunk = chunk_rows_for(weight, chunk_rows, rows.targets.numel(), torch.is_grad_enabled())
+    if differentiable(backend):
+        rows = rows._replace(targets=ops.legal_targets(rows, weight.shape[0], validate))
+        hidden = torch.where(rows.active[..., None], rows.logits[:, : rows.targets.shape[1]], 0.0)
+        return reference.token_logps(torch.nn.functional.linear(hidden, weight, bias), rows)
     outputs: tuple[Tensor, Tensor, Tensor] = LinearLogps.apply(
         rows.logits, weight, bias, chunk, sum_p2, validate, backend, *rows[1:]
     )
@@ -196,6 +205,7 @@ def linear_token_logps(
         ValueError, TypeError: as ``token_logps``; for a weight or bias that does not fit hidden.
     """
     unsupported_group("tp_group", tp_group)
+    _check_head(hidden, weight, bias, targets)
     backend = resolve(backend, hidden.device, hidden.dtype)
     rows, weight, bias = _prepared(
         hidden, weight, bias, targets, mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
@@ -258,6 +268,7 @@ def linear_grpo_loss(
     """
     unsupported_group("tp_group", tp_group)
     unsupported_group("cp_group", cp_group)
+    _check_head(hidden, weight, bias, targets)
     backend = resolve(backend, hidden.device, hidden.dtype)
     layout = layout_of(targets.shape, cu_seqlens, targets.device)
     rows, weight, bias = _prepared(

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import differentiable, resolve
-from ..inputs.layout import Rows, check_rows_apart, rows_of
+from ..inputs.check import check_tensor
+from ..inputs.layout import Rows, check_logits, check_rows_apart, rows_of
 from ..ops import loss as ops
-from ..ops.library import none_for_unused_outputs
+from ..ops.library import first_order, none_for_unused_outputs
 from ..reference import loss as reference
 
 CONSUMED_ERROR = (
@@ -55,7 +55,7 @@ class RowLogps(torch.autograd.Function):
         return (*stats[:2], squares)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g_logps: Tensor | None, g_entropy: Tensor | None, _: Any) -> tuple:
         if ctx.consumed:
             raise RuntimeError(CONSUMED_ERROR)
@@ -63,19 +63,9 @@ class RowLogps(torch.autograd.Function):
             return (None,) * (5 + N_ROWS)
         logits, targets, active, temperatures, *stats = ctx.saved_tensors
         temperature, logit_scale, softcap = ctx.numbers
-        args = (
-            logits,
-            targets,
-            active,
-            temperature,
-            temperatures,
-            logit_scale,
-            softcap,
-            *stats,
-            torch.zeros_like(stats[0]) if g_logps is None else g_logps,
-            g_entropy,
-            ctx.backend,
-        )
+        g_logps = torch.zeros_like(stats[0]) if g_logps is None else g_logps
+        rows = (targets, active, temperature, temperatures, logit_scale, softcap)
+        args = (logits, *rows, *stats, g_logps, g_entropy, ctx.backend)
         if not ctx.inplace:
             return ops.row_backward(*args), *[None] * (4 + N_ROWS)
         ops.row_backward_(*args)
@@ -88,7 +78,7 @@ def row_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, entropy and (maybe empty) sum p^2, [B, T]; differentiable in `rows.logits` but for the last."""
     if differentiable(backend):
-        ops.check_targets(rows, rows.logits.shape[-1], validate)
+        rows = rows._replace(targets=ops.legal_targets(rows, rows.logits.shape[-1], validate))
         return reference.token_logps(rows.logits, rows)
     if inplace_backward:
         check_inplace(rows.logits)
@@ -149,16 +139,13 @@ def token_logps(
         TypeError: for dtypes that do not fit.
     """
     unsupported_group("tp_group", tp_group)
+    check_logits(logits)
+    check_tensor("targets", targets, device=logits.device, kind="integer")
     backend = resolve(backend, logits.device, logits.dtype)
     rows = rows_of(
-        logits,
-        targets,
-        mask,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
+        logits, targets, mask, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         ignore_index=ignore_index,
-    )
+    )  # fmt: skip
     outputs = row_logps(
         rows, sum_p2=return_sum_p2, validate=validate, inplace_backward=inplace_backward, backend=backend
     )

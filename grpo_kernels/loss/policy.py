@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..aggregation import aggregation_weights
 from ..backends import differentiable, resolve
 from ..coefficients import readable
 from ..config import DEFAULT, METRICS, OBJECTIVES, LossConfig, Scalars
+from ..inputs.check import check_tensor
 from ..inputs.layout import Layout, PolicyInputs, acc_dtype, active_tokens, layout_of
 from ..ops import loss as ops
-from ..ops.library import none_for_unused_outputs
+from ..ops.library import first_order, none_for_unused_outputs
 from ..reference import loss as reference
 from .covariance import covariance_selection
 from .logps import unsupported_group
@@ -111,7 +111,7 @@ class TokenPolicy(torch.autograd.Function):
         return loss, per_token, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
         if g is None:
             return (None,) * (5 + N_INPUTS)
@@ -142,6 +142,9 @@ def policy_inputs(
         kept = active if bonus_mask is None else active & (bonus_mask != 0)
         own = config.entropy_aggregation or config.aggregation
         entropy_weights = share(kept, own, denominator=None if config.entropy_aggregation else given.denominator)
+    for name in ("old_logps", "ref_logps", "rollout_logps"):
+        if (x := getattr(given, name)) is not None:
+            layout.check(x, name, "float")
     old = given.rollout_logps if objective.ratio_against == "rollout" else given.old_logps
     kl_coef, entropy_coef, scalars = _coefficients(config, active.device, dtype)
     values = layout.tokens_or_sequences(advantages.values, "advantages", dtype)
@@ -202,7 +205,7 @@ def loss_from_logps(
     if OBJECTIVES[config.objective].selects_tokens:
         inputs = inputs._replace(selected=covariance_selection(logps, active, inputs, config))
     if differentiable(backend):
-        return reference.policy_loss(logps, entropy, active, layout, inputs)
+        return reference.policy_loss(logps, entropy, active, layout, inputs, config)
     outputs: tuple[Tensor, Tensor, Tensor] = TokenPolicy.apply(
         logps, entropy, active, layout.cu_seqlens, backend, *inputs
     )
@@ -282,19 +285,22 @@ def policy_loss(
     """
     unsupported_group("cp_group", cp_group)
     config = config or DEFAULT
-    backend = resolve(backend, logps.device, acc_dtype(logps.dtype))
-    layout = layout_of(logps.shape, cu_seqlens, logps.device)
+    check_tensor("logps", logps, kind="float", differentiable=True)
     dtype = acc_dtype(logps.dtype)
+    backend = resolve(backend, logps.device, dtype)
+    layout = layout_of(logps.shape, cu_seqlens, logps.device)
     logps_bt = logps.to(dtype).reshape(layout.bt_shape)
     active = active_tokens(mask, layout, logps.device)
     if config.has_entropy and entropy is None:
         raise ValueError(
             "entropy_coef is not 0, so entropy must be given (token_logps(..., return_entropy=True)); got None"
         )
+    if return_entropy and entropy is None:
+        raise ValueError("return_entropy=True needs entropy (token_logps(..., return_entropy=True)); got None")
     entropy_bt = None
+    if entropy is not None:
+        layout.check(entropy, "entropy", "float", differentiable=True)
     if entropy is not None and (config.has_entropy or return_entropy):
-        if entropy.shape != logps.shape:
-            raise ValueError(f"entropy must have the shape of logps, {tuple(logps.shape)}; got {tuple(entropy.shape)}")
         entropy_bt = entropy.to(dtype).reshape(layout.bt_shape)
     given = LossArguments(
         old_logps, ref_logps, rollout_logps, token_weights, entropy_mask, sequence_weights, denominator, scale

@@ -37,17 +37,30 @@ def _split(args: tuple) -> tuple[Rows, tuple]:
     return Rows(*args[:_N_ROWS]), args[_N_ROWS:]
 
 
-def check_targets(rows: Rows, vocab: int, validate: bool) -> None:
+def check_targets(targets: Tensor, active: Tensor, vocab: int, validate: bool) -> None:
     """On the CPU always; elsewhere on request, as reading the answer synchronises."""
-    if not validate and rows.targets.device.type != "cpu":
+    if not validate and targets.device.type != "cpu":
         return
-    bad = rows.active & ((rows.targets < 0) | (rows.targets >= vocab))
+    bad = active & ((targets < 0) | (targets >= vocab))
     if bad.any():
         at = tuple(bad.nonzero()[0].tolist())
         raise ValueError(
-            f"target {int(rows.targets[at])} at position {at} is outside the vocabulary of {vocab}; "
+            f"target {int(targets[at])} at position {at} is outside the vocabulary of {vocab}; "
             "mask it, or give it ignore_index"
         )
+
+
+def legal_targets(rows: Rows, vocab: int, validate: bool) -> Tensor:
+    """The checked targets, for the reference: in a graph an operator checks them at each run."""
+    if torch.compiler.is_compiling():
+        return checked_targets(rows.targets, rows.active, vocab, validate)  # type: ignore[no-any-return]
+    check_targets(rows.targets, rows.active, vocab, validate)
+    return rows.targets
+
+
+def _checked_targets(targets: Tensor, active: Tensor, vocab: int, validate: bool) -> Tensor:
+    check_targets(targets, active, vocab, validate)
+    return targets.clone()
 
 
 def _new_gradient(args: tuple) -> Tensor:
@@ -81,7 +94,7 @@ def _modified(logits: Tensor) -> None:
 
 def _row_forward(*args: Any) -> tuple[Tensor, ...]:
     rows, (sum_p2, validate, backend) = _split(args)
-    check_targets(rows, rows.logits.shape[-1], validate)
+    check_targets(rows.targets, rows.active, rows.logits.shape[-1], validate)
     stats, squares = implementation(backend).row_forward(rows, sum_p2)
     return (*stats, squares)
 
@@ -120,7 +133,7 @@ def _row_policy_(*args: Any) -> tuple[Tensor, Tensor]:
 def _row_policy_into(gradient: Tensor, args: tuple) -> tuple[Tensor, Tensor]:
     rows, rest = _split(args)
     inputs, (validate, backend) = PolicyInputs(*rest[:_N_POLICY]), rest[_N_POLICY:]
-    check_targets(rows, rows.logits.shape[-1], validate)
+    check_targets(rows.targets, rows.active, rows.logits.shape[-1], validate)
     stats = implementation(backend).row_policy(rows, inputs, gradient)
     _clear_ignored(gradient, rows)
     return stats.logps, stats.entropy
@@ -137,7 +150,7 @@ def _token_policy(
 
 def _linear_forward(*args: Any) -> tuple[Tensor, ...]:
     rows, (weight, bias, chunk_rows, sum_p2, validate, backend) = _split(args)
-    check_targets(rows, weight.shape[0], validate)
+    check_targets(rows.targets, rows.active, weight.shape[0], validate)
     stats, squares = linear_chunks.forward(implementation(backend), rows, weight, bias, chunk_rows, sum_p2)
     return (*stats, squares)
 
@@ -153,7 +166,7 @@ def _linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _linear_policy(*args: Any) -> tuple[Tensor, ...]:
     rows, (weight, bias, chunk_rows, needs, *rest) = _split(args)
     inputs, (validate, backend) = PolicyInputs(*rest[:_N_POLICY]), rest[_N_POLICY:]
-    check_targets(rows, weight.shape[0], validate)
+    check_targets(rows.targets, rows.active, weight.shape[0], validate)
     return linear_chunks.policy(implementation(backend), rows, weight, bias, chunk_rows, needs, inputs)
 
 
@@ -190,6 +203,11 @@ _HEAD = _ROWS.format("")
 _HEAD_INPLACE = _ROWS.format("(a!)")
 _HIDDEN = _HEAD.replace("logits,", "hidden,", 1)
 
+checked_targets = define(
+    "checked_targets(Tensor targets, Tensor active, SymInt vocab, bool validate) -> Tensor",
+    _checked_targets,
+    lambda targets, *_: torch.empty_like(targets),
+)
 row_forward = define(
     f"row_forward({_HEAD}, bool sum_p2, bool validate, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _row_forward,

@@ -6,10 +6,12 @@ Everything is [B, T]. A masked token contributes nothing, whatever its values ho
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..config import OBJECTIVES, Form, Scalars
+from ..config import OBJECTIVES, Form, LossConfig, Scalars
 from ..inputs.layout import Layout, PolicyInputs, Rows, acc_dtype
 from .objectives import (
     Flags,
@@ -124,18 +126,18 @@ def sequence_sums(x: Tensor, layout: Layout) -> Tensor:
 # ---- the loss ----
 
 
-def scalars_of(inputs: PolicyInputs) -> Scalars:
-    """The loss's numbers, with the coefficients that were given as tensors."""
-    s = Scalars(*inputs.scalars.tolist())
-    given = {"kl_coef": inputs.kl_coef, "entropy_coef": inputs.entropy_coef}
-    return s._replace(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+def scalars_of(config: LossConfig, dtype: torch.dtype) -> Scalars:
+    """The loss's numbers, with the coefficients that were given as tensors, 0-d. In a graph they are constants."""
+    given = dict(zip(("kl_coef", "entropy_coef"), config.tensors, strict=True))
+    tensors: Any = {name: x.detach().to(dtype).reshape(()) for name, x in given.items() if x is not None}
+    return config.scalar_values()._replace(**tensors)
 
 
 def policy_loss(
-    logps: Tensor, entropy: Tensor | None, active: Tensor, layout: Layout, inputs: PolicyInputs
+    logps: Tensor, entropy: Tensor | None, active: Tensor, layout: Layout, inputs: PolicyInputs, config: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (0-d), per-token terms [B, T] and metrics [len(METRICS)], from log-probs and entropies [B, T]."""
-    form, s = Form(*inputs.form), scalars_of(inputs)
+    form, s = config.form, scalars_of(config, logps.dtype)
 
     def read(x: Tensor | None, absent: Tensor) -> Tensor:
         return absent if x is None else torch.where(active, x, absent)

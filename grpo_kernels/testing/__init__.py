@@ -1,1 +1,1 @@
-"""For tests and benchmarks, ours and yours: measuring time (``bench``) and memory (``memory``) truthfully."""
+"""For your tests of a loss, and ours: the accuracy rule (``compare``) and ragged batches (``inputs``)."""

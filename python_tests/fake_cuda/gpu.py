@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from grpo_kernels import backends
 from grpo_kernels.ops import advantages, loss
-from grpo_kernels.testing.dry_driver import dry_run
+from dry_driver import dry_run
 
 
 class _NativeModule:

@@ -13,7 +13,7 @@ from grpo_kernels.backends.triton import launch, tuning
 from grpo_kernels.backends.triton.row import gradient_kernel, policy_kernel, stats_kernel
 from grpo_kernels.inputs.layout import acc_dtype, layout_of, rows_of
 from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
-from grpo_kernels.testing.dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
+from dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
 KERNELS = (stats_kernel, gradient_kernel, policy_kernel)
 PHASES = {"stats_kernel": 3, "gradient_kernel": 1, "policy_kernel": 2}  # row, segments, merge; -; row, merge
@@ -123,7 +123,7 @@ def no_spills_no_doubles_wide_accesses():
             assert needs.shared <= 4096 <= SHARED_BYTES[ARCH], (needs, what)
             double = compiled.src.signature["logits"] == "*fp64"
             assert ((".f64" in asm) or ("_f64" in asm)) == double, what
-            if constants["ALIGNED"] and kernel is gradient_kernel and not double:
+            if constants["SWEEP"].ALIGNED and kernel is gradient_kernel and not double:
                 assert all(access in asm for access in WIDE[sys.argv[1]]), what
 
 

@@ -17,7 +17,7 @@ from grpo_kernels.backends.triton.token import token_kernel
 from grpo_kernels.inputs.grouping import BASELINES, SCALES, AdvantageForm, Samples
 from grpo_kernels.inputs.layout import layout_of
 from grpo_kernels.loss.policy import Advantages, LossArguments, policy_inputs
-from grpo_kernels.testing.dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
+from dry_driver import SHARED_BYTES, WIDE, assembly, constants_of, dry_run, resources
 
 ARCH = int(sys.argv[2]) if sys.argv[1] == "cuda" else sys.argv[2]
 DRY = dry_run(sys.argv[1], ARCH)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grpo_kernels.backends import triton as backend
-from grpo_kernels.testing.dry_driver import DryDriver, dry_run
+from dry_driver import DryDriver, dry_run
 
 from .machine import Grid, Options, program
 

@@ -339,8 +339,10 @@ def test_a_tool_that_refuses_the_device_is_no_failure() -> None:
 
 
 PROBE = """
+import sys
 import torch
-from grpo_kernels.testing.dry_driver import assembly, dry_run
+sys.path.insert(0, "python_tests")
+from dry_driver import assembly, dry_run
 dry = dry_run("cuda", 90)
 from benchmarks.gpu import probe_kernels as p
 x = torch.ones(3000)

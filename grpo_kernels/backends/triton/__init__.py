@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...config import Form
 from ...inputs.layout import PolicyInputs, Rows, RowStats, acc_dtype
 from ...reference.advantages import masked_moments, whiten
 from .. import Backend
@@ -18,10 +19,11 @@ from . import tuning
 from .advantages import group_advantages
 from .diversity import group_diversity
 from .launch import ACC_TYPES, INTERPRETED, aligned, on_device_of, scalar_bits
-from .policy_inputs import form_args, policy_args, view_args
+from .policy_inputs import policy_args, view_args
 from .returns import gae, value_loss
 from .row import gradient_kernel, policy_kernel, stats_kernel
 from .scale import scale
+from .sweep import Sweep
 from .token import token_policy
 
 
@@ -78,9 +80,11 @@ class _Launch:
             r.targets.shape[1], self.vocab, *(scalar_bits(x, acc) for x in numbers),
         ]  # fmt: skip
         self._constants: dict[str, Any] = {
-            "ACC": ACC_TYPES[acc], "SOFTCAP": r.softcap > 0,
-            "ALIGNED": aligned(r.logits) if gradient is None else aligned(r.logits, gradient),
-            "STEPS": self.shape.STEPS, "LANES": self.shape.LANES, **self.shape.options,
+            "SWEEP": Sweep(
+                ACC_TYPES[acc], r.softcap > 0, aligned(*(x for x in (r.logits, gradient) if x is not None)),
+                self.shape.STEPS, self.shape.LANES, self.shape.SEGMENT,
+            ),
+            **self.shape.options,
             # A product and a sum fused in one kernel and not in another would make two results of one row.
             "enable_fp_fusion": False,
         }  # fmt: skip
@@ -99,7 +103,7 @@ class _Launch:
         squares = stats.logps if sum_p2 is None else sum_p2  # never written
         self(
             stats_kernel, parts, *stats, squares, self.partials, self.saved_z, self.segments,
-            PHASE=phase, SUM_P2=sum_p2 is not None, SEGMENT=self.shape.SEGMENT,
+            PHASE=phase, SUM_P2=sum_p2 is not None,
         )  # fmt: skip
 
 
@@ -126,8 +130,7 @@ def _policy(
         launch.store_segments(stats, None)
     launch(
         policy_kernel, launch.tiles if launch.split else 1, *stats, launch.partials, launch.saved_z, launch.segments,
-        *view_args(gradient), *policy_args(inputs), **form_args(inputs),
-        PHASE="merge" if launch.split else "row", SEGMENT=launch.shape.SEGMENT,
+        *view_args(gradient), *policy_args(inputs), FORM=Form(*inputs.form), PHASE="merge" if launch.split else "row",
     )  # fmt: skip
 
 

@@ -9,21 +9,7 @@ from torch import Tensor
 
 from ...inputs.grouping import AdvantageForm, Samples, sorted_by_group
 from ...inputs.layout import acc_dtype
-from .group import (
-    ABOVE,
-    CONSTANT,
-    COUNT,
-    GROUP_BLOCK,
-    LOW,
-    SPAN,
-    STD,
-    finite_range,
-    fixed,
-    reward_at,
-    sample_at,
-    scale_for,
-    statistics,
-)
+from .group import GROUP_BLOCK, Source, finite_range, fixed, reward_at, sample_at, scale_for, statistics
 from .launch import ACC_TYPES, bits_to_float, kernel, on_device_of, registers, scalar_bits
 from .math import advantage, centred
 from .numeric import clamp_, max_, quotient
@@ -42,7 +28,7 @@ def length_shift(source, lengths, begin, end, group, ACC: tl.constexpr, BLOCK: t
         r = reward_at(source, i, i < end, ACC)
         length = tl.load(lengths + sample_at(source, i, i < end), i < end, 0.0).to(ACC)
         longest = max_(longest, tl.where(r == r, length, 0.0))
-    unit, scale = tl.max(longest, 0), scale_for(group[COUNT])
+    unit, scale = tl.max(longest, 0), scale_for(group.count)
     unit = tl.where(unit > 0, unit, 1.0)
     total, weighted = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     for start in range(begin, end, BLOCK):
@@ -50,10 +36,10 @@ def length_shift(source, lengths, begin, end, group, ACC: tl.constexpr, BLOCK: t
         r = reward_at(source, i, i < end, ACC)
         share = tl.load(lengths + sample_at(source, i, i < end), i < end, 0.0).to(ACC) / unit
         total += fixed(share, r == r, scale)
-        weighted += fixed(share * ((r - group[LOW] - group[ABOVE]) / group[SPAN]), r == r, scale)
+        weighted += fixed(share * ((r - group.low - group.above) / group.span), r == r, scale)
     length = tl.sum(total, 0).to(ACC)
     mean = quotient(tl.sum(weighted, 0).to(ACC), tl.where(length > 0, length, 1.0))
-    return tl.where(length > 0, mean * group[SPAN], 0.0)
+    return tl.where(length > 0, mean * group.span, 0.0)
 
 
 @triton.jit
@@ -98,8 +84,8 @@ def batch_kernel(
     rewards, components: tl.int64, reward_weights, valid, std, samples: tl.int64, ddof: tl.int64,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    source = (rewards, components, components, reward_weights, valid, None)
-    tl.store(std, statistics(source, samples * 0, samples, ddof.to(ACC), ACC, BLOCK)[STD])
+    source = Source(rewards, components, components, reward_weights, valid, None)
+    tl.store(std, statistics(source, samples * 0, samples, ddof.to(ACC), ACC, BLOCK).std)
 
 
 @kernel
@@ -119,12 +105,12 @@ def group_kernel(
         begin, end = program, program
         if tl.load(ends + program - 1, program > 0, 0) == program:
             end = tl.load(ends + program)
-    source = (rewards, components, components, reward_weights, valid, order)
+    source = Source(rewards, components, components, reward_weights, valid, order)
     group = statistics(source, begin, end, ddof.to(ACC), ACC, BLOCK)
-    mean, std, count, shift = group[LOW] + group[ABOVE], group[STD], group[COUNT], group[STD] * 0
+    mean, std, count, shift = group.low + group.above, group.std, group.count, group.std * 0
     if BASELINE == "length_weighted":
         shift = length_shift(source, lengths, begin, end, group, ACC, BLOCK)
-    informs = (count >= 2) & ~group[CONSTANT]
+    informs = (count >= 2) & ~group.constant
     if critics is not None:
         informs = informs | (critics_disagree(source, critics, begin, end, ACC, BLOCK) > 0)
     if SCALE == "batch":
@@ -138,7 +124,7 @@ def group_kernel(
         if SCALE == "leave_one_out":
             others = deviation_of_others(source, i, begin, end, ddof.to(ACC), count, ACC)
             deviation = tl.where(r == r, others, deviation)
-        d = centred(r, group[LOW], group[ABOVE], shift, count, group[CONSTANT], single_raw != 0, BASELINE)
+        d = centred(r, group.low, group.above, shift, count, group.constant, single_raw != 0, BASELINE)
         a = advantage(
             r, d, critic, mean, deviation, count, bits_to_float(critic_weight, ACC), bits_to_float(eps, ACC), SCALE,
             critics is not None,

@@ -4,6 +4,8 @@ Sums are of fixed-point integers: exact, so that the order of the samples change
 value is first taken as its share of the group's range, in [0, 1], with as many bits as 64 leave for the count.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -12,37 +14,53 @@ from .numeric import max_, quotient
 
 GROUP_BLOCK = tl.constexpr(128)  # groups are small
 LARGEST_SHARE = tl.constexpr(1.001)  # 1, and what quotients of float32 and their squares may be above
-# Of what `reward_at` reads.
-REWARDS, STRIDE, COMPONENTS, WEIGHTS, VALID, ORDER = (tl.constexpr(i) for i in range(6))
-# Of what `statistics` returns: the lowest reward, the mean above it, the deviation, how many count, whether all are
-# equal, and the range, 1 where there is none.
-LOW, ABOVE, STD, COUNT, CONSTANT, SPAN = (tl.constexpr(i) for i in range(6))
+
+
+class Source(NamedTuple):
+    """Where rewards lie: a row of `components` for each sample, `stride` apart; None for the last three: not given."""
+
+    rewards: Any
+    stride: Any
+    components: Any
+    weights: Any
+    valid: Any
+    order: Any  # of the samples, group after group
+
+
+class Statistics(NamedTuple):
+    """The lowest reward, the mean above it, the deviation, how many count, whether all are equal, and their range, 1
+    where there is none."""
+
+    low: Any
+    above: Any
+    std: Any
+    count: Any
+    constant: Any
+    span: Any
 
 
 @triton.jit
 def sample_at(source, i, mask):
     """Where the i-th sample of the groups, which lie one after the other, is kept."""
-    if source[ORDER] is None:
+    if source.order is None:
         return i
     else:
-        return tl.load(source[ORDER] + i, mask, 0)
+        return tl.load(source.order + i, mask, 0)
 
 
 @triton.jit
 def reward_at(source, i, mask, ACC: tl.constexpr):
-    """Of the i-th samples: the weighted sum of the components that are there; NaN where none is, or it does not count.
-
-    `source`: rewards, their stride, number of components, weights, valid, order; None for the last three: not given."""
+    """The weighted sum of the components that the i-th samples have; NaN where there is none, or it does not count."""
     at = sample_at(source, i, mask)
     total, any = tl.zeros_like(i).to(ACC), i < 0
-    for c in range(source[COMPONENTS]):
-        r = tl.load(source[REWARDS] + at * source[STRIDE] + c, mask, float("nan")).to(ACC)
+    for c in range(source.components):
+        r = tl.load(source.rewards + at * source.stride + c, mask, float("nan")).to(ACC)
         there = r == r
-        if source[WEIGHTS] is not None:
-            r = r * tl.load(source[WEIGHTS] + c).to(ACC)
+        if source.weights is not None:
+            r = r * tl.load(source.weights + c).to(ACC)
         total, any = total + tl.where(there, r, 0.0), any | there
-    if source[VALID] is not None:
-        any = any & (tl.load(source[VALID] + at, mask, 0) != 0)
+    if source.valid is not None:
+        any = any & (tl.load(source.valid + at, mask, 0) != 0)
     return tl.where(any, total, float("nan"))
 
 
@@ -71,7 +89,7 @@ def finite_range(low, high):
 
 @triton.jit
 def statistics(source, begin, end, ddof, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """(LOW, ABOVE, STD, COUNT, CONSTANT, SPAN) of the rewards [begin, end), centred before they are squared."""
+    """Of the rewards [begin, end), centred before they are squared."""
     zeros, counted = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], tl.int32)
     low, high = zeros + float("inf"), zeros - float("inf")
     for start in range(begin, end, BLOCK):
@@ -98,20 +116,23 @@ def statistics(source, begin, end, ddof, ACC: tl.constexpr, BLOCK: tl.constexpr)
     variance = quotient(quotient(tl.sum(squares, 0).to(ACC), scale), max_(count - ddof, 1.0))
     std = tl.where(finite, tl.sqrt(variance) * span, float("nan"))
     some = count > 0
-    return (
+    return Statistics(
         tl.where(some, tl.where(constant, least, origin), 0.0), tl.where(constant, 0.0, above),
         tl.where(constant | (count <= ddof), 0.0, std), count, constant, span,
     )  # fmt: skip
 
 
 @triton.jit
-def sample_advantage(rewards, stride, sample, on, group_size, eps, ADVANTAGES: tl.constexpr, ACC: tl.constexpr):
-    """Of one sample, from its group's rewards: Form.advantages "centred" or "normalised". A NaN reward has none."""
-    begin = sample // group_size * group_size
-    end = tl.where(on, begin + group_size, begin)
-    group = statistics((rewards, stride, 1, None, None, None), begin, end, 1.0, ACC, GROUP_BLOCK)
-    r = tl.load(rewards + sample * stride, on, float("nan")).to(ACC)
-    d = centred(r, group[LOW], group[ABOVE], 0.0, group[COUNT], group[CONSTANT], False, "mean")
-    scale: tl.constexpr = "group" if ADVANTAGES == "normalised" else "none"
-    a = advantage(r, d, r, group[LOW] + group[ABOVE], group[STD], group[COUNT], 0.0, eps, scale, False)
-    return tl.where(r == r, a, 0.0)
+def sample_advantage(rewards, stride, sample, on, group_size, eps, FORM: tl.constexpr, ACC: tl.constexpr):
+    """Of one sample, from its group's rewards, "centred" or "normalised"; 0 where they are "given", or NaN."""
+    if FORM.advantages == "given":
+        return 0.0
+    else:
+        begin = sample // group_size * group_size
+        end = tl.where(on, begin + group_size, begin)
+        group = statistics(Source(rewards, stride, 1, None, None, None), begin, end, 1.0, ACC, GROUP_BLOCK)
+        r = tl.load(rewards + sample * stride, on, float("nan")).to(ACC)
+        d = centred(r, group.low, group.above, 0.0, group.count, group.constant, False, "mean")
+        scale: tl.constexpr = "group" if FORM.advantages == "normalised" else "none"
+        a = advantage(r, d, r, group.low + group.above, group.std, group.count, 0.0, eps, scale, False)
+        return tl.where(r == r, a, 0.0)

@@ -29,14 +29,6 @@ def kernel(fn: Callable) -> Any:
     return triton.jit(fn, do_not_specialize=fixed)
 
 
-class Constant(tl.constexpr):
-    """A module's number that kernels use. At each launch Triton asks of every one whether it has changed, which takes
-    its own constexpr ten times as long: of the policy kernel's fifty, a quarter of the time to a launch."""
-
-    def __ne__(self, other: object) -> bool:
-        return bool(self.value != getattr(other, "value", other))
-
-
 def scalar_bits(value: float, acc: torch.dtype) -> int:
     """A number as the integer that `bits_to_float` turns back: a float argument would be rounded to float32."""
     form = "<dq" if acc == torch.float64 else "<fi"

@@ -4,22 +4,37 @@ A [B, T] view is three arguments: address, stride of the batch, stride of the to
 address, which Triton compiles away.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...config import Form, Scalars
+from ...config import Scalars
 from ...inputs.layout import PolicyInputs
-from .launch import Constant, scalar_bits
-from .math import ENTROPY_COEF, KL_COEF
+from .launch import scalar_bits
+from .math import Token
 
-SCALARS = Constant(len(Scalars._fields))
-ADV, WEIGHT, OLD, REF, ROLLOUT, TOKEN_WEIGHT, ENTROPY_WEIGHT, ENTROPY_MASK, SELECTED, POOLED_WEIGHT = (
-    Constant(i) for i in range(10)
-)
+SCALARS = tl.constexpr(len(Scalars._fields))
+KL_COEF, ENTROPY_COEF = (tl.constexpr(Scalars._fields.index(name)) for name in ("kl_coef", "entropy_coef"))
+
+
+class Views(NamedTuple):
+    """A view, (address, stride over b, over t), of each field of `Token`."""
+
+    adv: Any
+    weight: Any
+    old: Any
+    ref: Any
+    rollout: Any
+    token_weight: Any
+    entropy_weight: Any
+    entropy_mask: Any
+    selected: Any
+    pooled_weight: Any
+    own_adv: Any  # the advantage of all tokens, where there is one: the view is of rewards then
+    has_own_adv: Any
 
 
 def view_args(x: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -36,15 +51,6 @@ def policy_args(inputs: PolicyInputs) -> list[Any]:
         inputs.group_size, scalar_bits(inputs.advantage_eps, adv.dtype),
         *(arg for x in views for arg in view_args(x)),
     ]  # fmt: skip
-
-
-def form_args(inputs: PolicyInputs) -> dict[str, str]:
-    """The constexprs that select the maths."""
-    form = Form(*inputs.form)
-    return {
-        "OBJECTIVE": form.objective, "KL": form.kl_estimator, "KL_GRADIENT": form.kl_gradient,
-        "ADVANTAGES": form.advantages,
-    }  # fmt: skip
 
 
 def scalar_args(scalars: Tensor, acc: torch.dtype) -> tuple[float, ...]:
@@ -82,7 +88,7 @@ def coefficient(given, scalars, i: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def scalars_of(scalars, kl_coef, entropy_coef, ACC: tl.constexpr):
-    """The numbers of config.Scalars, each by name: `s[EPS_LOW]`."""
+    """The numbers of config.Scalars, each by its name."""
     s = ()
     for i in tl.static_range(SCALARS):
         if i == KL_COEF:
@@ -91,8 +97,8 @@ def scalars_of(scalars, kl_coef, entropy_coef, ACC: tl.constexpr):
             value = coefficient(entropy_coef, scalars, i, ACC)
         else:
             value = scalar(scalars, i, ACC)
-        s = s + (value,)  # type: ignore[assignment]  # noqa: RUF005 - kernels know no unpacking
-    return s
+        s = s + (value,)  # type: ignore[assignment]  # noqa: RUF005 - kernels know no unpacking here
+    return Scalars(*s)  # type: ignore[call-arg]  # the loop has added one for each field
 
 
 @triton.jit
@@ -108,27 +114,21 @@ def read(view, b, t, mask, absent, ACC: tl.constexpr):
 
 @triton.jit
 def load_token(b, t, mask, logp, views, ACC: tl.constexpr):
-    """One token's share of each view, or a block's: (adv, weight, old, ...), by name `token[OLD]`.
-
-    `views` holds (address, stride over b, over t) of each, then an advantage and whether it is every token's. `logp`
-    stands in for what is not given: on-policy, a ratio of 1.
-    """
-    advs, weights, olds, refs, rollouts, token_weights, entropy_weights, entropy_masks, picks, pooled, own = views
-    own_advantage, every = own
+    """One token's share of each view, or a block's. `logp` stands in for what is not given: on-policy, a ratio of 1."""
     one = tl.zeros_like(logp) + 1
-    adv = one - 1 + own_advantage
-    if not every:
-        adv = read(advs, b, t, mask, adv, ACC)
-    weight = read(weights, b, t, mask, one, ACC)
-    return (
+    adv = one - 1 + views.own_adv
+    if not views.has_own_adv:
+        adv = read(views.adv, b, t, mask, adv, ACC)
+    weight = read(views.weight, b, t, mask, one, ACC)
+    return Token(
         adv,
         weight,
-        read(olds, b, t, mask, logp, ACC),
-        read(refs, b, t, mask, logp, ACC),
-        read(rollouts, b, t, mask, logp, ACC),
-        read(token_weights, b, t, mask, one, ACC),
-        read(entropy_weights, b, t, mask, weight, ACC),
-        read(entropy_masks, b, t, mask, one, ACC),
-        read(picks, b, t, mask, one - 1, ACC),
-        read(pooled, b, t, mask, one, ACC),
+        read(views.old, b, t, mask, logp, ACC),
+        read(views.ref, b, t, mask, logp, ACC),
+        read(views.rollout, b, t, mask, logp, ACC),
+        read(views.token_weight, b, t, mask, one, ACC),
+        read(views.entropy_weight, b, t, mask, weight, ACC),
+        read(views.entropy_mask, b, t, mask, one, ACC),
+        read(views.selected, b, t, mask, one - 1, ACC),
+        read(views.pooled_weight, b, t, mask, one, ACC),
     )

@@ -12,23 +12,11 @@ import triton.language as tl
 
 from .group import sample_advantage
 from .launch import bits_to_float, kernel
-from .math import ENTROPY_COEF, LOG_RATIO_CLAMP, clamp_passes_grad, token_term
+from .math import Pooled, clamp_passes_grad, token_term
 from .numeric import clamp_, quotient, weighted
-from .policy_inputs import (
-    ADV,
-    ENTROPY_MASK,
-    ENTROPY_WEIGHT,
-    OLD,
-    REF,
-    ROLLOUT,
-    SELECTED,
-    TOKEN_WEIGHT,
-    WEIGHT,
-    load_token,
-    scalars_of,
-)  # fmt: skip
+from .policy_inputs import Views, load_token, scalars_of
 from .softmax import row_gradient, target_gradient
-from .sweep import finished, merged_segments, row_stats, segment_stats, write_gradient, z_of
+from .sweep import Transform, finished, merged_segments, row_stats, segment_stats, write_gradient, z_of
 
 
 @triton.jit
@@ -40,9 +28,9 @@ def row_at(data, stride_b, stride_t, b, t, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def transform_of(scalar_bits, temperature, b, t, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(natural, slope, inner, cap): what makes a difference of z one of logarithms, dz / dlogit without softcap', and
-    z = cap * tanh(logit * inner). `scalar_bits` are the bits of 1 / temperature, logit_scale and softcap."""
+def transform_of(scalar_bits, temperature, b, t, SWEEP: tl.constexpr):
+    """`scalar_bits`: of 1 / temperature, logit_scale and softcap."""
+    ACC: tl.constexpr = SWEEP.ACC
     inv_temperature, logit_scale, softcap = scalar_bits
     inv_t, scale = bits_to_float(inv_temperature, ACC), bits_to_float(logit_scale, ACC)
     cap = bits_to_float(softcap, ACC)
@@ -50,65 +38,58 @@ def transform_of(scalar_bits, temperature, b, t, ACC: tl.constexpr, SOFTCAP: tl.
     if address is not None:
         given = tl.load(address + b * stride_b + t * stride_t).to(ACC)
         inv_t = quotient(tl.full([], 1, ACC), given)  # to the bit what the host makes of the same number
-    if SOFTCAP:
-        return inv_t, scale * inv_t, quotient(scale, cap), cap
+    if SWEEP.SOFTCAP:
+        return Transform(inv_t, scale * inv_t, quotient(scale, cap), cap)
     else:
-        return scale * inv_t, scale * inv_t, scale, cap
+        return Transform(scale * inv_t, scale * inv_t, scale, cap)
 
 
 @triton.jit
-def open_row(
-    logits, targets, active, temperature, tokens, vocab, scalar_bits,
-    ACC: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+def open_row(logits, targets, active, temperature, tokens, vocab, scalar_bits, SWEEP: tl.constexpr):
     """(row, b, t, data, is_active, target, vocab, transform) of this program; views are (address, stride over b, over
-    t), transform is what `transform_of` returns."""
+    t)."""
     data, data_b, data_t = logits
     at_target, target_b, target_t = targets
     at_active, active_b, active_t = active
     row = tl.program_id(0).to(tl.int64)  # rows * vocab passes 2^31 at 14k tokens of a 152k vocabulary
     b, t = row // tokens, row % tokens
     vocab = vocab.to(tl.int32)
-    if ALIGNED:  # a mask that may end anywhere would split every access
+    if SWEEP.ALIGNED:  # a mask that may end anywhere would split every access
         COLUMNS: tl.constexpr = 128 // data.dtype.element_ty.primitive_bitwidth
         vocab = tl.multiple_of(vocab, COLUMNS)  # whole accesses: `aligned` knows no more
     target = tl.load(at_target + b * target_b + t * target_t)
     target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
     is_active = tl.load(at_active + b * active_b + t * active_t) != 0
-    transform = transform_of(scalar_bits, temperature, b, t, ACC, SOFTCAP)
-    return row, b, t, row_at(data, data_b, data_t, b, t, ALIGNED), is_active, target, vocab, transform
+    transform = transform_of(scalar_bits, temperature, b, t, SWEEP)
+    return row, b, t, row_at(data, data_b, data_t, b, t, SWEEP.ALIGNED), is_active, target, vocab, transform
 
 
 @triton.jit
-def target_z(data, target, is_active, transform, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
+def target_z(data, target, is_active, transform, SWEEP: tl.constexpr):
     """NaN without a target: so is then the log-prob."""
-    logit = tl.load(data + target, mask=is_active & (target >= 0), other=float("nan")).to(ACC)
-    _, _, inner, cap = transform
-    z, _ = z_of(logit, inner, cap, SOFTCAP)
+    logit = tl.load(data + target, mask=is_active & (target >= 0), other=float("nan")).to(SWEEP.ACC)
+    z, _ = z_of(logit, transform, SWEEP)
     return z
 
 
 @triton.jit
 def store_stats(row, stats, logps, entropies, maxima, log_sums):
-    logp, entropy, max, log_sum, _ = stats
-    tl.store(logps + row, logp)
-    tl.store(entropies + row, entropy)
-    tl.store(maxima + row, max)
-    tl.store(log_sums + row, log_sum)
+    tl.store(logps + row, stats.logp)
+    tl.store(entropies + row, stats.entropy)
+    tl.store(maxima + row, stats.max)
+    tl.store(log_sums + row, stats.log_sum)
 
 
 @triton.jit
 def write_row_gradient(
     data, out, begin, tiles, vocab, is_active, target, logp, entropy, max, log_sum, g_logp, g_entropy, transform,
-    ACC: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+    SWEEP: tl.constexpr,
 ):  # fmt: skip
     """Writes `tiles` of the gradient from column `begin`, given the derivatives in the log-prob and the entropy."""
     is_active = is_active & ((g_logp != 0) | (g_entropy != 0))  # a NaN is something
     a, b = row_gradient(g_logp, g_entropy, log_sum, entropy)
     at_target = target_gradient(g_logp, g_entropy, logp, entropy)
-    write_gradient(
-        data, out, begin, tiles, vocab, is_active, target, max, a, b, at_target, transform, ACC, SOFTCAP, STEPS, LANES
-    )  # fmt: skip
+    write_gradient(data, out, begin, tiles, vocab, is_active, target, max, a, b, at_target, transform, SWEEP)
 
 
 @kernel
@@ -117,36 +98,34 @@ def stats_kernel(
     active, active_b: tl.int64, active_t: tl.int64, temperature, temperature_b: tl.int64, temperature_t: tl.int64,
     tokens: tl.int64, vocab: tl.int64, inv_temperature: tl.int64, logit_scale: tl.int64, softcap: tl.int64,
     logps, entropy, max, log_sum, sum_p2, partials, saved_z, segments: tl.int64,
-    ACC: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, PHASE: tl.constexpr, SUM_P2: tl.constexpr,
-    STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENT: tl.constexpr,
+    SWEEP: tl.constexpr, PHASE: tl.constexpr, SUM_P2: tl.constexpr,
 ):  # fmt: skip
     """`partials` [rows, segments, 4] and `saved_z` [rows]: what the phase "segments" stores."""
     row, _, _, data, is_active, target, vocab, transform = open_row(
         (logits, logits_b, logits_t), (targets, targets_b, targets_t), (active, active_b, active_t),
         (temperature, temperature_b, temperature_t),
-        tokens, vocab, (inv_temperature, logit_scale, softcap), ACC, SOFTCAP, ALIGNED,
+        tokens, vocab, (inv_temperature, logit_scale, softcap), SWEEP,
     )  # fmt: skip
     end = tl.where(is_active, vocab, 0)
     if PHASE == "segments":
         part = tl.program_id(1)
-        s = segment_stats(data, part * SEGMENT, end, transform, ACC, SOFTCAP, SUM_P2, STEPS, LANES, SEGMENT)
+        s = segment_stats(data, part * SWEEP.SEGMENT, end, transform, SWEEP, SUM_P2)
         at = partials + 4 * (row * segments + part)
         for i in tl.static_range(4):
             tl.store(at + i, s[i])
         if part == 0:
-            tl.store(saved_z + row, target_z(data, target, is_active, transform, ACC, SOFTCAP))
+            tl.store(saved_z + row, target_z(data, target, is_active, transform, SWEEP))
     else:
         if PHASE == "merge":
             z = tl.load(saved_z + row)
-            s = merged_segments(partials + 4 * row * segments, segments, transform, ACC)
+            s = merged_segments(partials + 4 * row * segments, segments, transform, SWEEP)
         else:
-            z = target_z(data, target, is_active, transform, ACC, SOFTCAP)
-            s = row_stats(data, end, transform, ACC, SOFTCAP, SUM_P2, STEPS, LANES, SEGMENT)
+            z = target_z(data, target, is_active, transform, SWEEP)
+            s = row_stats(data, end, transform, SWEEP, SUM_P2)
         stats = finished(s, z, transform, is_active)
         store_stats(row, stats, logps, entropy, max, log_sum)
         if SUM_P2:
-            _, _, _, _, squares = stats
-            tl.store(sum_p2 + row, squares)
+            tl.store(sum_p2 + row, stats.sum_p2)
 
 
 @kernel
@@ -155,36 +134,35 @@ def gradient_kernel(
     active, active_b: tl.int64, active_t: tl.int64, temperature, temperature_b: tl.int64, temperature_t: tl.int64,
     tokens: tl.int64, vocab: tl.int64, inv_temperature: tl.int64, logit_scale: tl.int64, softcap: tl.int64,
     logps, entropy, max, log_sum, g_logps, g_entropy, gradient, gradient_b: tl.int64, gradient_t: tl.int64,
-    ACC: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+    SWEEP: tl.constexpr,
 ):  # fmt: skip
     """The backward: one tile a program, along axis 1. `gradient` may be the logits."""
     row, b, t, data, is_active, target, vocab, transform = open_row(
         (logits, logits_b, logits_t), (targets, targets_b, targets_t), (active, active_b, active_t),
         (temperature, temperature_b, temperature_t),
-        tokens, vocab, (inv_temperature, logit_scale, softcap), ACC, SOFTCAP, ALIGNED,
+        tokens, vocab, (inv_temperature, logit_scale, softcap), SWEEP,
     )  # fmt: skip
-    on_entropy = tl.zeros([], ACC)
+    on_entropy = tl.zeros([], SWEEP.ACC)
     if g_entropy is not None:
         on_entropy = tl.load(g_entropy + row)
-    begin, out = tl.program_id(1) * (STEPS * LANES), row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
+    begin = tl.program_id(1) * (SWEEP.STEPS * SWEEP.LANES)
+    out = row_at(gradient, gradient_b, gradient_t, b, t, SWEEP.ALIGNED)
     write_row_gradient(
         data, out, begin, 1, vocab, is_active, target,
         tl.load(logps + row), tl.load(entropy + row), tl.load(max + row), tl.load(log_sum + row),
-        tl.load(g_logps + row), on_entropy, transform, ACC, SOFTCAP, STEPS, LANES,
+        tl.load(g_logps + row), on_entropy, transform, SWEEP,
     )  # fmt: skip
 
 
 @triton.jit
-def policy_gradient(logp, token, s, OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr):
+def policy_gradient(logp, token, s, FORM: tl.constexpr):
     """(d loss / d logp, d loss / d entropy): the loss of a token that asks no other."""
-    raw, zero = logp - token[OLD], tl.zeros_like(logp)
-    log_ratio = clamp_(raw, -s[LOG_RATIO_CLAMP], s[LOG_RATIO_CLAMP])
-    _, _, d_log_ratio, _, d_logp, _, _, _, _ = token_term(
-        logp, token[OLD], log_ratio, token[ADV], token[TOKEN_WEIGHT], token[SELECTED], token[REF], token[ROLLOUT],
-        zero, zero, zero, s, OBJECTIVE, KL, KL_GRADIENT,
-    )  # fmt: skip
-    g_logp = weighted(token[WEIGHT], d_logp + tl.where(clamp_passes_grad(raw, log_ratio), d_log_ratio, 0.0))
-    return g_logp, -s[ENTROPY_COEF] * token[ENTROPY_MASK] * token[ENTROPY_WEIGHT]
+    raw, zero = logp - token.old, tl.zeros_like(logp)
+    log_ratio = clamp_(raw, -s.log_ratio_clamp, s.log_ratio_clamp)
+    term = token_term(logp, log_ratio, token, Pooled(zero, zero, zero, zero, zero), s, FORM)
+    d_log_ratio = tl.where(clamp_passes_grad(raw, log_ratio), term.d_log_ratio, 0.0)
+    g_logp = weighted(token.weight, term.d_logp + d_log_ratio)
+    return g_logp, -s.entropy_coef * token.entropy_mask * token.entropy_weight
 
 
 @kernel
@@ -203,45 +181,41 @@ def policy_kernel(
     entropy_mask, entropy_mask_b: tl.int64, entropy_mask_t: tl.int64,
     selected, selected_b: tl.int64, selected_t: tl.int64,
     pooled_weight, pooled_weight_b: tl.int64, pooled_weight_t: tl.int64,
-    ACC: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, PHASE: tl.constexpr,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, ADVANTAGES: tl.constexpr,
-    STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENT: tl.constexpr,
+    SWEEP: tl.constexpr, FORM: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """Statistics, the loss of the row's token and the gradient: in one launch ("row"), or after `stats_kernel` stored
     its segments, one tile per program along axis 1 ("merge"). `gradient` may be the logits."""
     row, b, t, data, is_active, target, vocab, transform = open_row(
         (logits, logits_b, logits_t), (targets, targets_b, targets_t), (active, active_b, active_t),
         (temperature, temperature_b, temperature_t),
-        tokens, vocab, (inv_temperature, logit_scale, softcap), ACC, SOFTCAP, ALIGNED,
+        tokens, vocab, (inv_temperature, logit_scale, softcap), SWEEP,
     )  # fmt: skip
     if PHASE == "merge":
-        begin, tiles = tl.program_id(1) * (STEPS * LANES), 1
+        begin, tiles = tl.program_id(1) * (SWEEP.STEPS * SWEEP.LANES), 1
         z = tl.load(saved_z + row)  # the logit may be overwritten by now
-        s = merged_segments(partials + 4 * row * segments, segments, transform, ACC)
+        s = merged_segments(partials + 4 * row * segments, segments, transform, SWEEP)
     else:
-        begin, tiles = 0, tl.cdiv(vocab, STEPS * LANES)
-        z = target_z(data, target, is_active, transform, ACC, SOFTCAP)
-        s = row_stats(data, tl.where(is_active, vocab, 0), transform, ACC, SOFTCAP, False, STEPS, LANES, SEGMENT)
+        begin, tiles = 0, tl.cdiv(vocab, SWEEP.STEPS * SWEEP.LANES)
+        z = target_z(data, target, is_active, transform, SWEEP)
+        s = row_stats(data, tl.where(is_active, vocab, 0), transform, SWEEP, False)
         tl.debug_barrier()  # no thread may overwrite what another has yet to read
     stats = finished(s, z, transform, is_active)
     if tl.program_id(1) == 0:
         store_stats(row, stats, logps, entropy, max, log_sum)
-    own = 0.0
-    if ADVANTAGES != "given":
-        own = sample_advantage(adv, adv_b, b, is_active, group_size, bits_to_float(advantage_eps, ACC), ADVANTAGES, ACC)
-    views = (
+    eps = bits_to_float(advantage_eps, SWEEP.ACC)
+    own_adv = sample_advantage(adv, adv_b, b, is_active, group_size, eps, FORM, SWEEP.ACC)
+    views = Views(
         (adv, adv_b, adv_t), (weight, weight_b, weight_t), (old, old_b, old_t), (ref, ref_b, ref_t),
         (rollout, rollout_b, rollout_t), (token_weight, token_weight_b, token_weight_t),
         (entropy_weight, entropy_weight_b, entropy_weight_t), (entropy_mask, entropy_mask_b, entropy_mask_t),
         (selected, selected_b, selected_t), (pooled_weight, pooled_weight_b, pooled_weight_t),
-        (own, ADVANTAGES != "given"),
+        own_adv, FORM.advantages != "given",
     )  # fmt: skip
-    logp, row_entropy, row_max, row_log_sum, _ = stats
-    token = load_token(b, t, is_active, logp, views, ACC)
-    s = scalars_of(scalars, kl_coef, entropy_coef, ACC)
-    g_logp, g_entropy = policy_gradient(logp, token, s, OBJECTIVE, KL, KL_GRADIENT)
-    out = row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
+    token = load_token(b, t, is_active, stats.logp, views, SWEEP.ACC)
+    scalar_values = scalars_of(scalars, kl_coef, entropy_coef, SWEEP.ACC)
+    g_logp, g_entropy = policy_gradient(stats.logp, token, scalar_values, FORM)
+    out = row_at(gradient, gradient_b, gradient_t, b, t, SWEEP.ALIGNED)
     write_row_gradient(
-        data, out, begin, tiles, vocab, is_active, target, logp, row_entropy, row_max, row_log_sum, g_logp, g_entropy,
-        transform, ACC, SOFTCAP, STEPS, LANES,
+        data, out, begin, tiles, vocab, is_active, target, stats.logp, stats.entropy, stats.max, stats.log_sum, g_logp,
+        g_entropy, transform, SWEEP,
     )  # fmt: skip

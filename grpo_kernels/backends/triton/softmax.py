@@ -4,6 +4,8 @@ With y = (z - max) * log2(e): the sums of 2^y, of y 2^y and of 4^y, all relative
 the logits changes no digit of the entropy.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -12,6 +14,15 @@ from .numeric import expm1, quotient, times, weighted
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1e5)  # 2^this is 0 and this * 0 is 0, where -inf * 0 would be NaN
+
+
+class Softmax(NamedTuple):
+    """The maximum of z, and the sums of 2^y, y 2^y and 4^y."""
+
+    max: Any
+    sum: Any
+    dot: Any
+    sum2: Any
 
 
 @triton.jit
@@ -27,41 +38,41 @@ def origin_of(max):
 
 
 @triton.jit
-def relative_to(max, sum, dot, sum2, origin, unit):
+def relative_to(s, origin, unit):
     """The sums as if `origin`, at least as high as their maximum, had been theirs."""
-    shift = exponent(max, origin, unit)
+    shift = exponent(s.max, origin, unit)
     scale = tl.exp2(shift)
-    return scale * sum, scale * (dot + shift * sum), scale * scale * sum2
+    return scale * s.sum, scale * (s.dot + shift * s.sum), scale * scale * s.sum2
 
 
 @triton.jit
-def merge(max, sum, dot, sum2, other_max, other_sum, other_dot, other_sum2, unit):
-    top = tl.maximum(max, other_max)
+def merge(s, other, unit):
+    top = tl.maximum(s.max, other.max)
     origin = origin_of(top)
-    sum, dot, sum2 = relative_to(max, sum, dot, sum2, origin, unit)
-    other_sum, other_dot, other_sum2 = relative_to(other_max, other_sum, other_dot, other_sum2, origin, unit)
-    return top, sum + other_sum, dot + other_dot, sum2 + other_sum2
+    sum, dot, sum2 = relative_to(s, origin, unit)
+    other_sum, other_dot, other_sum2 = relative_to(other, origin, unit)
+    return Softmax(top, sum + other_sum, dot + other_dot, sum2 + other_sum2)
 
 
 @triton.jit
-def merge_lanes(max, sum, dot, sum2, unit):
+def merge_lanes(s, unit):
     """A vector of statistics to one."""
-    top = tl.max(max, 0)
-    sum, dot, sum2 = relative_to(max, sum, dot, sum2, origin_of(top), unit)
-    return top, tl.sum(sum, 0), tl.sum(dot, 0), tl.sum(sum2, 0)
+    top = tl.max(s.max, 0)
+    sum, dot, sum2 = relative_to(s, origin_of(top), unit)
+    return Softmax(top, tl.sum(sum, 0), tl.sum(dot, 0), tl.sum(sum2, 0))
 
 
 @triton.jit
-def add_tile(max, sum, dot, sum2, z, unit, SUM_P2: tl.constexpr):
+def add_tile(s, z, unit, SUM_P2: tl.constexpr):
     """Each lane's statistics with its column of z, [STEPS, LANES], added: nothing crosses threads."""
-    top = tl.maximum(max, tl.max(z, 0))
+    top = tl.maximum(s.max, tl.max(z, 0))
     origin = origin_of(top)
-    sum, dot, sum2 = relative_to(max, sum, dot, sum2, origin, unit)
+    sum, dot, sum2 = relative_to(s, origin, unit)
     y = exponent(z, origin[None, :], unit)
     e = tl.exp2(y)
     if SUM_P2:
         sum2 += tl.sum(e * e, 0)
-    return top, sum + tl.sum(e, 0), dot + tl.sum(y * e, 0), sum2
+    return Softmax(top, sum + tl.sum(e, 0), dot + tl.sum(y * e, 0), sum2)
 
 
 @triton.jit

@@ -14,40 +14,10 @@ from ...config import METRICS, Form
 from ...inputs.layout import PolicyInputs
 from .group import sample_advantage
 from .launch import ACC_TYPES, INTERPRETED, bits_to_float, kernel, on_device_of
-from .math import (
-    ENTROPY_COEF,
-    GMPO_WEIGHT_FLOOR,
-    KL_COEF,
-    LOG_RATIO_CLAMP,
-    clamp_,
-    clamp_passes_grad,
-    max_,
-    pooled_count,
-    pooled_limit,
-    pooled_term,
-    token_term,
-    weighted,
-)  # fmt: skip
-from .numeric import quotient
+from .math import GMPO_WEIGHT_FLOOR, Pooled, clamp_passes_grad, pooled_count, pooled_limit, pooled_term, token_term
+from .numeric import clamp_, max_, quotient, weighted
 from .packed import first_of_tail, sequence_bounds
-from .policy_inputs import (
-    ADV,
-    ENTROPY_MASK,
-    ENTROPY_WEIGHT,
-    OLD,
-    POOLED_WEIGHT,
-    REF,
-    ROLLOUT,
-    SELECTED,
-    TOKEN_WEIGHT,
-    WEIGHT,
-    form_args,
-    load_token,
-    policy_args,
-    read,
-    scalars_of,
-    view_args,
-)  # fmt: skip
+from .policy_inputs import Views, load_token, policy_args, read, scalars_of, view_args
 from .token_sums import SUMS, empty_sums, merge, reduce_programs, store_partials, token_sums
 
 # One token per thread: two dozen sums stay in registers from the first block to the last, without spills.
@@ -67,43 +37,42 @@ def load_tokens(b, t, end, logps, active, views, ACC: tl.constexpr):
 @triton.jit
 def pool(
     b, begin, end, logps, active, views, s,
-    POOLING: tl.constexpr, OBJECTIVE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    FORM: tl.constexpr, POOLING: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What a sequence's tokens share: the pooled log-ratio, mean advantage and geometric mean of the token weights; the
-    factor that takes the derivative back to each token, and 1 where the bound passes it, else 0."""
     zeros = tl.zeros([BLOCK], ACC)
     total, counted, tokens, advs, log_weights = zeros, zeros, zeros, zeros, zeros
     for start in range(begin, end, BLOCK):
         is_active, logp, token = load_tokens(b, start + tl.arange(0, BLOCK), end, logps, active, views, ACC)
-        count = pooled_count(token[TOKEN_WEIGHT], OBJECTIVE)
-        value, _ = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
+        count = pooled_count(token.token_weight, FORM)
+        value, _ = pooled_term(logp - token.old, token.adv, token.pooled_weight, s, FORM)
         total += tl.where(is_active, weighted(count, value), 0.0)
         counted += tl.where(is_active, count, 0.0)
         tokens += tl.where(is_active, 1.0, 0.0)
-        advs += tl.where(is_active, token[ADV], 0.0)
-        log_weights += tl.where(is_active, tl.log(token[POOLED_WEIGHT] + GMPO_WEIGHT_FLOOR), 0.0)
+        advs += tl.where(is_active, token.adv, 0.0)
+        log_weights += tl.where(is_active, tl.log(token.pooled_weight + GMPO_WEIGHT_FLOOR), 0.0)
     n, one = max_(tl.sum(tokens, 0), 1.0), tl.sum(zeros, 0) + 1
     share = one if POOLING == "sum" else quotient(one, max_(tl.sum(counted, 0), 1.0))
     raw = tl.sum(total, 0) * share
-    log_ratio = pooled_limit(raw, s, OBJECTIVE)
-    weight = one if views[POOLED_WEIGHT][0] is None else tl.exp(quotient(tl.sum(log_weights, 0), n))
-    return log_ratio, quotient(tl.sum(advs, 0), n), weight, share, tl.where(clamp_passes_grad(raw, log_ratio), one, 0.0)
+    log_ratio = pooled_limit(raw, s, FORM)
+    weight = one if views.pooled_weight[0] is None else tl.exp(quotient(tl.sum(log_weights, 0), n))
+    passes_grad = tl.where(clamp_passes_grad(raw, log_ratio), one, 0.0)
+    return Pooled(log_ratio, quotient(tl.sum(advs, 0), n), weight, share, passes_grad)
 
 
 @triton.jit
 def scatter_pooled_grad(
     b, begin, end, logps, active, views, s, g_logps, tokens, d_pooled,
-    OBJECTIVE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    FORM: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The derivative in the pooled log-ratio, back to each token that passes it."""
     for start in range(begin, end, BLOCK):
         t = start + tl.arange(0, BLOCK)
         is_active, logp, token = load_tokens(b, t, end, logps, active, views, ACC)
-        _, passes_grad = pooled_term(logp - token[OLD], token[ADV], token[POOLED_WEIGHT], s, OBJECTIVE)
+        _, passes_grad = pooled_term(logp - token.old, token.adv, token.pooled_weight, s, FORM)
         at = g_logps + b * tokens + t
         tl.store(
             at,
-            tl.load(at, is_active, 0.0) + weighted(pooled_count(token[TOKEN_WEIGHT], OBJECTIVE), d_pooled),
+            tl.load(at, is_active, 0.0) + weighted(pooled_count(token.token_weight, FORM), d_pooled),
             is_active & passes_grad,
         )
 
@@ -134,8 +103,7 @@ def store_block(per_token, g_logps, g_entropy, at, mask, value, g_logp, g_bonus)
 @triton.jit
 def token_block(
     b, begin_t, end, tokens, logps, active, entropies, views, shared, s, per_token, g_logps, g_entropy,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, RATIO_LEVEL: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    FORM: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stores a block of tokens' results; returns what they add to the sums and to the derivative in the sequence's
     pooled log-ratio."""
@@ -143,28 +111,24 @@ def token_block(
     is_active, logp, token = load_tokens(b, t, end, logps, active, views, ACC)
     zero = tl.zeros_like(logp)
     entropy = read(entropies, b, t, is_active, zero, ACC)
-    pooled, pooled_adv, pooled_weight, _, passes = shared
-    raw, pooled = logp - token[OLD], zero + pooled
-    log_ratio = clamp_(raw, -s[LOG_RATIO_CLAMP], s[LOG_RATIO_CLAMP])
+    raw = logp - token.old
+    pooled = Pooled(zero + shared.log_ratio, zero + shared.adv, zero + shared.weight, shared.share, shared.passes_grad)
+    log_ratio = clamp_(raw, -s.log_ratio_clamp, s.log_ratio_clamp)
     own = clamp_passes_grad(raw, log_ratio)
-    if RATIO_LEVEL != "token":
-        log_ratio, own = pooled, zero + passes != 0
-    term = token_term(
-        logp, token[OLD], log_ratio, token[ADV], token[TOKEN_WEIGHT], token[SELECTED], token[REF], token[ROLLOUT],
-        pooled, zero + pooled_adv, zero + pooled_weight, s, OBJECTIVE, KL, KL_GRADIENT,
-    )  # fmt: skip
-    policy, kl, d_log_ratio, d_pooled, d_logp, _, _, _, _ = term
-    d_own = tl.where(own, d_log_ratio, 0.0)
-    if RATIO_LEVEL == "sequence" or RATIO_LEVEL == "sequence_product":
-        d_own, d_pooled = zero, d_pooled + d_log_ratio
-    bonus = s[ENTROPY_COEF] * token[ENTROPY_MASK]
-    value = policy + weighted(s[KL_COEF], kl) - weighted(bonus, entropy)
-    g_logp = weighted(token[WEIGHT], d_logp + d_own)
+    if FORM.ratio_level != "token":
+        log_ratio, own = pooled.log_ratio, zero + shared.passes_grad != 0
+    term = token_term(logp, log_ratio, token, pooled, s, FORM)
+    d_own, d_pooled = tl.where(own, term.d_log_ratio, 0.0), term.d_pooled
+    if FORM.ratio_level == "sequence" or FORM.ratio_level == "sequence_product":
+        d_own, d_pooled = zero, d_pooled + term.d_log_ratio
+    bonus = s.entropy_coef * token.entropy_mask
+    value = term.policy + weighted(s.kl_coef, term.kl) - weighted(bonus, entropy)
+    g_logp = weighted(token.weight, term.d_logp + d_own)
     store_block(
         per_token, g_logps, g_entropy, b * tokens + t, t < end, tl.where(is_active, value, 0.0),
-        tl.where(is_active, g_logp, 0.0), tl.where(is_active, -bonus * token[ENTROPY_WEIGHT], 0.0),
+        tl.where(is_active, g_logp, 0.0), tl.where(is_active, -bonus * token.entropy_weight, 0.0),
     )  # fmt: skip
-    d_pooled = tl.where(is_active, weighted(token[WEIGHT], d_pooled), 0.0)
+    d_pooled = tl.where(is_active, weighted(token.weight, d_pooled), 0.0)
     return token_sums(is_active, logp, entropy, log_ratio, token, term, s), d_pooled
 
 
@@ -183,44 +147,38 @@ def token_kernel(
     pooled_weight, pooled_weight_b: tl.int64, pooled_weight_t: tl.int64,
     loss, per_token, g_logps, g_entropy, metrics, sums_ptr, counts_ptr,
     tokens: tl.int64, sequences: tl.int64, pieces: tl.int64,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, ADVANTAGES: tl.constexpr,
-    RATIO_LEVEL: tl.constexpr, POOLING: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    FORM: tl.constexpr, POOLING: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """counts: int32, zeros; how many programs are done, then each sequence's tokens, low and high clips."""
     logps, active = (logps, logps_b, logps_t), (active, active_b, active_t)
     entropies = (entropies, entropies_b, entropies_t)
     program, s = tl.program_id(0).to(tl.int64), scalars_of(scalars, kl_coef, entropy_coef, ACC)
     b, begin, end = segment(program, pieces, cu_seqlens, tokens, sequences, BLOCK)
-    own = 0.0
-    if ADVANTAGES != "given":
-        own = sample_advantage(
-            adv, adv_b, b, begin < end, group_size, bits_to_float(advantage_eps, ACC), ADVANTAGES, ACC
-        )
-    views = (
+    eps = bits_to_float(advantage_eps, ACC)
+    own_adv = sample_advantage(adv, adv_b, b, begin < end, group_size, eps, FORM, ACC)
+    views = Views(
         (adv, adv_b, adv_t), (weight, weight_b, weight_t), (old, old_b, old_t), (ref, ref_b, ref_t),
         (rollout, rollout_b, rollout_t), (token_weight, token_weight_b, token_weight_t),
         (entropy_weight, entropy_weight_b, entropy_weight_t), (entropy_mask, entropy_mask_b, entropy_mask_t),
         (selected, selected_b, selected_t), (pooled_weight, pooled_weight_b, pooled_weight_t),
-        (own, ADVANTAGES != "given"),
+        own_adv, FORM.advantages != "given",
     )  # fmt: skip
-    shared = (0.0, 0.0, 1.0, 1.0, 1.0)
+    shared = Pooled(0.0, 0.0, 1.0, 1.0, 1.0)
     if POOLING != "none":
-        shared = pool(b, begin, end, logps, active, views, s, POOLING, OBJECTIVE, ACC, BLOCK)
+        shared = pool(b, begin, end, logps, active, views, s, FORM, POOLING, ACC, BLOCK)
     sums, d_pooled = empty_sums(BLOCK, ACC), tl.zeros([BLOCK], ACC)
     for start in range(begin, end, BLOCK):
         of_block, d_pooled_of_block = token_block(
             b, start, end, tokens, logps, active, entropies, views, shared, s, per_token, g_logps, g_entropy,
-            OBJECTIVE, KL, KL_GRADIENT, RATIO_LEVEL, ACC, BLOCK,
+            FORM, ACC, BLOCK,
         )  # fmt: skip
         sums, d_pooled = merge(sums, of_block), d_pooled + d_pooled_of_block
     if POOLING != "none":
-        _, _, _, share, passes = shared
-        d_pooled_sum = tl.sum(d_pooled, 0) * passes
+        d_pooled_sum = tl.sum(d_pooled, 0) * shared.passes_grad
         if d_pooled_sum != 0:  # a NaN is something
             tl.debug_barrier()  # before this thread adds to what another has stored
-            scatter_pooled_grad(
-                b, begin, end, logps, active, views, s, g_logps, tokens, share * d_pooled_sum, OBJECTIVE, ACC, BLOCK
-            )
+            to_each = shared.share * d_pooled_sum
+            scatter_pooled_grad(b, begin, end, logps, active, views, s, g_logps, tokens, to_each, FORM, ACC, BLOCK)
     last = store_partials(sums, sums_ptr, counts_ptr, program // pieces, sequences)
     if last:
         reduce_programs(sums_ptr, counts_ptr + 1, sequences, metrics, loss, ACC, BLOCK)
@@ -242,10 +200,9 @@ def token_policy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     form, tokens = Form(*inputs.form), logps.shape[1]
     sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    pooling = form.pooling
     block = BLOCK if logps.dtype == torch.float32 else BLOCK // 2  # one token per thread: twice as wide, half as many
     pieces = 1
-    if pooling == "none":
+    if form.pooling == "none":
         pieces = max(1, min(triton.cdiv(PROGRAMS, max(sequences, 1)), triton.cdiv(tokens, block)))
     programs = max(sequences, 1) * pieces
     loss, metrics, sums = logps.new_empty(()), logps.new_empty(len(METRICS)), logps.new_empty(SUMS.value, programs)
@@ -258,7 +215,7 @@ def token_policy(
             None if cu_seqlens is None else cu_seqlens.contiguous(), *policy_args(inputs),
             loss, per_token, g_logps, None if entropy is None else g_entropy, metrics, sums, counts,
             tokens, sequences, pieces,
-            **form_args(inputs), RATIO_LEVEL=form.ratio_level, POOLING=pooling, ACC=ACC_TYPES[logps.dtype], BLOCK=block,
-            num_warps=warps(block), enable_fp_fusion=False,
+            FORM=form, POOLING=form.pooling, ACC=ACC_TYPES[logps.dtype], BLOCK=block, num_warps=warps(block),
+            enable_fp_fusion=False,
         )  # fmt: skip
     return loss, per_token, g_logps, g_entropy, metrics

@@ -5,9 +5,7 @@ import triton
 import triton.language as tl
 
 from ...config import METRICS
-from .math import ENTROPY_COEF, KL_COEF, expm1_minus_x, max_, min_
-from .numeric import quotient, weighted
-from .policy_inputs import ENTROPY_MASK, ENTROPY_WEIGHT, OLD, POOLED_WEIGHT, ROLLOUT, TOKEN_WEIGHT, WEIGHT
+from .numeric import expm1_minus_x, max_, min_, quotient, weighted
 
 # What the programs leave behind: first what is added up, then two minima and two maxima.
 ADDED, MINIMA, SUMS = tl.constexpr(19), tl.constexpr(21), tl.constexpr(23)
@@ -59,17 +57,16 @@ def across(lanes, i: tl.constexpr):
 
 
 @triton.jit
-def token_sums(on, logp, entropy, log_ratio, token, loss, s):
+def token_sums(on, logp, entropy, log_ratio, token, term, s):
     """What each lane's token adds to the sums."""
-    policy, kl, _, _, _, gradient_weight, low, high, cap = loss
-    moved, drift, w = logp - token[OLD], logp - token[ROLLOUT], token[TOKEN_WEIGHT] * token[POOLED_WEIGHT]
+    moved, drift, w = logp - token.old, logp - token.rollout, token.token_weight * token.pooled_weight
     one, ratio = tl.zeros_like(logp) + 1, tl.exp(log_ratio)
-    bonus = weighted(s[ENTROPY_COEF] * token[ENTROPY_MASK] * token[ENTROPY_WEIGHT], entropy)
+    bonus = weighted(s.entropy_coef * token.entropy_mask * token.entropy_weight, entropy)
     sums = (
-        weighted(token[WEIGHT], policy), weighted(token[WEIGHT] * s[KL_COEF], kl), -bonus,
-        one, entropy, kl, -moved, expm1_minus_x(moved),
-        ratio, tl.where(low, one, 0.0), tl.where(high, one, 0.0), tl.where(cap, one, 0.0),
-        gradient_weight, tl.where(w == 0, one, 0.0), w, w * w,
+        weighted(token.weight, term.policy), weighted(token.weight * s.kl_coef, term.kl), -bonus,
+        one, entropy, term.kl, -moved, expm1_minus_x(moved),
+        ratio, tl.where(term.low, one, 0.0), tl.where(term.high, one, 0.0), tl.where(term.cap, one, 0.0),
+        term.weight, tl.where(w == 0, one, 0.0), w, w * w,
         -drift, expm1_minus_x(drift), tl.abs(drift),
         ratio, w,
         ratio, w,

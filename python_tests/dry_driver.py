@@ -4,7 +4,7 @@ It takes the real path from Python, so it counts variants, checks grids and shar
 For a process of its own, without TRITON_INTERPRET:
 
     dry = dry_run("cuda", 90)
-    backend.row_forward(rows, False)  # the module grpo_kernels.backends.triton, on CPU tensors whose data nobody reads
+    backend.row_forward(rows, False)  # grpo_kernels.backends.triton, on CPU tensors whose data nobody reads
     [resources(k) for k in dry.variants(stats_kernel)]
 """
 
