@@ -122,9 +122,9 @@ class Call(NamedTuple):
 
 
 @st.composite
-def calls(draw: Any, dtypes: tuple[str, ...], largest_vocab: int = 600) -> Call:
+def calls(draw: Any, dtypes: tuple[str, ...], largest_vocab: int = 600, entries: tuple[str, ...] = ENTRIES) -> Call:
     pick = lambda values: draw(st.sampled_from(values))  # noqa: E731
-    entry = pick(ENTRIES)
+    entry = pick(entries)
     dtype = pick(dtypes if entry != "linear" else [d for d in dtypes if "16" not in d])  # a matmul's own rounding
     form = pick(("padded", "padded", "extra", "packed", "flat"))
     config = draw(configs(form != "flat"))
