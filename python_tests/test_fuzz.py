@@ -64,11 +64,11 @@ def test_the_oracles_derivative_is_that_of_its_value():
     """By differences, where the loss's gradient is its derivative: no weight without gradient in it."""
     compared = []
 
-    @settings(max_examples=250, **quick)
+    @settings(max_examples=120, **quick)
     @given(calls(("float64",), entries=("policy",)))
     def every(call):
-        if call.extreme == "none" and call.distance <= 3 and "old" in call.given:
-            compared.append(differences_agree(call))
+        near = call._replace(extreme="none", distance=min(call.distance, 0.3), given=call.given | {"old"})
+        compared.append(differences_agree(near))
 
     every()
     assert sum(compared) > 10

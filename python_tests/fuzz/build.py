@@ -109,7 +109,8 @@ class _Builder:
             return np.zeros(0, np.int64)
         there = np.isfinite(logits) & (logits > -1e30) if logits.min() < -1e30 else np.ones(logits.shape, bool)
         if self.call.extreme == "zero_target":
-            there[(self.rng.random(self.n) < 0.3) & ~there.all(1)] ^= True
+            rows = np.isneginf(logits).any(1) & (self.rng.random(self.n) < 0.3)
+            there[rows] = np.isneginf(logits[rows])
         there[~there.any(1)] = True
         random = np.where(there, self.rng.random(logits.shape), -1).argmax(1)
         return {
