@@ -146,6 +146,15 @@ def test_a_nan_is_not_hidden(every_backend, name, adv):
     assert out.metrics["clip_region"] * 3 <= 2  # a NaN is on no side of a bound
 
 
+@pytest.mark.parametrize("name", ["clip", "sapo", "gmpo", "tv_mask", "ipo", "kl_cov"])
+def test_the_gradient_of_a_nan_without_advantage_is_not_hidden(every_backend, name):
+    """As its loss is not: 0 * NaN. gmpo's advantages are 0 in the mean alone, as it reads no ratio where A is 0."""
+    real, adv = acc_of(every_backend), [[1.0, -1.0, 0.0]] if name == "gmpo" else [0.0]
+    squares = {"ratio_sq_coef": 0.0} if name in ("tv_mask", "ipo") else {}
+    out, g = run(gk.LossConfig(**{**LOSSES[name], **squares}), *columns([(-1.0, NAN)]), every_backend, real, adv=adv)
+    assert out.loss.isnan() and g[0, 0].isnan()
+
+
 @pytest.mark.parametrize("gradient", KL_GRADIENTS)
 @pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
 def test_a_kl_of_0_is_0_under_any_weight(every_backend, estimator, gradient):
