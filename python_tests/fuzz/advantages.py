@@ -137,7 +137,9 @@ def check_group(call: dict[str, Any], backend: str) -> None:
         exact, size_of = advantage_of(i, group, here, r, call) if i in here else (0.0, 0.0)
         exact = min(max(exact, low), math.inf if high is None else high)
         got = float(out.advantages[i])
-        assert abs(got - exact) <= eps * abs(exact) + rounding_of(backend) * size_of, f"advantage {i}: {got!r}, not {exact!r}"
+        assert abs(got - exact) <= eps * abs(exact) + rounding_of(backend) * size_of, (
+            f"advantage {i}: {got!r}, not {exact!r}"
+        )
         middle = mean([r[j] for j in group])
         limit = eps * abs(middle) + rounding_of(backend) * max([abs(r[j]) for j in group], default=0)
         assert abs(float(out.mean[i]) - middle) <= limit, f"mean {i}: {float(out.mean[i])!r}, not {middle!r}"

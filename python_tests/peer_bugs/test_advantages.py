@@ -116,20 +116,3 @@ def test_h11_the_order_of_samples_is_nothing(every_backend):
     for p in itertools.islice(itertools.permutations(range(6)), 0, 720, 240):
         moved = advantages([rewards[i] for i in p], every_backend, group_ids=torch.tensor([ids[i] for i in p]))
         assert torch.equal(moved, plain[list(p)])
-
-
-def whiten_where_a_rank_has_nothing(rank, store):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    values, mask = torch.arange(6.0).view(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]])
-    group = torch.distributed.group.WORLD
-    mine = gk.whiten(values[rank : rank + 1], mask[rank : rank + 1], dp_group=group)
-    torch.testing.assert_close(mine, gk.whiten(values, mask)[rank : rank + 1])
-    empty = gk.group_advantages(torch.tensor([1.0, 2.0])[: 2 * (1 - rank)], group_size=2, dp_group=group)
-    assert len(empty.advantages) == 2 * (1 - rank)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")
-def test_x1_a_rank_without_tokens_takes_part(tmp_path):
-    """slime #2235: it skipped the collective, and the others waited for it."""
-    torch.multiprocessing.spawn(whiten_where_a_rank_has_nothing, (str(tmp_path / "store"),), nprocs=2)

@@ -348,36 +348,6 @@ def test_x5_no_group_is_taken_without_a_word(every_backend, level):
             )
 
 
-def train_under_ddp(rank, store):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-
-    class Policy(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.body, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 9, bias=False)
-            self.loss = gk.LinearGRPOLoss()
-
-        def forward(self, x, targets, adv, denominator):
-            return self.loss(self.body(x), self.head.weight, targets, adv, denominator=denominator).loss
-
-    x, targets, adv = random(4, 3, 4), torch.arange(12).view(4, 3) % 9, random(4, seed=5)
-    policy = Policy()
-    whole = torch.autograd.grad(policy(x, targets, adv, 12), list(policy.parameters()))
-    mine = slice(0, 1) if rank == 0 else slice(1, 4)
-    ddp = torch.nn.parallel.DistributedDataParallel(policy)
-    ddp(x[mine], targets[mine], adv[mine], 12 / 2).backward()  # the mean over two ranks
-    for p, g in zip(policy.parameters(), whole, strict=True):
-        torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-7)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")
-def test_r24_every_rank_gets_the_gradient_of_all(tmp_path):
-    """TRL 1.14.0: the fused loss ran on the unwrapped model, and every rank kept its own gradient."""
-    torch.multiprocessing.spawn(train_under_ddp, (str(tmp_path / "store"),), nprocs=2)
-
-
 def test_h2_ties_pass_the_whole_gradient(every_backend):
     """r = 1: torch.min splits between equal branches, whose gradients are equal; a bound passes it at the bound."""
     lp = torch.full((1, 2), -1.0)
