@@ -1,4 +1,4 @@
-"""Random calls of the losses and the advantages on every backend, compared with implementations of their own (fuzz/)."""
+"""Random calls of the losses and the advantages on every backend, compared with other implementations (fuzz/)."""
 
 import dataclasses
 import secrets

@@ -99,7 +99,7 @@ def test_r11_rejected_samples_are_not_in_their_groups_statistics(every_backend):
 
 
 def test_r12_group_ids_are_any_integers(every_backend):
-    """verl #7150: negative ids index from the end, sparse ones allocate as many slots; singletons differ by the path."""
+    """verl #7150: negative ids index from the end, sparse ones allocate slots; singletons differ by the path."""
     rewards = [1.0, 2.0, 4.0, 8.0, 5.0]
     ids = torch.tensor([10**15, -7, 10**15, -7, 0])
     for single in ("zero", "raw"):

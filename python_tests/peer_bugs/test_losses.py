@@ -180,7 +180,7 @@ def test_h5_importance_weighted_kl_of_a_sequence_is_exact(every_backend):
 
 
 def test_r16_bounds_of_a_filter_are_on_its_own_statistic():
-    """verl #6377: bounds of k1 were applied to minus the log-ratio, so that bounds that are not reciprocal were mirrored."""
+    """verl #6377: bounds of k1 were applied to minus the log-ratio, which mirrors those that are not reciprocal."""
     old, rollout = torch.tensor([[math.log(1.8) - 3, math.log(0.7) - 3]]), torch.full((1, 2), -3.0)
     ratio = gk.RejectionFilter("ratio", "token", low=0.5, high=1.5)
     k1 = gk.RejectionFilter("k1", "token", low=-math.log(1.5), high=-math.log(0.5))  # k1 = -d
@@ -334,7 +334,7 @@ def test_x8_the_entropy_that_is_logged_is_not_scaled(every_backend):
 
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token", "sequence_product"])
 def test_x5_no_group_is_taken_without_a_word(every_backend, level):
-    """Megatron-LM #7452, ms-swift #9947 (x4): gathered logits under a vocabulary group. There is none yet: it is refused."""
+    """Megatron-LM #7452, ms-swift #9947 (x4): gathered logits under a vocabulary group. Ours is refused."""
     z, targets = torch.randn(1, 2, 5), torch.zeros(1, 2, dtype=torch.int64)
     for name in ("tp_group", "cp_group"):
         with pytest.raises(NotImplementedError, match=name):
