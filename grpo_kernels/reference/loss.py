@@ -77,7 +77,7 @@ def weighted_kl(form: Form, u: Tensor, logp: Tensor, rollout: Tensor | None, log
     if form.kl_gradient == "importance_weighted":
         log_weight = log_ratio
     elif form.kl_gradient == "score_function":
-        log_weight = logp - logp.detach()
+        log_weight = torch.where(logp.isinf(), 0.0, logp - logp.detach())
     elif form.kl_gradient == "behaviour_weighted":
         assert rollout is not None
         log_weight = logp - rollout

@@ -28,7 +28,7 @@ def fuzz(backend: str, examples: int, at: int | None = None) -> Counter[str]:
             max_examples=size, deadline=None, database=None, derandomize=at is None,
             suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False,
         )  # fmt: skip
-        @given(calls(dtypes_of(backend), LARGEST_VOCAB.get(backend, 600)))
+        @given(calls(dtypes_of(backend), LARGEST_VOCAB.get(backend, 2053)))
         def every(call: Call) -> None:
             check(call, backend, counts)
 

@@ -122,7 +122,7 @@ class Call(NamedTuple):
 
 
 @st.composite
-def calls(draw: Any, dtypes: tuple[str, ...], largest_vocab: int = 600, entries: tuple[str, ...] = ENTRIES) -> Call:
+def calls(draw: Any, dtypes: tuple[str, ...], largest_vocab: int = 2053, entries: tuple[str, ...] = ENTRIES) -> Call:
     pick = lambda values: draw(st.sampled_from(values))  # noqa: E731
     entry = pick(entries)
     dtype = pick(dtypes if entry != "linear" else [d for d in dtypes if "16" not in d])  # a matmul's own rounding
@@ -138,7 +138,7 @@ def calls(draw: Any, dtypes: tuple[str, ...], largest_vocab: int = 600, entries:
     softcap = pick((None, None, None, 30.0, 2.0))
     return Call(
         entry, form, draw(st.integers(0, 4)), draw(st.integers(0, 6)),
-        pick([v for v in (1, 2, 3, 5, 16, 33, 128, 133, 257, 600) if v <= largest_vocab]), dtype,
+        pick([v for v in (1, 2, 3, 5, 16, 33, 128, 133, 257, 600, 2053) if v <= largest_vocab]), dtype,
         pick(("dense", "dense", "padded_rows", "transposed", "expanded", "offset")),
         tuple(draw(st.lists(st.sampled_from(LOGITS), min_size=1, max_size=3))),
         pick(("random", "likeliest", "unlikeliest")), pick(MASKS), pick(("bool", "int64", "float32", "bfloat16")),

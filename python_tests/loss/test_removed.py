@@ -181,6 +181,16 @@ def test_a_clamp_holds_a_kl_that_overflows(every_backend, gradient):
     assert out.loss == 5 and g.item() == 0
 
 
+@pytest.mark.parametrize("gradient", [name for name in KL_GRADIENTS if name != "straight_through"])
+def test_the_kl_of_a_target_of_probability_0_is_its_clamp(every_backend, gradient):
+    """Weighted by a ratio, of 0, it is 0."""
+    config = gk.LossConfig(kl_coef=0.5, kl_gradient=gradient, kl_input_clamp=20.0, kl_output_clamp=10.0)
+    real = acc_of(every_backend)
+    ref = torch.tensor([[-1.0]], dtype=real)
+    out, g = run(config, [[-INF]], [[-1.0]], every_backend, real, adv=[0.0], ref_logps=ref)
+    assert out.loss == (0 if gradient in ("importance_weighted", "behaviour_weighted") else 5) and g.item() == 0
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_an_entropy_without_a_coefficient_is_not_there(every_backend, bad):
     real = acc_of(every_backend)
