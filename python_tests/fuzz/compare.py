@@ -64,7 +64,7 @@ class Check:
         self.eager = evaluate(*eager, self.real)
         self.exact_logp, self.exact_entropy = logp, entropy
         signs = [1.0, -1.0, rng.choice([-1.0, 1.0], len(logp))]
-        h_unit = None if entropy is None else self.rounding * (1 + entropy + size) * (call.entry != "policy")
+        h_unit = None if entropy is None else self.rounding * ((1 + entropy) ** 2 + size) * (call.entry != "policy")
         self.moved = [
             evaluate(
                 np.minimum(logp + FAR * s * unit, 0), None if h_unit is None else entropy + FAR * s * h_unit, self.wide
@@ -116,13 +116,14 @@ class Check:
         self.check(
             "per_token_loss", got.per_token, e.per_token, r.per_token, [x.per_token for x in m], e.per_token_size
         )
-        bonus = float(abs(e.d_entropy).sum())  # of an entropy's own rounding
+        of_entropy = 0.0 if self.exact_entropy is None else (1 + self.exact_entropy) ** 2
+        bonus = float((abs(e.d_entropy) * of_entropy).sum())  # of an entropy's own rounding
         self.check_sum("loss", got.loss, e.loss, r.loss, e.loss_terms, [x.loss_terms for x in m], bonus)
         assert set(got.metrics) == set(e.metrics), set(got.metrics) ^ set(e.metrics)
         for name, value in got.metrics.items():
             what, exact, eager = f"metrics[{name}]", e.metrics[name], r.metrics[name]
             if name in e.metric_terms:
-                more = {"entropy": 1.0, "entropy_loss": bonus}.get(name, 0.0)
+                more = {"entropy": float(np.max(of_entropy, initial=1.0)), "entropy_loss": bonus}.get(name, 0.0)
                 if name.endswith("k3"):  # e^x - 1 - x
                     more = abs(e.metric_terms["approx_kl" if name.startswith("approx") else "rollout_kl"]).sum()
                 self.check_sum(what, value, exact, eager, e.metric_terms[name], [x.metric_terms[name] for x in m], more)
@@ -135,7 +136,7 @@ class Check:
         moved = [exact.logp + self.unit * FAR]
         self.check("logps", got.logps, exact.logp, eager.logp, moved, self.unit / self.eps)
         assert (got.logps[np.isfinite(got.logps)] <= 0).all(), "a log-prob above 0"
-        size = 1 + exact.entropy + exact.size
+        size = (1 + exact.entropy) ** 2 + exact.size  # -p log p, where equal p err alike, by 1 - log p
         if got.entropy is not None:
             self.check("entropy", got.entropy, exact.entropy, eager.entropy, [], size)
         if got.sum_p2 is not None:
@@ -202,7 +203,9 @@ class Check:
     def run(self) -> None:
         call, b = self.call, self.b
         if call.entry == "logps":
-            self.unit = self.rounding * (1 + abs(np.nan_to_num(b.rows[self.wide].logp, neginf=0)) + b.rows[self.wide].size)
+            self.unit = self.rounding * (
+                1 + abs(np.nan_to_num(b.rows[self.wide].logp, neginf=0)) + b.rows[self.wide].size
+            )
             got = run(call, b, self.backend)
             self.check_rows(got)
             on = b.tokens.active

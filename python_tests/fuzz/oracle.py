@@ -86,7 +86,7 @@ class Evaluation(Terms):
         }  # fmt: skip
         metrics, terms = self.metrics(parts, policy, kl, self.importance * self.mask)
         in_all = self.everywhere(value + kl_value - bonus_value)
-        sizes = self.everywhere(abs(value) + abs(kl_value) + abs(bonus) * (1 + self.entropy))
+        sizes = self.everywhere(abs(value) + abs(kl_value) + abs(bonus) * (1 + self.entropy) ** 2)
         return Result(
             sum(x.sum() for x in parts.values()), sum(parts.values()), self.everywhere(d_logp),
             self.everywhere(d_logp_size), self.everywhere(-bonus * entropy_weights), in_all, sizes, metrics, terms,
