@@ -65,6 +65,13 @@ def test_every_name_is_documented():
     assert not [name for name in METRICS if name not in shown]
 
 
+def test_every_test_that_a_page_names_is_there():
+    text = (DOCS / "reliability.md").read_text()
+    tests = "\n".join(page.read_text() for page in (ROOT / "python_tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 50 and not [name for name in named if f"def {name}(" not in tests]
+
+
 def test_every_preset_is_in_the_migration_guide():
     text = (DOCS / "migrating.md").read_text()
     assert not [name for name in PRESETS if f"`{name}`" not in text and f'"{name}"' not in text]

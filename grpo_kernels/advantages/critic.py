@@ -144,7 +144,8 @@ def whiten(
     """``(x - mean) / std`` over the tokens of the mask; 0 at masked ones. Equal values give exactly 0.
 
     The defaults are verl's and slime's ``masked_whiten``; OpenRLHF: ``ddof=0, eps_mode="floor"``; TRL's normalisation
-    of a batch: ``eps=1e-4, eps_mode="std"``. Computed in float64, the same for any number of threads.
+    of a batch: ``eps=1e-4, eps_mode="std"``. Computed in float64 (on a GPU: in the dtype of the result),
+    the same for any number of threads.
 
     Args:
         values: any shape.

@@ -51,7 +51,7 @@ def group_advantages(
     """Group-normalised advantages, ``A = (R - baseline) / (scale + eps)`` (GRPO, arXiv:2402.03300), in one launch.
 
     Equal rewards give exactly 0. A scale of exactly 0 does not divide. The result does not depend on the order of the
-    samples. Computed in float64.
+    samples. Computed in float64, on a GPU in the dtype of the result.
 
     Args:
         rewards: ``[S]``; a NaN is left out of its group's statistics and gets advantage 0. ``[S, K]``: the sum of K

@@ -78,7 +78,7 @@ def gae(
     backend: str = "auto",
 ) -> TokenAdvantages:
     """Generalised advantage estimation, ``A_t = r_t + gamma V_next - V_t + gamma lam A_next`` (arXiv:1506.02438): a
-    reverse scan of every sequence in one launch, in float64.
+    reverse scan of every sequence in one launch, in float64 (on a GPU in the accumulation dtype).
 
     ``next`` is the following active token of the sequence: masked ones (a tool's output) are passed over, and read
     neither for rewards nor for values. Behind the last one everything is 0. Not whitened: see ``whiten``.

@@ -272,7 +272,7 @@ def rows_of(
     `layout`, tokens past its last boundary are masked."""
     _check_targets(logits, targets, name)
     check_not_overwritten(logits)
-    if name == "logits" and logits.stride(-1) != 1 and logits.shape[-1] > 1:
+    if name == "logits" and logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel():
         raise ValueError(f"logits must be dense in the vocabulary; got strides {logits.stride()}")
     check_positive("logit_scale", logit_scale)
     if softcap is not None:

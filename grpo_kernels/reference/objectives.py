@@ -119,7 +119,8 @@ def sapo_objective(v: TokenValues, s: Scalars) -> Objective:
 
 def gmpo_objective(v: TokenValues, s: Scalars) -> Objective:
     """A sequence's -exp(mean of its clipped log-ratios) * mean A * geometric mean of its token weights."""
-    weight = only_where(v.pooled_adv != 0, v.pooled_log_ratio).exp() * v.pooled_weight
+    counts = (v.pooled_adv != 0) | v.pooled_log_ratio.isnan()
+    weight = only_where(counts, v.pooled_log_ratio).exp() * v.pooled_weight
     low, high = (v.adv < 0) & (v.log_ratio < -s.eps_low), (v.adv > 0) & (v.log_ratio > s.eps_high)
     return times(v.pooled_adv, -weight), weight, Flags(low, high, torch.zeros_like(low))
 

@@ -82,6 +82,14 @@ def test_nothing_active_is_exactly_zero(backend, form, shape):
         assert all(v.isfinite() for v in out.metrics.values())
 
 
+def test_an_empty_batch_may_have_any_strides(backend):
+    """torch.tensor of an empty numpy array has strides of 0."""
+    x = torch.empty_strided((0, 33), (0, 0)).requires_grad_()
+    out = gk.grpo_loss(x, torch.zeros(0, dtype=torch.int64), torch.zeros(0), backend=backend)
+    out.loss.backward()
+    assert out.loss == 0 and x.grad.shape == (0, 33)
+
+
 def test_zero_length_sequence_among_packed(backend):
     b = make_batch(sequences=1, tokens=6)
     config = gk.LossConfig(ratio_level="sequence", aggregation="sequence_mean")
