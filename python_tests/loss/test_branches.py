@@ -285,3 +285,13 @@ def test_the_divergence_of_a_token_that_was_nearly_certain(backend):
         config = gk.LossConfig(objective="dppo_kl", eps_low=bound)
         out = gk.policy_loss(logp, torch.tensor([-1.0]), old_logps=old, config=config, backend=backend)
         assert (torch.autograd.grad(out.loss, logp)[0] == 0) == dropped, (bound, divergence)
+
+
+@pytest.mark.parametrize("old, logp, adv", [(0.0, -1.0, -1.0), (-1.0, 0.0, 1.0)])
+def test_the_divergence_of_a_certain_token_is_a_number(backend, old, logp, adv):
+    """1 - p is 0 on one side, where 1e-8 is added before the logarithm: 1 and 11, within bounds of 12."""
+    x = torch.tensor([[logp]], requires_grad=True)
+    config = gk.LossConfig(objective="dppo_kl", eps_low=12.0, eps_high=12.0)
+    out = gk.policy_loss(x, torch.tensor([adv]), old_logps=torch.tensor([[old]]), config=config, backend=backend)
+    assert torch.autograd.grad(out.loss, x)[0] != 0
+    assert out.metrics["clip_region"] == 0

@@ -425,3 +425,19 @@ def test_a_row_of_logits_that_is_removed(every_backend, single_pass):
         (loss, g), (expected, expected_g) = results
         assert torch.equal(loss, expected) and torch.equal(g, expected_g), (keywords, loss, expected, g)
         assert (g[0, :-1] == 0).all() and ("sequence_weights" in keywords or g[0, -1].all())
+
+
+# ---- metrics ----
+
+ONE = {
+    "ratio_mean", "ratio_min", "ratio_max", "gradient_weight", "weight_mean", "weight_min", "weight_max", "weight_ess"
+}  # fmt: skip
+
+
+def test_the_metrics_of_nothing(every_backend):
+    x = torch.full((2, 3), NAN, dtype=acc_of(every_backend))
+    out = gk.policy_loss(
+        x, torch.ones(2), torch.zeros(2, 3), old_logps=x, rollout_logps=x, token_weights=x, backend=every_backend
+    )
+    expected = {name: float(name in ONE) for name in out.metrics}
+    assert {name: value.item() for name, value in out.metrics.items()} == expected
