@@ -441,3 +441,16 @@ def test_the_metrics_of_nothing(every_backend):
     )
     expected = {name: float(name in ONE) for name in out.metrics}
     assert {name: value.item() for name, value in out.metrics.items()} == expected
+
+
+def test_a_masked_token_has_log_prob_entropy_and_sum_of_squares_0(every_backend):
+    row = torch.full((1, 2, 3), NAN)
+    out = gk.token_logps(
+        row,
+        torch.tensor([[7, 0]]),
+        mask=torch.zeros(1, 2),
+        return_entropy=True,
+        return_sum_p2=True,
+        backend=every_backend,
+    )
+    assert all((x == 0).all() for x in (out.logps, out.entropy, out.sum_p2))
