@@ -42,6 +42,9 @@ template <typename T> GK_HD bool is_finite_(T x) { return x - x == 0; }
 // weight * x, but exactly 0 for a weight of 0, even if x is infinite or NaN.
 template <typename T> GK_HD T weighted_(T weight, T x) { return weight == 0 ? T(0) : weight * x; }
 // a * b, but 0 times infinity is 0; a NaN stays one.
-template <typename T> GK_HD T times_(T a, T b) { return (a == 0 && b == b) || (b == 0 && a == a) ? T(0) : a * b; }
+template <typename T> GK_HD T times_(T a, T b) {
+  const T product = a * b;  // a NaN made of two numbers is 0 times infinity
+  return product != product && a == a && b == b ? T(0) : product;
+}
 
 }  // namespace gk

@@ -1,6 +1,7 @@
 """Per-token policy maths, each piece as value and derivative: csrc/math/policy.h, in its order and under its names.
 
-For blocks and for scalars alike, in the type of the arguments. `s` is config.Scalars, `FORM` config.Form.
+For blocks and for scalars alike, in the type of the arguments. `s` is config.Scalars, `FORM` config.Form. A field of a
+constexpr tuple is compared or computed with where it is needed: Triton 3.4 to 3.6 pass it to no function of ours.
 """
 
 from typing import Any, NamedTuple
@@ -270,18 +271,18 @@ def pooled_count(token_weight, FORM: tl.constexpr):
 
 
 @triton.jit
-def kl_estimate(u, ESTIMATOR: tl.constexpr):
+def kl_estimate(u, FORM: tl.constexpr):
     """KL(policy || reference) from one sample, u = ref - logp: the estimator, its derivative in logp, and the two added
     up without cancellation, which is the derivative of exp(logp - sg logp) times the estimator."""
-    if ESTIMATOR == "k1":
+    if FORM.kl_estimator == "k1":
         return -u, tl.zeros_like(u) + 1, 1 - u
-    elif ESTIMATOR == "abs":
+    elif FORM.kl_estimator == "abs":
         value, slope = tl.abs(u), tl.where(u < 0, 1.0, tl.where(u > 0, -1.0, tl.zeros_like(u)))
         return value, slope, value + slope
-    elif ESTIMATOR == "k2":
+    elif FORM.kl_estimator == "k2":
         return u * u / 2, -u, u * (u / 2 - 1)
     else:
-        tl.static_assert(ESTIMATOR == "k3")
+        tl.static_assert(FORM.kl_estimator == "k3")
         return expm1_minus_x(u), -expm1(u), -u
 
 
@@ -291,7 +292,7 @@ def kl_penalty(logp, log_ratio, token, s, FORM: tl.constexpr):
     ratio's level, before delta and clip."""
     u = token.ref - logp
     bounded = clamp_(u, -s.kl_input_clamp, s.kl_input_clamp)
-    estimate, d_logp, score = kl_estimate(bounded, FORM.kl_estimator)
+    estimate, d_logp, score = kl_estimate(bounded, FORM)
     k, d_log_ratio = estimate, tl.zeros_like(u)
     if FORM.kl_gradient == "importance_weighted":
         ratio = tl.exp(log_ratio)

@@ -33,8 +33,7 @@ class Views(NamedTuple):
     entropy_mask: Any
     selected: Any
     pooled_weight: Any
-    own_adv: Any  # the advantage of all tokens, where there is one: the view is of rewards then
-    has_own_adv: Any
+    own_adv: Any  # the advantage of all tokens, where the form makes it of rewards: `adv` is of rewards then
 
 
 def view_args(x: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -113,11 +112,11 @@ def read(view, b, t, mask, absent, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_token(b, t, mask, logp, views, ACC: tl.constexpr):
+def load_token(b, t, mask, logp, views, FORM: tl.constexpr, ACC: tl.constexpr):
     """One token's share of each view, or a block's. `logp` stands in for what is not given: on-policy, a ratio of 1."""
     one = tl.zeros_like(logp) + 1
     adv = one - 1 + views.own_adv
-    if not views.has_own_adv:
+    if FORM.advantages == "given":
         adv = read(views.adv, b, t, mask, adv, ACC)
     weight = read(views.weight, b, t, mask, one, ACC)
     return Token(

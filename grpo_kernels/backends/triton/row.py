@@ -61,7 +61,8 @@ def open_row(logits, targets, active, temperature, tokens, vocab, scalar_bits, S
     target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
     is_active = tl.load(at_active + b * active_b + t * active_t) != 0
     transform = transform_of(scalar_bits, temperature, b, t, SWEEP)
-    return row, b, t, row_at(data, data_b, data_t, b, t, SWEEP.ALIGNED), is_active, target, vocab, transform
+    ALIGNED: tl.constexpr = SWEEP.ALIGNED
+    return row, b, t, row_at(data, data_b, data_t, b, t, ALIGNED), is_active, target, vocab, transform
 
 
 @triton.jit
@@ -146,7 +147,8 @@ def gradient_kernel(
     if g_entropy is not None:
         on_entropy = tl.load(g_entropy + row)
     begin = tl.program_id(1) * (SWEEP.STEPS * SWEEP.LANES)
-    out = row_at(gradient, gradient_b, gradient_t, b, t, SWEEP.ALIGNED)
+    ALIGNED: tl.constexpr = SWEEP.ALIGNED
+    out = row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
     write_row_gradient(
         data, out, begin, 1, vocab, is_active, target,
         tl.load(logps + row), tl.load(entropy + row), tl.load(max + row), tl.load(log_sum + row),
@@ -202,19 +204,21 @@ def policy_kernel(
     stats = finished(s, z, transform, is_active)
     if tl.program_id(1) == 0:
         store_stats(row, stats, logps, entropy, max, log_sum)
-    eps = bits_to_float(advantage_eps, SWEEP.ACC)
-    own_adv = sample_advantage(adv, adv_b, b, is_active, group_size, eps, FORM, SWEEP.ACC)
+    ACC: tl.constexpr = SWEEP.ACC
+    ALIGNED: tl.constexpr = SWEEP.ALIGNED
+    eps = bits_to_float(advantage_eps, ACC)
+    own_adv = sample_advantage(adv, adv_b, b, is_active, group_size, eps, FORM, ACC)
     views = Views(
         (adv, adv_b, adv_t), (weight, weight_b, weight_t), (old, old_b, old_t), (ref, ref_b, ref_t),
         (rollout, rollout_b, rollout_t), (token_weight, token_weight_b, token_weight_t),
         (entropy_weight, entropy_weight_b, entropy_weight_t), (entropy_mask, entropy_mask_b, entropy_mask_t),
         (selected, selected_b, selected_t), (pooled_weight, pooled_weight_b, pooled_weight_t),
-        own_adv, FORM.advantages != "given",
+        own_adv,
     )  # fmt: skip
-    token = load_token(b, t, is_active, stats.logp, views, SWEEP.ACC)
-    scalar_values = scalars_of(scalars, kl_coef, entropy_coef, SWEEP.ACC)
+    token = load_token(b, t, is_active, stats.logp, views, FORM, ACC)
+    scalar_values = scalars_of(scalars, kl_coef, entropy_coef, ACC)
     g_logp, g_entropy = policy_gradient(stats.logp, token, scalar_values, FORM)
-    out = row_at(gradient, gradient_b, gradient_t, b, t, SWEEP.ALIGNED)
+    out = row_at(gradient, gradient_b, gradient_t, b, t, ALIGNED)
     write_row_gradient(
         data, out, begin, tiles, vocab, is_active, target, stats.logp, stats.entropy, stats.max, stats.log_sum, g_logp,
         g_entropy, transform, SWEEP,

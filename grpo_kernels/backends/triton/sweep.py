@@ -74,8 +74,9 @@ def columns_of(SWEEP: tl.constexpr):
 def segment_stats(data, begin, end, transform, SWEEP: tl.constexpr, SUM_P2: tl.constexpr):
     """Of the columns [begin, begin + SEGMENT) below `end`."""
     unit = transform.natural * LOG2E
-    zeros = tl.zeros([SWEEP.LANES], SWEEP.ACC)
-    s = Softmax(tl.full([SWEEP.LANES], float("-inf"), SWEEP.ACC), zeros, zeros, zeros)
+    LANES: tl.constexpr = SWEEP.LANES  # a list takes no field of a tuple in Triton 3.6
+    zeros = tl.zeros([LANES], SWEEP.ACC)
+    s = Softmax(tl.full([LANES], float("-inf"), SWEEP.ACC), zeros, zeros, zeros)
     for start in range(begin, tl.minimum(begin + SWEEP.SEGMENT, end), SWEEP.STEPS * SWEEP.LANES):
         columns = start + columns_of(SWEEP)
         in_bounds = columns < end

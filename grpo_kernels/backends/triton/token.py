@@ -26,12 +26,12 @@ PROGRAMS = 512  # that long sequences are cut for; a constant, so that the sums 
 
 
 @triton.jit
-def load_tokens(b, t, end, logps, active, views, ACC: tl.constexpr):
+def load_tokens(b, t, end, logps, active, views, FORM: tl.constexpr, ACC: tl.constexpr):
     """Which of the tokens (b, t) count, their log-probs and their inputs. Of the others nothing is read."""
     at, stride_b, stride_t = active
     is_active = tl.load(at + b * stride_b + t * stride_t, mask=t < end, other=0) != 0
     logp = read(logps, b, t, is_active, 0.0, ACC)
-    return is_active, logp, load_token(b, t, is_active, logp, views, ACC)
+    return is_active, logp, load_token(b, t, is_active, logp, views, FORM, ACC)
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def pool(
     zeros = tl.zeros([BLOCK], ACC)
     total, counted, tokens, advs, log_weights = zeros, zeros, zeros, zeros, zeros
     for start in range(begin, end, BLOCK):
-        is_active, logp, token = load_tokens(b, start + tl.arange(0, BLOCK), end, logps, active, views, ACC)
+        is_active, logp, token = load_tokens(b, start + tl.arange(0, BLOCK), end, logps, active, views, FORM, ACC)
         count = pooled_count(token.token_weight, FORM)
         value, _ = pooled_term(logp - token.old, token.adv, token.pooled_weight, s, FORM)
         total += tl.where(is_active, weighted(count, value), 0.0)
@@ -67,7 +67,7 @@ def scatter_pooled_grad(
     """The derivative in the pooled log-ratio, back to each token that passes it."""
     for start in range(begin, end, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        is_active, logp, token = load_tokens(b, t, end, logps, active, views, ACC)
+        is_active, logp, token = load_tokens(b, t, end, logps, active, views, FORM, ACC)
         _, passes_grad = pooled_term(logp - token.old, token.adv, token.pooled_weight, s, FORM)
         at = g_logps + b * tokens + t
         tl.store(
@@ -109,7 +109,7 @@ def token_block(
     """Stores a block of tokens' results; returns what they add to the sums and to the derivative in the sequence's
     pooled log-ratio."""
     t = begin_t + tl.arange(0, BLOCK)
-    is_active, logp, token = load_tokens(b, t, end, logps, active, views, ACC)
+    is_active, logp, token = load_tokens(b, t, end, logps, active, views, FORM, ACC)
     zero = tl.zeros_like(logp)
     entropy = read(entropies, b, t, is_active, zero, ACC)
     raw = logp - token.old
@@ -162,7 +162,7 @@ def token_kernel(
         (rollout, rollout_b, rollout_t), (token_weight, token_weight_b, token_weight_t),
         (entropy_weight, entropy_weight_b, entropy_weight_t), (entropy_mask, entropy_mask_b, entropy_mask_t),
         (selected, selected_b, selected_t), (pooled_weight, pooled_weight_b, pooled_weight_t),
-        own_adv, FORM.advantages != "given",
+        own_adv,
     )  # fmt: skip
     shared = Pooled(0.0, 0.0, 1.0, 1.0, 1.0)
     if POOLING != "none":
