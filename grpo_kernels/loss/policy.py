@@ -135,7 +135,7 @@ def policy_inputs(
     pooled = objective.pooling != "none"
     policy_weights = None if pooled else importance
     if mask is not None:
-        policy_weights = mask if policy_weights is None else reference.weighted(mask, policy_weights)
+        policy_weights = mask if policy_weights is None else torch.where(mask == 0, mask, mask * policy_weights)
     bonus_mask = mask if config.has_entropy and config.entropy_mask_bonus else None
     entropy_weights = None
     if config.has_entropy and (config.entropy_aggregation is not None or bonus_mask is not None):

@@ -244,12 +244,12 @@ def policy_metrics(
     ess = torch.where(squares == 0, 0.0, total.square() / (n * squares))
     low, high = mean(flags.low), mean(flags.high)
     return torch.stack([
-        *parts, n.to(ratio.dtype), mean(entropy), mean(kl), mean(-moved), mean(torch.expm1(moved) - moved),
+        *parts, n.to(ratio.dtype), mean(entropy), mean(kl), mean(-moved), mean(kl_estimate("k3", moved)),
         mean(ratio, 1.0), extreme(ratio, active, False, 1.0), extreme(ratio, active, True, 1.0),
         low, high, low + high, mean(flags.cap),
         extreme(share(flags.low), lengths > 0, False, 0.0),
         extreme(share(flags.high), lengths > 0, True, 0.0),
         mean(gradient_weight, 1.0), mean(w == 0), mean(w, 1.0), extreme(w, active, False, 1.0),
-        extreme(w, active, True, 1.0), torch.where(none, one, ess), mean(-drift), mean(torch.expm1(drift) - drift),
+        extreme(w, active, True, 1.0), torch.where(none, one, ess), mean(-drift), mean(kl_estimate("k3", drift)),
         mean(drift.abs()),
     ]).detach()  # fmt: skip

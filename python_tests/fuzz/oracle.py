@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .terms import Array, Term, Terms, Tokens, without
+from .terms import Array, Term, Terms, Tokens, k3, without
 
 __all__ = ["Array", "Result", "Tokens", "policy_loss"]
 
@@ -105,9 +105,9 @@ class Evaluation(Terms):
         n = len(self.logp)
         moved, drift = self.logp - self.old, self.logp - self.rollout
         means = {
-            "entropy": self.entropy, "kl": kl, "approx_kl": -moved, "approx_kl_k3": np.expm1(moved) - moved,
+            "entropy": self.entropy, "kl": kl, "approx_kl": -moved, "approx_kl_k3": k3(moved),
             "clip_low": policy.low, "clip_high": policy.high, "clip_region": policy.low * self.one + policy.high,
-            "clip_cap": policy.cap, "rejected": w == 0, "rollout_kl": -drift, "rollout_kl_k3": np.expm1(drift) - drift,
+            "clip_cap": policy.cap, "rejected": w == 0, "rollout_kl": -drift, "rollout_kl_k3": k3(drift),
             "rollout_abs_diff": abs(drift), "ratio_mean": self.ratio, "gradient_weight": policy.g, "weight_mean": w,
         }  # fmt: skip
         terms = {**parts, **{name: x * self.one / max(n, 1) for name, x in means.items()}}

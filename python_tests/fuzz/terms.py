@@ -54,6 +54,11 @@ def without(weight: Array, x: Array) -> Array:
     return np.where(weight == 0, 0, weight * x)
 
 
+def k3(u: Array) -> Array:
+    """e^u - 1 - u, of infinity infinity."""
+    return np.expm1(u) - np.where(u == np.inf, 0, u)
+
+
 def times(a: Array, b: Array) -> Array:
     """a * b; 0 * inf is 0, and a NaN stays."""
     return np.where((a == 0) & np.isinf(b), 0, a * b)
@@ -322,7 +327,7 @@ class Terms:
             return abs(u), -np.sign(self.decide(np.sign(u)) * self.one), abs(u) - np.sign(u)
         if name == "k2":
             return u * u / 2, -u, u * u / 2 - u
-        return np.expm1(u) - u, -np.expm1(u), -u
+        return k3(u), -np.expm1(u), -u
 
     def kl(self) -> tuple[Array, Array, Array]:
         """Value, derivative in the log-ratio, derivative in logp."""
