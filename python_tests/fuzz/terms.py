@@ -61,7 +61,7 @@ def k3(u: Array) -> Array:
 
 def times(a: Array, b: Array) -> Array:
     """a * b; 0 * inf is 0, and a NaN stays."""
-    return np.where((a == 0) & np.isinf(b), 0, a * b)
+    return np.where(((a == 0) & np.isinf(b)) | (np.isinf(a) & (b == 0)), 0, a * b)
 
 
 class Sequences:
@@ -218,7 +218,7 @@ class Terms:
         each = np.clip(self.x, -most, most) + np.clip(np.log(self.importance), least, most)
         log_w = np.clip(self.seqs.sums(each), least, most)
         phi = np.exp(lam + k * log_w - lam * np.exp(log_w))
-        return self.score(np.where(np.isfinite(phi), phi, 0))
+        return self.score(np.where(np.isfinite(phi) | np.isnan(log_w), phi, 0))  # a NaN is not hidden
 
     def reinforce(self) -> Term:
         return self.score(self.one)
