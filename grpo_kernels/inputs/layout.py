@@ -88,9 +88,9 @@ class Layout(NamedTuple):
         if values is None:
             return None
         check_tensor(name, values, device=self.device)
-        if values.shape == self.shape:
-            return self.tokens(values, name, dtype)
         values = values.detach().to(dtype)
+        if values.shape == self.shape:
+            return values.reshape(self.bt_shape)
         if self.padded and values.shape == (self.shape[0], 1):
             return values.expand(self.bt_shape)
         if values.dim() == 1 and self.knows_sequences and values.numel() == self.sequences:
