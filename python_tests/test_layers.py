@@ -14,6 +14,7 @@ PACKAGE = Path(gk.__file__).parent
 LAYERS = [
     ("profiling",),  # the former name of tools.memory
     ("tools",),
+    ("integrations",),
     ("testing",),
     ("",),  # the package itself
     ("loss",),
