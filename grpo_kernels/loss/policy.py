@@ -80,6 +80,11 @@ class LossOutput(NamedTuple):
     rollout_kl          mean of -d, rollout_kl_k3 of e^d - 1 - d, rollout_abs_diff of |d|: how far the policy
                         is from the sampler; 0 without rollout_logps
     ==================  =============================================================================
+
+    Over ranks and micro-batches the parts of the loss and ``tokens`` add up, if each call had the same ``denominator``;
+    means and shares are weighted by ``tokens``; extremes are the least and largest. Leave a call without tokens out: it
+    reports 1 for ratios and weights and 0 elsewhere, which are no neutral elements of a minimum or maximum. Weights'
+    ``weight_ess`` combines through its sums, ``sum w = N weight_mean`` and ``sum w^2 = (sum w)^2 / (N weight_ess)``.
     """
 
     loss: Tensor
@@ -264,7 +269,9 @@ def policy_loss(
         old_logps: per token, of the policy that the ratio is taken against; None: on-policy, ratio 1.
         ref_logps: per token; read only when ``config.kl_coef`` is not 0.
         rollout_logps: per token, of the sampler; what ``tv_mask`` and ``ipo`` take their ratio against (they ignore
-            old_logps), read by ``kl_gradient="behaviour_weighted"`` and by the rollout metrics.
+            old_logps), read by ``kl_gradient="behaviour_weighted"`` and by the rollout metrics. A
+            NaN makes those terms and the loss NaN, and the gradient NaN at that token alone; otherwise it reaches only
+            the rollout metrics.
         entropy: per token, from ``token_logps``; needed when ``config.entropy_coef`` is not 0.
         token_weights: per token or sequence, multiplies the policy term only (importance correction, rejection);
             ``gmpo`` takes their geometric mean over a sequence, ``vespo`` adds their logarithms to that of its ratio.
@@ -276,7 +283,10 @@ def policy_loss(
             they are taken as clamped, so that nothing is read or written elsewhere; how the tokens are shared out then
             is not promised.
         denominator: replaces the aggregation's own (tokens, sequences, or sequences * max_length), for gradient
-            accumulation and data parallelism; a 0-d tensor on a GPU is used without a host sync.
+            accumulation and data parallelism; a 0-d tensor on a GPU is used without a host sync. An entropy term with
+            an ``entropy_aggregation`` of its own is divided by this call's tokens or sequences instead, as in TRL: over
+            micro-batches use ``scale=1 / steps`` with it, or ``entropy_aggregation=None``, whose
+            entropy term this number divides too.
         scale: multiplies the loss; ``1 / steps`` for gradient accumulation.
         config: the loss; ``LossConfig()`` when None.
         backend: ``"auto"`` or a name from ``available_backends()``.
