@@ -11,7 +11,7 @@ from torch import Tensor
 from ..aggregation import aggregation_weights
 from ..backends import differentiable, resolve
 from ..coefficients import readable
-from ..config import DEFAULT, METRICS, OBJECTIVES, LossConfig, Scalars
+from ..config import DEFAULT, OBJECTIVES, LossConfig, Scalars
 from ..inputs.check import check_tensor
 from ..inputs.layout import Layout, PolicyInputs, acc_dtype, active_tokens, layout_of
 from ..ops import loss as ops
@@ -19,6 +19,7 @@ from ..ops.library import apply, first_order, none_for_unused_outputs
 from ..reference import loss as reference
 from .covariance import covariance_selection
 from .logps import unsupported_group
+from .metrics import Metrics
 
 N_INPUTS = len(PolicyInputs._fields)
 
@@ -86,7 +87,7 @@ class LossOutput(NamedTuple):
     logps: Tensor
     entropy: Tensor | None
     per_token_loss: Tensor
-    metrics: dict[str, Tensor]
+    metrics: Metrics
 
 
 class TokenPolicy(torch.autograd.Function):
@@ -230,7 +231,7 @@ def output(
         logps.detach().view(shape),
         None if entropy is None else entropy.detach().view(shape),
         per_token.view(shape),
-        dict(zip(METRICS, metrics.unbind(), strict=True)),
+        Metrics(metrics),
     )
 
 

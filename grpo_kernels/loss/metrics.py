@@ -1,0 +1,123 @@
+"""A loss's metrics: one tensor with names, and how those of several micro-batches and ranks become one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import METRICS
+from ..inputs.check import check_choice
+
+# How the metrics of parts of a batch combine: weighted by their tokens unless they are here.
+SUMS = ("policy_loss", "kl_loss", "entropy_loss", "tokens")
+MINIMA = ("ratio_min", "clip_low_min", "weight_min")
+MAXIMA = ("ratio_max", "clip_high_max", "weight_max")
+LOSSES = SUMS[:3]  # the first of METRICS
+ONE_WITHOUT_TOKENS = (
+    "ratio_mean", "ratio_min", "ratio_max", "gradient_weight", "weight_mean", "weight_min", "weight_max", "weight_ess",
+)  # fmt: skip
+_INDEX = {name: i for i, name in enumerate(METRICS)}
+
+
+class Metrics(Mapping[str, Tensor]):
+    """A loss's metrics by name, 0-d tensors on the device of the loss; ``LossOutput`` says what each is.
+
+    Attributes:
+        stacked: all of them, ``[26]`` in the order of the names; what is read by name is a view of it.
+    """
+
+    def __init__(self, stacked: Tensor) -> None:
+        self.stacked = stacked
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stacked[_INDEX[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(METRICS)
+
+    def __len__(self) -> int:
+        return len(METRICS)
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(METRICS)}; on {self.stacked.device})"
+
+    def floats(self) -> dict[str, float]:
+        """All of them as numbers, which waits for the device once and not once for each."""
+        return dict(zip(METRICS, self.stacked.tolist(), strict=True))
+
+
+def combine_metrics(metrics: Metrics | Iterable[Metrics], group: Any = None, *, losses: str = "sum") -> Metrics:
+    """The metrics of a batch from those of its parts: micro-batches, the ranks of a process group, or both.
+
+    By name: ``tokens`` adds up; ``ratio_min``, ``clip_low_min``, ``weight_min`` and ``ratio_max``, ``clip_high_max``,
+    ``weight_max`` are the extremes over parts that have tokens; ``weight_ess`` is that of all tokens together; every
+    other is the mean over tokens, each part weighted by its ``tokens``. Without any token they are those of a loss
+    without tokens. What a part without tokens reports is not looked at.
+
+    Args:
+        metrics: a loss's, or one for each micro-batch.
+        group: of ``torch.distributed``; None: this process alone. All its ranks must call, those without tokens too.
+        losses: ``policy_loss``, ``kl_loss`` and ``entropy_loss``: ``"sum"`` where every part was divided by the whole
+            batch's ``denominator``, as gradients that are summed are; ``"mean"`` over ranks, each the sum of its
+            micro-batches, where DDP and FSDP average the gradients.
+
+    Returns:
+        Metrics, on the device of the first.
+
+    Raises:
+        ValueError: for no metrics at all.
+    """
+    check_choice("losses", losses, ("sum", "mean"))
+    parts = [metrics.stacked] if isinstance(metrics, Metrics) else [m.stacked for m in metrics]
+    if not parts:
+        raise ValueError("combine_metrics needs at least one loss's metrics; got none")
+    wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
+    rows = torch.stack([p.to(wide) for p in parts])
+    sums, extremes = _sums(rows), _extremes(rows)
+    ranks = 1
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+        ranks = dist.get_world_size(group)
+    combined = _finished(sums, extremes)
+    if losses == "mean":
+        combined[: len(LOSSES)] /= ranks
+    return Metrics(combined.to(parts[0].dtype))
+
+
+def _columns(names: Iterable[str]) -> list[int]:
+    return [_INDEX[name] for name in names]
+
+
+def _sums(rows: Tensor) -> Tensor:
+    """Over parts, [27]: each metric times the part's tokens, or itself where it adds up; the squares of the weights."""
+    n, ess = rows[:, _INDEX["tokens"]], rows[:, _INDEX["weight_ess"]]
+    added = torch.where((n > 0)[:, None], rows * n[:, None], 0.0)
+    added[:, _columns(SUMS)] = rows[:, _columns(SUMS)]
+    weights = n * rows[:, _INDEX["weight_mean"]]
+    squares = torch.where((n > 0) & (ess != 0), weights.square() / (n * ess), 0.0)
+    return torch.cat([added.sum(0), squares.sum()[None]])
+
+
+def _extremes(rows: Tensor) -> Tensor:
+    """The negative minima and the maxima over the parts that have tokens, [6]."""
+    has_tokens = rows[:, _INDEX["tokens"]] > 0
+    signed = torch.cat([-rows[:, _columns(MINIMA)], rows[:, _columns(MAXIMA)]], 1)
+    return torch.where(has_tokens[:, None], signed, -torch.inf).amax(0)
+
+
+def _finished(sums: Tensor, extremes: Tensor) -> Tensor:
+    added, squares = sums[:-1], sums[-1]
+    n = added[_INDEX["tokens"]]
+    out = added / n.clamp(min=1)
+    out[_columns(SUMS)] = added[_columns(SUMS)]
+    out[_columns(MINIMA)], out[_columns(MAXIMA)] = -extremes[: len(MINIMA)], extremes[len(MINIMA) :]
+    out[_INDEX["weight_ess"]] = torch.where(squares == 0, 0.0, added[_INDEX["weight_mean"]].square() / (n * squares))
+    empty = torch.zeros_like(out)
+    empty[_columns(ONE_WITHOUT_TOKENS)] = 1.0
+    empty[: len(LOSSES)] = out[: len(LOSSES)]
+    return torch.where(n > 0, out, empty)
