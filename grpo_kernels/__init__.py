@@ -12,6 +12,7 @@ from .correction.config import CorrectionConfig, RejectionFilter
 from .correction.controllers import AdaptiveEntropyController, AdaptiveKLController
 from .correction.kl import kl_divergence
 from .correction.rollout import RolloutCorrection, rollout_correction
+from .loss.details import TokenDetails, token_details
 from .loss.grpo import GRPOLoss, grpo_loss
 from .loss.linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
 from .loss.logps import TokenLogps, token_logps
@@ -31,6 +32,8 @@ __all__ = [
     "LossOutput",
     "Metrics",
     "combine_metrics",
+    "token_details",
+    "TokenDetails",
     "GRPOLoss",
     "LinearGRPOLoss",
     "group_advantages",

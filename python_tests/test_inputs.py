@@ -97,6 +97,13 @@ ARGUMENTS = {
     "kl_divergence": [
         {"logps": floats(S, T), "ref_logps": floats(S, T), "old_logps": floats(S, T), "rollout_logps": floats(S, T), "mask": MASK}
     ],
+    "token_details": [
+        {
+            "logps": floats(S, T), "advantages": floats(S), "mask": MASK,
+            **{n: PER_TOKEN[n] for n in ("old_logps", "rollout_logps", "token_weights", "entropy_mask")},
+        },
+        {"logps": floats(12), "advantages": floats(2), **PACKED},
+    ],
     "rollout_correction": [
         {
             "old_logps": floats(S, T), "rollout_logps": floats(S, T), "mask": MASK, "logps": floats(S, T),
@@ -120,7 +127,13 @@ FLOATS = {
     "old_values",
 }
 DIFFERENTIABLE = {"logits", "hidden", "weight", "bias", "entropy"} | {
-    (f, name) for f, name in (("policy_loss", "logps"), ("kl_divergence", "logps"), ("value_loss", "values"))
+    (f, name)
+    for f, name in (
+        ("policy_loss", "logps"),
+        ("token_details", "logps"),
+        ("kl_divergence", "logps"),
+        ("value_loss", "values"),
+    )
 }
 COPIED = {"temperature", "reward_weights"}  # to the logits' or rewards' device, as documented
 
@@ -205,8 +218,8 @@ def test_the_right_tensors_are_accepted_and_all_are_given(function):
 def test_every_public_function_is_walked():
     from test_quick import CALLS
 
-    modules = {"GRPOLoss", "LinearGRPOLoss", "AdaptiveKLController", "AdaptiveEntropyController"}
-    assert {*CALLS} - modules == {*ARGUMENTS}
+    others = {"GRPOLoss", "LinearGRPOLoss", "AdaptiveKLController", "AdaptiveEntropyController", "combine_metrics"}
+    assert {*CALLS} - others == {*ARGUMENTS}
 
 
 @pytest.mark.parametrize(

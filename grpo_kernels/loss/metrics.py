@@ -13,10 +13,10 @@ from ..config import METRICS
 from ..inputs.check import check_choice
 
 # How the metrics of parts of a batch combine: weighted by their tokens unless they are here.
-SUMS = ("policy_loss", "kl_loss", "entropy_loss", "tokens")
+SUMS = ("policy_loss", "kl_loss", "entropy_loss", "tokens")  # the first of METRICS
 MINIMA = ("ratio_min", "clip_low_min", "weight_min")
 MAXIMA = ("ratio_max", "clip_high_max", "weight_max")
-LOSSES = SUMS[:3]  # the first of METRICS
+LOSSES = SUMS[:3]
 ONE_WITHOUT_TOKENS = (
     "ratio_mean", "ratio_min", "ratio_max", "gradient_weight", "weight_mean", "weight_min", "weight_max", "weight_ess",
 )  # fmt: skip
@@ -89,15 +89,14 @@ def combine_metrics(metrics: Metrics | Iterable[Metrics], group: Any = None, *, 
     return Metrics(combined.to(parts[0].dtype))
 
 
-def _columns(names: Iterable[str]) -> list[int]:
-    return [_INDEX[name] for name in names]
+# Columns are picked by numbers and slices: a list of them would be copied to the device, which the host waits for.
 
 
 def _sums(rows: Tensor) -> Tensor:
     """Over parts, [27]: each metric times the part's tokens, or itself where it adds up; the squares of the weights."""
     n, ess = rows[:, _INDEX["tokens"]], rows[:, _INDEX["weight_ess"]]
     added = torch.where((n > 0)[:, None], rows * n[:, None], 0.0)
-    added[:, _columns(SUMS)] = rows[:, _columns(SUMS)]
+    added[:, : len(SUMS)] = rows[:, : len(SUMS)]
     weights = n * rows[:, _INDEX["weight_mean"]]
     squares = torch.where((n > 0) & (ess != 0), weights.square() / (n * ess), 0.0)
     return torch.cat([added.sum(0), squares.sum()[None]])
@@ -105,19 +104,18 @@ def _sums(rows: Tensor) -> Tensor:
 
 def _extremes(rows: Tensor) -> Tensor:
     """The negative minima and the maxima over the parts that have tokens, [6]."""
-    has_tokens = rows[:, _INDEX["tokens"]] > 0
-    signed = torch.cat([-rows[:, _columns(MINIMA)], rows[:, _columns(MAXIMA)]], 1)
-    return torch.where(has_tokens[:, None], signed, -torch.inf).amax(0)
+    signed = [-rows[:, _INDEX[name]] for name in MINIMA] + [rows[:, _INDEX[name]] for name in MAXIMA]
+    return torch.where(rows[:, _INDEX["tokens"]] > 0, torch.stack(signed), -torch.inf).amax(1)
 
 
 def _finished(sums: Tensor, extremes: Tensor) -> Tensor:
     added, squares = sums[:-1], sums[-1]
     n = added[_INDEX["tokens"]]
-    out = added / n.clamp(min=1)
-    out[_columns(SUMS)] = added[_columns(SUMS)]
-    out[_columns(MINIMA)], out[_columns(MAXIMA)] = -extremes[: len(MINIMA)], extremes[len(MINIMA) :]
+    out, empty = added / n.clamp(min=1), torch.zeros_like(added)
+    for i, name in enumerate(MINIMA + MAXIMA):
+        out[_INDEX[name]] = -extremes[i] if name in MINIMA else extremes[i]
     out[_INDEX["weight_ess"]] = torch.where(squares == 0, 0.0, added[_INDEX["weight_mean"]].square() / (n * squares))
-    empty = torch.zeros_like(out)
-    empty[_columns(ONE_WITHOUT_TOKENS)] = 1.0
-    empty[: len(LOSSES)] = out[: len(LOSSES)]
+    for name in ONE_WITHOUT_TOKENS:
+        empty[_INDEX[name]] = 1.0
+    out[: len(SUMS)] = empty[: len(SUMS)] = added[: len(SUMS)]
     return torch.where(n > 0, out, empty)

@@ -81,3 +81,54 @@ def test_wrong_arguments():
     (m,) = losses({}, [slice(0, 6)])
     with pytest.raises(ValueError, match="losses must be one of 'sum', 'mean'; got 'max'"):
         gk.combine_metrics(m, losses="max")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_details_are_what_the_metrics_are_means_of(form, packed):
+    b = make_batch()
+    config = gk.LossConfig(**{**form, "kl_coef": 0.1, "entropy_coef": 0.05})
+    logps = gk.token_logps(b.logits, b.targets, return_entropy=True)
+    tensors = {"logps": logps.logps, "advantages": b.advantages[:, None].expand(b.mask.shape), "mask": b.mask}
+    tensors |= {name: x for name, x in b.keywords().items() if name != "ref_logps"}
+    others = {"ref_logps": b.ref_logps, "entropy": logps.entropy}
+    options = {"config": config}
+    if packed:
+        tensors, others = ({n: x.flatten() for n, x in of.items()} for of in (tensors, others))
+        options["cu_seqlens"] = torch.arange(len(b.mask) + 1) * b.mask.shape[1]
+    torch.manual_seed(3)  # of clip_cov's random picks
+    m = gk.policy_loss(**tensors, **others, **options).metrics
+    torch.manual_seed(3)
+    d = gk.token_details(**tensors, **options)
+    active = tensors["mask"] != 0
+    assert all(x.shape == active.shape for x in d)
+    means = {
+        "ratio_mean": d.ratio, "clip_low": d.clip_low, "clip_high": d.clip_high, "clip_cap": d.clip_cap,
+        "gradient_weight": d.gradient_weight, "weight_mean": d.weight, "rejected": d.weight == 0,
+    }  # fmt: skip
+    for name, x in means.items():
+        torch.testing.assert_close(x[active].double().mean(), m[name], rtol=1e-9, atol=1e-12)
+    assert d.ratio[active].max() == m["ratio_max"] or abs(d.ratio[active].max() / m["ratio_max"] - 1) < 1e-12
+    for x in (d.ratio, d.gradient_weight, d.weight):
+        assert (x[~active] == 1).all()
+    assert not any(flag[~active].any() for flag in (d.clip_low, d.clip_high, d.clip_cap))
+
+
+def test_details_of_a_sequence_level_ratio_count_sequences():
+    b, config = make_batch(), gk.LossConfig(ratio_level="sequence", eps_low=0.01, eps_high=0.01)
+    logps = gk.token_logps(b.logits, b.targets).logps
+    d = gk.token_details(logps, b.advantages, b.mask, old_logps=b.old_logps, config=config)
+    x = torch.where(b.mask, logps - b.old_logps, 0.0).sum(-1) / b.mask.sum(-1)
+    clipped = ((x.exp() > 1.01) & (b.advantages > 0))[b.mask.any(-1)]
+    assert 0 < clipped.sum() < len(clipped)
+    assert (d.clip_high & b.mask).any(-1)[b.mask.any(-1)].tolist() == clipped.tolist()
+
+
+def test_details_read_nothing_of_masked_tokens_and_keep_no_graph():
+    b = make_batch()
+    logps = gk.token_logps(b.logits, b.targets).logps.requires_grad_()
+    clean = gk.token_details(logps, b.advantages, b.mask, old_logps=b.old_logps)
+    holed = torch.where(b.mask, logps.detach(), float("nan"))
+    again = gk.token_details(holed, b.advantages, b.mask, old_logps=torch.where(b.mask, b.old_logps, float("nan")))
+    assert all(torch.equal(x, y) for x, y in zip(clean, again, strict=True))
+    assert not any(x.requires_grad for x in clean)
