@@ -116,6 +116,6 @@ def _finished(sums: Tensor, extremes: Tensor) -> Tensor:
         out[_INDEX[name]] = -extremes[i] if name in MINIMA else extremes[i]
     out[_INDEX["weight_ess"]] = torch.where(squares == 0, 0.0, added[_INDEX["weight_mean"]].square() / (n * squares))
     for name in ONE_WITHOUT_TOKENS:
-        empty[_INDEX[name]] = 1.0
+        empty[_INDEX[name]].fill_(1.0)
     out[: len(SUMS)] = empty[: len(SUMS)] = added[: len(SUMS)]
     return torch.where(n > 0, out, empty)

@@ -253,5 +253,5 @@ def differs_inside(function: str, form: str) -> bool:
 def takes_tensors(name: str) -> bool:
     """Whether a public name is a function or class that takes tensors, rather than a result or a config."""
     public = getattr(gk, name)
-    holds_numbers = dataclasses.is_dataclass(public) or name == "available_backends"
+    holds_numbers = dataclasses.is_dataclass(public) or name in ("available_backends", "Metrics")
     return not holds_numbers and not hasattr(public, "_fields")
