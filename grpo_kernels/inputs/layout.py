@@ -153,6 +153,21 @@ class Rows(NamedTuple):
     softcap: float  # 0: none
 
 
+class Head(NamedTuple):
+    """What makes logits of hidden states: their product with weight + lora_scale * lora_b @ lora_a, plus the bias."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    lora_a: Tensor | None = None  # [r, H]; both or neither
+    lora_b: Tensor | None = None  # [V, r]
+    lora_scale: float = 1.0
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """What may need a gradient."""
+        return self[:4]
+
+
 class RowStats(NamedTuple):
     """What is kept of each row, [B, T]: log p(target), entropy, the softmax's maximum and log-sum relative to it."""
 

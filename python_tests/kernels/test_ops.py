@@ -33,7 +33,8 @@ def test_opcheck(dtype):
     g = torch.randn_like(stats[0])
     weight, bias = torch.randn(50, 133).to(dtype), torch.randn(50).to(dtype)
     rows_50 = rows._replace(targets=rows.targets % 50)
-    head = (weight, bias, 4)
+    lora_a, lora_b = torch.randn(2, 133).to(dtype), torch.randn(50, 2).to(dtype)
+    head, adapted = (weight, bias, None, None, 1.0, 4), (weight, None, lora_a, lora_b, 0.5, 4)
     cases = {
         ops.row_forward: (*rows, True, False, "cpu"),
         ops.row_backward: (*rows, *stats, g, g, "cpu"),
@@ -41,12 +42,13 @@ def test_opcheck(dtype):
         ops.row_policy: (*rows, *inputs, False, "cpu"),
         ops.row_policy_: (rows.logits.clone(), *rows[1:], *inputs, False, "cpu"),
         ops.token_policy: (stats[0], stats[1], rows.active, None, *inputs, "cpu"),
-        ops.linear_forward: (*rows_50, *head, True, False, "cpu"),
-        ops.linear_backward: (*rows_50, *head, [True, False, True], *stats, g, g, "cpu"),
-        ops.linear_policy: (*rows_50, *head, [True, True, True], *inputs, False, "cpu"),
     }  # fmt: skip
     for op, args in cases.items():
         torch.library.opcheck(op, args)
+    for lm_head, needs in ((head, [True, False, True, False, False]), (adapted, [True, False, False, True, True])):
+        torch.library.opcheck(ops.linear_forward, (*rows_50, *lm_head, [True, True, False], False, "cpu"))
+        torch.library.opcheck(ops.linear_backward, (*rows_50, *lm_head, needs, *stats, g, g, "cpu"))
+        torch.library.opcheck(ops.linear_policy, (*rows_50, *lm_head, needs, *inputs, False, "cpu"))
 
 
 VIEWS = {  # logits [5, 7, 133]
