@@ -65,10 +65,10 @@ def outcome(module: torch.nn.Module, call: dict[str, Any]) -> tuple[Tensor, list
     return loss.detach(), [x.grad for x in leaves], list(metrics)
 
 
-def assert_same(got: Any, exact: Any) -> None:
+def assert_same(got: Any, exact: Any, tolerance: float = TOLERANCE) -> None:
     for mine, value in zip((got[0], *got[1], *got[2]), (exact[0], *exact[1], *exact[2]), strict=True):
         scale = max(1.0, float(value.abs().max()))
-        assert mine.shape == value.shape and (mine - value).abs().max() <= TOLERANCE * scale
+        assert mine.shape == value.shape and (mine - value).abs().max() <= tolerance * scale
 
 
 def options_of(kind: str, level: str, option: str) -> dict[str, Any]:
@@ -104,7 +104,8 @@ def test_arguments_of_a_call(extra: str) -> None:
         call |= {"ref_per_token_logps": None, "ref_input": call["_input"] + 0.1, "ref_weight": call["lin_weight"] * 0.9}
     else:
         call["lin_weight"] = call["lin_weight"].bfloat16()
-    assert_same(outcome(LigerFusedLinearGRPOLoss(**options), call), outcome(Theirs(**options), call))
+    tolerance = 0.01 if extra == "bfloat16_head" else TOLERANCE  # Liger adds up its gradient in bfloat16
+    assert_same(outcome(LigerFusedLinearGRPOLoss(**options), call), outcome(Theirs(**options), call), tolerance)
 
 
 def test_luspo_leaves_padding_out() -> None:
