@@ -268,3 +268,13 @@ def test_a_nested_tensor_is_no_padded_one():
 
 def test_whole_numbers_are_legal_where_a_float_is():
     check_number("x", 3, lambda v: v > 0, "above 0")
+
+
+@pytest.mark.parametrize("name", ["logits", "advantages", "targets", "old_logps"])
+def test_a_dtensor_is_refused_by_name(name):
+    class DTensor(torch.Tensor):  # torch.distributed's needs a process group
+        pass
+
+    call = ARGUMENTS["grpo_loss"][0]
+    with pytest.raises(TypeError, match=f"{name} is a DTensor.*full_tensor"):
+        gk.grpo_loss(**{**call, name: call[name].as_subclass(DTensor)})

@@ -183,8 +183,9 @@ def policy_loss(
         -weighted(entropy_weights, bonus).sum(),
     ]  # fmt: skip
     per_token = torch.where(active, policy + weighted(s.kl_coef, kl) - bonus, zero)
+    moved = clamp(logps - old, -s.log_ratio_clamp, s.log_ratio_clamp)
     metrics = policy_metrics(
-        parts, active, layout, h, kl, logps - old, logps - rollout, log_ratio.exp(), flags, gradient_weight,
+        parts, active, layout, h, kl, moved, logps - rollout, log_ratio.exp(), flags, gradient_weight,
         values.token_weight * importance,
     )  # fmt: skip
     return parts[0] + parts[1] + parts[2], per_token.detach(), metrics
