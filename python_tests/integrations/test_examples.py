@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -44,3 +46,13 @@ def test_two_processes() -> None:
 
 def test_it_is_short() -> None:
     assert len(SCRIPT.read_text().splitlines()) < 100
+
+
+def test_which_loss() -> None:
+    """The notebook's cells in order; the last one asserts that each preset gives its trainer's number."""
+    cells = json.loads((ROOT / "examples" / "which_loss.ipynb").read_text())["cells"]
+    namespace: dict[str, Any] = {}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"which_loss.ipynb, cell {number}", "exec"), namespace)
+    assert len(namespace["rows"]) == 9 and len({theirs for *_, theirs, _ in namespace["rows"]}) > 4
