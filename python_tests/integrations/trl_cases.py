@@ -52,6 +52,9 @@ def build(trainer: type, config: type, model: Any, *, peft: Any = None, ours: di
         disable_tqdm=True, use_cpu=True, bf16=False, seed=3, num_iterations=2, gradient_checkpointing=False,
         temperature=0.9, max_grad_norm=1.0, dataloader_pin_memory=False,
     )  # fmt: skip
+    if options.get("beta") and peft is None:  # the reference model is loaded again
+        model.config._name_or_path = tempfile.mkdtemp()
+        model.save_pretrained(model.config._name_or_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = trainer(
