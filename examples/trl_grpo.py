@@ -1,4 +1,4 @@
-"""GRPO with TRL on grpo_kernels: the first import and the trainer's name are all that differs from TRL alone.
+"""GRPO with TRL on grpo_kernels: the import and the name of the trainer are all that differs from TRL alone.
 
     python examples/trl_grpo.py                                  # a tiny random model, no network
     python examples/trl_grpo.py --model Qwen/Qwen3-0.6B --steps 100
@@ -12,6 +12,7 @@ import argparse
 import tempfile
 from typing import Any
 
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -37,7 +38,7 @@ def policy(name: str | None) -> tuple[Any, Any]:
 
 
 def digits(completions: list[str], **_: Any) -> list[float]:
-    """The share of digits: something that any model can learn."""
+    """The share of characters that are digits above 4: something that any model can learn."""
     return [sum(c.isdigit() and int(c) > 4 for c in text) / max(1, len(text)) for text in completions]
 
 
@@ -51,7 +52,8 @@ def arguments() -> argparse.Namespace:
 def config(steps: int, **options: Any) -> GRPOConfig:
     return GRPOConfig(
         output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=8, num_generations=8,
-        max_completion_length=16, learning_rate=1e-3, logging_steps=1, report_to="none", save_strategy="no", **options,
+        max_completion_length=16, learning_rate=1e-3, logging_steps=1, report_to="none", save_strategy="no",
+        bf16=torch.cuda.is_available(), **options,
     )  # fmt: skip
 
 

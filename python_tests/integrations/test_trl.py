@@ -23,7 +23,7 @@ from grpo_kernels.integrations import _checks
 from grpo_kernels.integrations import trl as ours
 
 ROOT = Path(__file__).parents[2]
-MOE = dict(kind="mixtral", num_local_experts=4, num_experts_per_tok=2, output_router_logits=True)
+MOE = dict(kind="olmoe", num_experts=4, num_experts_per_tok=2, output_router_logits=True)
 TWO = dict(two_sweeps=True)
 CASES: dict[str, dict[str, Any]] = {
     # the losses
@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "logits scaling": dict(model=dict(kind="granite", logits_scaling=2.0)),
     "softcap gspo": dict(model=dict(kind="gemma2", final_logit_softcapping=5.0), loss_type="grpo", importance_sampling_level="sequence", **TWO),
     "moe": dict(model=MOE), "moe vespo": dict(model=MOE, loss_type="vespo", **TWO),
-    "moe accumulated": dict(model=MOE, gradient_accumulation_steps=2),
+    "moe accumulated": dict(model=MOE, gradient_accumulation_steps=2, steps_per_generation=1, num_iterations=1),
     "head bias": dict(model=dict(kind="phi", partial_rotary_factor=0.5)),
     "fp32 head": dict(model=dict(dtype=torch.bfloat16), cast_lm_head_to_fp32=True),
     "fp32 head, tied": dict(model=dict(dtype=torch.bfloat16, tie_word_embeddings=True), cast_lm_head_to_fp32=True),
@@ -174,8 +174,9 @@ def test_agrees_with_rloo_trainer(beta: float) -> None:
 
 
 def test_evaluation() -> None:
-    native, mine = (build(t, GRPOConfig, tiny(), eval_strategy="no", num_iterations=1) for t in (GRPOTrainer, ours.GRPOKernelsTrainer))
-    theirs, found = native.evaluate(), mine.evaluate()
+    theirs = build(GRPOTrainer, GRPOConfig, tiny()).evaluate()
+    mine = build(ours.GRPOKernelsTrainer, GRPOConfig, tiny())
+    found = mine.evaluate()
     assert theirs.keys() == found.keys()
     assert theirs["eval_loss"] == pytest.approx(found["eval_loss"], abs=1e-6)
     assert theirs["eval_entropy"] == pytest.approx(found["eval_entropy"], rel=1e-5)
@@ -202,19 +203,21 @@ class ByHand(GRPOTrainer):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
-@pytest.mark.parametrize("how", ["lora", "dora", "dropout"])
+@pytest.mark.parametrize("how", ["lora", "dora"])
 def test_lora_on_the_head(how: str, loss_type: str) -> None:
     def trainer(kind: type) -> Any:
         adapter = peft.LoraConfig(
             r=4, lora_alpha=12, task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], use_dora=how == "dora",
-            lora_dropout=0.5 if how == "dropout" else 0.0, init_lora_weights=False,
+            lora_dropout=0.0, init_lora_weights=False,
         )  # fmt: skip
         torch.manual_seed(7)
         options = dict(beta=0.05, num_iterations=1, loss_type=loss_type, max_steps=2)
         return build(kind, GRPOConfig, tiny(), peft=adapter, ours=dict(verify=True) if kind is not ByHand else {}, **options)
 
-    native, mine = trainer(ByHand), trainer(ours.GRPOKernelsTrainer)
-    theirs, found = train(native), train(mine)
+    native = trainer(ByHand)
+    theirs = train(native)
+    mine = trainer(ours.GRPOKernelsTrainer)
+    found = train(mine)
     assert mine.step_counts.native == 0
     layer = mine.model.get_output_embeddings()
     assert layer.lora_A["default"].weight.grad is None or layer.lora_A["default"].weight.grad.any()
@@ -222,7 +225,22 @@ def test_lora_on_the_head(how: str, loss_type: str) -> None:
     tolerance = 1e-5 if loss_type == "vespo" else 2e-6
     assert theirs == pytest.approx(found, rel=tolerance, abs=tolerance)
     for entry, other in zip(metrics(native), metrics(mine), strict=True):
-        assert entry.get("grad_norm") == pytest.approx(other.get("grad_norm"), rel=2e-5)
+        assert entry.get("grad_norm", 0.0) == pytest.approx(other.get("grad_norm", 0.0), rel=2e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+def test_lora_with_dropout_on_the_head(loss_type: str) -> None:
+    """Its module is called, with dropout; which entries are dropped depends on the shape, so no other run agrees."""
+    adapter = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"], lora_dropout=0.5)
+    mine = build(ours.GRPOKernelsTrainer, GRPOConfig, tiny(), peft=adapter, ours=dict(verify=True), loss_type=loss_type)
+    layer = mine.model.get_output_embeddings()
+    assert ours._parameters(layer.train(), torch.float32) is None
+    head = ours._parameters(layer.eval(), torch.float32)
+    assert head is not None and head.lora is not None
+    before = layer.lora_B["default"].weight.clone()
+    losses = train(mine)
+    assert mine.step_counts.native == 0 and all(abs(x) < 10 for x in losses)
+    assert (layer.lora_B["default"].weight != before).all()
 
 
 def test_lora_of_a_merged_or_disabled_adapter() -> None:
@@ -359,7 +377,7 @@ def test_patched_heads(kind: str, options: dict[str, Any], scored: str) -> None:
     assert patch.step_counts.two_sweeps == 1
     assert native.keys() == found.keys()
     for name, value in native.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=name)
+        assert (found[name].float() - value.float()).abs().max() <= 1e-6 + 5e-6 * value.float().abs().max(), name
     if scored == "some":
         assert native["log_probs"].any()
 
@@ -404,7 +422,10 @@ def test_patched_trainers_with_accuracy(kind: str, tmp_path: Path) -> None:
             data = Dataset.from_list([{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows])
             trainer: Any = SFTTrainer(tiny(), SFTConfig(**options), train_dataset=data, processing_class=tokenizer())
         else:
-            trainer = DPOTrainer(tiny(), args=DPOConfig(**options), train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+            model = tiny()
+            model.config._name_or_path = str(tmp_path / "model")  # the reference model is loaded again
+            model.save_pretrained(model.config._name_or_path)
+            trainer = DPOTrainer(model, args=DPOConfig(**options), train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
         trainer.train()
         return metrics(trainer)
 
