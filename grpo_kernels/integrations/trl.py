@@ -235,7 +235,9 @@ class _FusedHead:
         self.per_token_loss: Tensor | None = None
 
         @functools.wraps(type(model).forward)  # `generate` reads its signature
-        def forward(this: Any, *args: Any, fused_lm_head: bool = False, grpo: Boxed | None = None, **kwargs: Any) -> Any:
+        def forward(
+            this: Any, *args: Any, fused_lm_head: bool = False, grpo: Boxed | None = None, **kwargs: Any
+        ) -> Any:
             if not fused_lm_head:
                 return trl(this, *args, **kwargs)
             return self._run(trl, this, args, kwargs, grpo)

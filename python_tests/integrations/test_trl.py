@@ -16,11 +16,11 @@ import torch
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from trl_cases import SMALL, VOCAB, build, metrics, tiny, train
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
+from trl_cases import SMALL, VOCAB, build, metrics, tiny, train  # noqa: E402
 
-from grpo_kernels.integrations import _checks
-from grpo_kernels.integrations import trl as ours
+from grpo_kernels.integrations import _checks  # noqa: E402
+from grpo_kernels.integrations import trl as ours  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 MOE = dict(kind="olmoe", num_experts=4, num_experts_per_tok=2, output_router_logits=True)
@@ -125,7 +125,9 @@ def run(trainer: type, case: dict[str, Any], **options: Any) -> tuple[Any, list[
     return made, train(made, changed(inputs, made))
 
 
-def same(native: Any, mine: Any, losses: tuple[list[float], list[float]], loss: float = 1e-6, norm: float = 1e-5) -> None:
+def same(
+    native: Any, mine: Any, losses: tuple[list[float], list[float]], loss: float = 1e-6, norm: float = 1e-5
+) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=loss, abs=loss)
     assert any(abs(x) > 1e-4 for x in losses[0])
     theirs, found = metrics(native), metrics(mine)
@@ -148,7 +150,9 @@ def test_agrees_with_grpo_trainer(name: str) -> None:
     tolerance = 1e-5 if case.get("loss_type") == "vespo" else 1e-6
     same(native, mine, (theirs, found), tolerance)
     counts = mine.step_counts
-    path, other = (counts.two_sweeps, counts.single_pass) if case.get("two_sweeps") else (counts.single_pass, counts.two_sweeps)
+    path, other = (
+        (counts.two_sweeps, counts.single_pass) if case.get("two_sweeps") else (counts.single_pass, counts.two_sweeps)
+    )
     assert (path, other, counts.native) == (len(found), 0, 0)
 
 
@@ -195,7 +199,9 @@ class ByHand(GRPOTrainer):
         with ours._names(grpo_trainer, BaseTunerLayer=type("NoLayer", (), {})):
             super().__init__(*args, **kwargs)
 
-    def _get_per_token_logps_and_entropies(self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *_: Any, **__: Any):
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *_: Any, **__: Any
+    ):
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -logits_to_keep - 1 : -1]
         logps = (logits / self.temperature).log_softmax(-1)
         entropy = -(logps.exp() * logps).sum(-1)
@@ -212,7 +218,9 @@ def test_lora_on_the_head(how: str, loss_type: str) -> None:
         )  # fmt: skip
         torch.manual_seed(7)
         options = dict(beta=0.05, num_iterations=1, loss_type=loss_type, max_steps=2)
-        return build(kind, GRPOConfig, tiny(), peft=adapter, ours=dict(verify=True) if kind is not ByHand else {}, **options)
+        return build(
+            kind, GRPOConfig, tiny(), peft=adapter, ours=dict(verify=True) if kind is not ByHand else {}, **options
+        )
 
     native = trainer(ByHand)
     theirs = train(native)
@@ -291,7 +299,9 @@ def test_other_signatures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def _compute_loss(self: Any, model: Any, inputs: Any, other: Any) -> None: ...
 
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", _compute_loss)
-    with pytest.raises(RuntimeError, match=r"_compute_loss of trl 1\.\d+.* takes \(self, model, inputs, other\).*1\.16\.0"):
+    with pytest.raises(
+        RuntimeError, match=r"_compute_loss of trl 1\.\d+.* takes \(self, model, inputs, other\).*1\.16\.0"
+    ):
         build(ours.GRPOKernelsTrainer, GRPOConfig, tiny())
 
 
@@ -332,7 +342,9 @@ def test_another_formula_is_noticed_at_the_first_step(monkeypatch: pytest.Monkey
     native = GRPOTrainer._compute_loss
     monkeypatch.setitem(ours._DIGESTS, "GRPOTrainer", "anything")
     monkeypatch.setattr(ours, "_check_trainer", lambda trainer: None)
-    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: native(self, model, inputs) * 1.001 + 1e-3)
+    monkeypatch.setattr(
+        GRPOTrainer, "_compute_loss", lambda self, model, inputs: native(self, model, inputs) * 1.001 + 1e-3
+    )
     with pytest.raises(RuntimeError, match=r"by TRL's own formula .*loss_type='dapo'"):
         train(build(ours.GRPOKernelsTrainer, GRPOConfig, tiny()))
 
@@ -363,7 +375,10 @@ def head_outputs(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[st
     return {k: getattr(found, k).detach() for k in ALL} | {"loss": found.loss.detach()} | gradients
 
 
-@pytest.mark.parametrize("kind, options", [("llama", {}), ("gemma2", dict(final_logit_softcapping=5.0)), ("granite", dict(logits_scaling=2.0))])
+@pytest.mark.parametrize(
+    "kind, options",
+    [("llama", {}), ("gemma2", dict(final_logit_softcapping=5.0)), ("granite", dict(logits_scaling=2.0))],
+)
 @pytest.mark.parametrize("scored", ["some", "none"])
 def test_patched_heads(kind: str, options: dict[str, Any], scored: str) -> None:
     model = tiny(kind, **options)
@@ -425,7 +440,9 @@ def test_patched_trainers_with_accuracy(kind: str, tmp_path: Path) -> None:
             model = tiny()
             model.config._name_or_path = str(tmp_path / "model")  # the reference model is loaded again
             model.save_pretrained(model.config._name_or_path)
-            trainer = DPOTrainer(model, args=DPOConfig(**options), train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+            trainer = DPOTrainer(
+                model, args=DPOConfig(**options), train_dataset=Dataset.from_list(rows), processing_class=tokenizer()
+            )
         trainer.train()
         return metrics(trainer)
 
@@ -464,7 +481,9 @@ def test_float16_takes_two_sweeps() -> None:
     head = ours._FusedHead(model)
     ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
     mask = torch.ones(2, 5, dtype=torch.int)
-    call = ours.Boxed(advantages=torch.tensor([1e-4, -1e-4]), mask=mask, config=ours.LossConfig.preset("trl_grpo"), scale=0.5)
+    call = ours.Boxed(
+        advantages=torch.tensor([1e-4, -1e-4]), mask=mask, config=ours.LossConfig.preset("trl_grpo"), scale=0.5
+    )
     loss = model(input_ids=ids, labels=ids, fused_lm_head=True, grpo=call).loss
     assert head.path == "two_sweeps"
     (loss * 65536).backward()
@@ -488,7 +507,11 @@ def test_two_ranks(name: str) -> None:
 @pytest.mark.parametrize("script", ["trl_grpo.py", "trl_grpo_peft.py"])
 def test_examples(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / script), "--steps", "2"], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, str(ROOT / "examples" / script), "--steps", "2"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 in a single pass, 0 in two sweeps, 0 by the trainer" in done.stdout

@@ -38,14 +38,18 @@ def tiny(kind: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
 
 
 def prompts() -> Dataset:
-    return Dataset.from_list([{"prompt": " ".join(f"w{3 + (7 * i + j) % 90}" for j in range(3 + i % 4))} for i in range(8)])
+    return Dataset.from_list(
+        [{"prompt": " ".join(f"w{3 + (7 * i + j) % 90}" for j in range(3 + i % 4))} for i in range(8)]
+    )
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
     return [sum(int(word[1:]) % 7 for word in text.split() if word[1:].isdigit()) / 10 for text in completions]
 
 
-def build(trainer: type, config: type, model: Any, *, peft: Any = None, ours: dict[str, Any] | None = None, **options: Any):
+def build(
+    trainer: type, config: type, model: Any, *, peft: Any = None, ours: dict[str, Any] | None = None, **options: Any
+):
     defaults: dict[str, Any] = dict(
         output_dir=tempfile.mkdtemp(), max_steps=3, learning_rate=8e-4, per_device_train_batch_size=4,
         num_generations=4, max_completion_length=9, logging_steps=1, report_to="none", save_strategy="no",

@@ -61,7 +61,9 @@ def compare(rank: int, model: Any, wrapped: Any, single: bool, what: str) -> Non
     torch.testing.assert_close(mine / 2 * average, loss, rtol=1e-5, atol=1e-6, msg=what)
     assert expected["lm_head.weight"].any()
     for name, g in expected.items():
-        torch.testing.assert_close(found[name] * average, g, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{what} {n}: {m}")
+        torch.testing.assert_close(
+            found[name] * average, g, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{what} {n}: {m}"
+        )
 
 
 def run(rank: int, kind: str, store: str) -> None:
