@@ -220,8 +220,8 @@ def _flat(x: Tensor | None) -> Tensor | None:
 class _FusedHead:
     """The fused head of one model: TRL's forward, with our kernels for its rows."""
 
-    # Names of TRL's forward that get another meaning: the rows' function; whether to leave out the positions that are
-    # not scored (ours computes none of them, and keeps [B, L]); what a weight's gathering is decided by (ours, `_whole`).
+    # Names of TRL's forward that get another meaning: the rows' function; whether to leave out positions that are not
+    # scored (ours computes none of them, and keeps [B, L]); the type of weights that it gathers (none: `_whole` does).
     NAMES = ("_ChunkedLogProbFunction", "_use_triton", "DTensor")
 
     def __init__(self, model: Any) -> None:
