@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -235,11 +235,12 @@ class LossConfig(ComparesTensorsById):
     aggregation: str = "token_mean"
     max_length: int | None = None
     count_empty_sequences: bool = True
-    form: Form = dataclasses.field(init=False, repr=False, compare=False)
-    scalars: torch.Tensor = dataclasses.field(init=False, repr=False, compare=False)  # float64 on the CPU, of Scalars
-    # Fields, so that a compiled loss guards on what there is and not on a coefficient's value.
-    has_entropy: bool = dataclasses.field(init=False, repr=False, compare=False)
-    tensors: tuple[torch.Tensor | None, ...] = dataclasses.field(init=False, repr=False, compare=False)  # kl, entropy
+    # What follows from the arguments, computed once, so that a compiled loss guards on these and not on a coefficient.
+    # No fields: who rebuilds a dataclass from its fields, as FSDP does when it casts, passes arguments only.
+    form: ClassVar[Form]
+    scalars: ClassVar[torch.Tensor]  # float64 on the CPU, of Scalars
+    has_entropy: ClassVar[bool]
+    tensors: ClassVar[tuple[torch.Tensor | None, ...]]  # kl_coef and entropy_coef, where they are tensors
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -266,7 +267,7 @@ class LossConfig(ComparesTensorsById):
     def to_dict(self) -> dict[str, Any]:
         """The arguments, by name: ``LossConfig(**config.to_dict())`` equals it, by way of JSON too, which holds all of
         them but a coefficient that is a tensor."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @property
     def has_kl(self) -> bool:

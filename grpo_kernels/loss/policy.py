@@ -11,7 +11,7 @@ from torch import Tensor
 from ..aggregation import aggregation_weights
 from ..backends import differentiable, resolve
 from ..coefficients import readable
-from ..config import DEFAULT, METRICS, OBJECTIVES, LossConfig, Scalars
+from ..config import DEFAULT, OBJECTIVES, LossConfig, Scalars
 from ..inputs.check import check_tensor
 from ..inputs.layout import Layout, PolicyInputs, acc_dtype, active_tokens, layout_of
 from ..ops import loss as ops
@@ -19,6 +19,7 @@ from ..ops.library import apply, first_order, none_for_unused_outputs
 from ..reference import loss as reference
 from .covariance import covariance_selection
 from .logps import unsupported_group
+from .metrics import Metrics
 
 N_INPUTS = len(PolicyInputs._fields)
 
@@ -60,7 +61,7 @@ class LossOutput(NamedTuple):
     tokens              N
     entropy             mean entropy in nats (0 where it is not computed)
     kl                  mean of the KL estimate (weighted by its gradient form), without the coefficient
-    approx_kl           mean of -x: how far the policy has moved since `old`
+    approx_kl           mean of -x, clamped by log_ratio_clamp: how far the policy has moved since `old`
     approx_kl_k3        mean of e^x - 1 - x, the same with lower variance
     ratio_mean/min/max  of r (1 when there are no tokens)
     clip_low            share of tokens with A < 0 and r below 1 - eps_low; cispo: r below cispo_low;
@@ -91,7 +92,7 @@ class LossOutput(NamedTuple):
     logps: Tensor
     entropy: Tensor | None
     per_token_loss: Tensor
-    metrics: dict[str, Tensor]
+    metrics: Metrics
 
 
 class TokenPolicy(torch.autograd.Function):
@@ -139,6 +140,10 @@ def policy_inputs(
     objective = OBJECTIVES[config.objective]
     pooled = objective.pooling != "none"
     policy_weights = None if pooled else importance
+    of_sequences = given.token_weights is not None and not layout.holds_tokens(given.token_weights)
+    if importance is not None and objective.pooling == "sum" and of_sequences:
+        # A sum over the sequence's tokens would count its one weight as often as it has tokens.
+        importance = torch.where(layout.first_tokens(active), importance, 1.0)
     if mask is not None:
         policy_weights = mask if policy_weights is None else torch.where(mask == 0, mask, mask * policy_weights)
     bonus_mask = mask if config.has_entropy and config.entropy_mask_bonus else None
@@ -231,7 +236,7 @@ def output(
         logps.detach().view(shape),
         None if entropy is None else entropy.detach().view(shape),
         per_token.view(shape),
-        dict(zip(METRICS, metrics.unbind(), strict=True)),
+        Metrics(metrics),
     )
 
 
@@ -274,7 +279,8 @@ def policy_loss(
             the rollout metrics.
         entropy: per token, from ``token_logps``; needed when ``config.entropy_coef`` is not 0.
         token_weights: per token or sequence, multiplies the policy term only (importance correction, rejection);
-            ``gmpo`` takes their geometric mean over a sequence, ``vespo`` adds their logarithms to that of its ratio.
+            ``gmpo`` takes their geometric mean over a sequence, ``vespo`` adds their logarithms to that of its ratio,
+            one per sequence once (its first token then holds it, in the metrics too).
         entropy_mask: per token, multiplies the policy term (TRL's top-entropy quantile), and the entropy term with
             ``config.entropy_mask_bonus``; ``gmpo`` leaves the tokens out of its mean.
         sequence_weights: ``[R]``, multiplies every term of a sequence, in addition to the aggregation's own weight.
