@@ -82,10 +82,8 @@ class LossOutput(NamedTuple):
                         is from the sampler; 0 without rollout_logps
     ==================  =============================================================================
 
-    Over ranks and micro-batches the parts of the loss and ``tokens`` add up, if each call had the same ``denominator``;
-    means and shares are weighted by ``tokens``; extremes are the least and largest. Leave a call without tokens out: it
-    reports 1 for ratios and weights and 0 elsewhere, which are no neutral elements of a minimum or maximum. Weights'
-    ``weight_ess`` combines through its sums, ``sum w = N weight_mean`` and ``sum w^2 = (sum w)^2 / (N weight_ess)``.
+    A call without active tokens reports 1 for ratios, weights and ``gradient_weight`` and 0 for the rest, which would
+    spoil a minimum or maximum over ranks; ``combine_metrics`` leaves such calls out, and says how each metric combines.
     """
 
     loss: Tensor

@@ -41,6 +41,12 @@ def x1_a_rank_without_tokens(rank):
     torch.testing.assert_close(mine, gk.whiten(values, mask)[rank : rank + 1])
     none = gk.group_advantages(torch.tensor([1.0, 2.0])[: 2 * (1 - rank)], group_size=2, dp_group=group)
     assert len(none.advantages) == 2 * (1 - rank)
+    controller = gk.AdaptiveEntropyController(init=0.1, target=0.5, delta=0.01)
+    if rank == 0:
+        controller.observe(torch.full((1, 3), 0.25))
+    assert controller.update(group) == pytest.approx(0.11) and controller.last_entropy == 0.25
+    with pytest.raises(ValueError, match="none since"):  # on no rank, so on each of them
+        controller.update(group)
 
 
 def x2_metrics_of_all_ranks(rank):
