@@ -101,6 +101,9 @@ class AdaptiveKLController(_Controller):
         return self.coef
 
 
+NOT_OBSERVED = "update needs an observe before it; got none since the last update"
+
+
 class AdaptiveEntropyController(_Controller):
     """Keeps the entropy up: each optimizer step moves the coefficient by ``delta``, upwards when the entropy is at or
     below ``target``, downwards when it is above, within ``[low, high]``. While it is above, the bonus is off.
@@ -170,12 +173,14 @@ class AdaptiveEntropyController(_Controller):
             ValueError: if nothing was observed on any rank, or the mean is NaN: on all ranks alike.
         """
         window, self._window = self._window, None
+        if window is None and dp_group is None:
+            raise ValueError(NOT_OBSERVED)
         if window is None:
             window = torch.zeros(3, dtype=torch.float64, device=device_of(dp_group))
-        window = reduced(window, dp_group)
-        if window[2] == 0:
-            raise ValueError("update needs an observe before it; got none since the last update")
-        entropy = float(window[0] / window[1].clamp(min=1))
+        total, tokens, calls = reduced(window, dp_group).tolist()
+        if dp_group is not None and calls == 0:
+            raise ValueError(NOT_OBSERVED)
+        entropy = total / max(tokens, 1.0)
         _check("the mean entropy", entropy, not math.isnan(entropy), "a number")
         step = self.delta if entropy <= self.target else -self.delta
         self.value = min(max(self.value + step, self.low), self.high)

@@ -202,7 +202,7 @@ def controllers() -> tuple[Callable[[], Iterator[tuple[str, Call]]], ...]:
         x = Inputs()
         yield "observe", lambda: gk.AdaptiveEntropyController().observe(x.per_token(), x.mask())
         observed = gk.AdaptiveEntropyController()
-        observed._window = gpu(2, dtype=torch.float64)
+        observed._window = gpu(3, dtype=torch.float64)
         yield "update", lambda: observed.update()
 
     return kl, entropy
