@@ -15,6 +15,11 @@ import grpo_kernels as gk
 from grpo_kernels.correction.config import LEVELS, NANS, REDUCTIONS
 
 
+def binary_kl(p: float, q: float) -> float:
+    p, q = (min(max(x, 1e-6), 1 - 1e-6) for x in (p, q))
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
 @pytest.mark.parametrize("nan", NANS)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
@@ -57,6 +62,7 @@ def test_filters_by_hand(f: gk.RejectionFilter, renormalise: bool) -> None:
             "ratio": d, "k1": [-v for v in d], "k2": [v * v / 2 for v in d], "k3": [math.exp(v) - 1 - v for v in d],
             "mult_prob_error": [math.exp(abs(v)) for v in d],
             "tv": [abs(math.exp(o) - math.exp(r)) for o, r in zip(old, roll, strict=True)],
+            "binary_kl": [binary_kl(math.exp(r), math.exp(o)) for o, r in zip(old, roll, strict=True)],
         }[f.statistic]  # fmt: skip
         reduce = {"sum": sum, "mean": lambda v: sum(v) / len(v), "min": min, "max": max}.get(f.reduction)
         x = x if reduce is None or not x else [reduce(x)] * len(x)
