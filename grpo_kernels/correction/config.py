@@ -10,7 +10,7 @@ from ..inputs.check import check_choice, check_number
 
 WEIGHTS = ("none", "ratio", "truncate", "clip", "mask")
 LEVELS = ("token", "sequence_sum", "sequence_mean")
-STATISTICS = ("ratio", "k1", "k2", "k3", "mult_prob_error", "tv")
+STATISTICS = ("ratio", "k1", "k2", "k3", "mult_prob_error", "tv", "binary_kl")
 REDUCTIONS = ("token", "sum", "mean", "min", "max")
 NANS = ("ignore", "reject")
 BEHAVIOURS = ("rollout", "old")
@@ -28,7 +28,9 @@ class RejectionFilter:
     Args:
         statistic: of a token, with ``d = old - rollout``: ``"ratio"`` ``e^d``; ``"k1"`` ``-d``, ``"k2"`` ``d^2/2``,
             ``"k3"`` ``e^d - 1 - d``, estimates of KL(rollout || old); ``"mult_prob_error"`` ``e^|d|``; ``"tv"``
-            ``|e^old - e^rollout|``.
+            ``|e^old - e^rollout|``; ``"binary_kl"`` ``p log(p/q) + (1 - p) log((1 - p)/(1 - q))`` with
+            ``p = e^rollout`` and ``q = e^old``, each within ``[1e-6, 1 - 1e-6]`` (OpenRLHF): KL(rollout || old) of
+            "this token or another".
         reduction: ``"token"`` filters each token by itself; ``"sum"``, ``"mean"``, ``"min"`` and ``"max"`` over a row's
             tokens filter rows. Of the ratio, sum and mean are taken in logarithms: their product and geometric mean.
         low, high: bounds on the statistic itself. verl's bounds of ``k1`` are exponentials: its ``seq_mean_k1`` with

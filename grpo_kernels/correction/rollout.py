@@ -14,6 +14,7 @@ from ..inputs.layout import Layout, acc_dtype, active_tokens, layout_of
 from ..reference import loss as reference
 from .config import CorrectionConfig, RejectionFilter
 
+BINARY_EPS = 1e-6  # binary_kl keeps its probabilities this far from 0 and 1, as OpenRLHF does
 HUGE = 1e30  # stands for infinity where values are added up, so that opposite ones leave a number
 
 
@@ -229,11 +230,19 @@ def kept(f: RejectionFilter, d: Tensor, old: Tensor, rollout: Tensor, tokens: To
         x = clamped(d, c).abs().exp()
     elif f.statistic == "tv":
         x = difference(old.exp(), rollout.exp(), tokens, c).abs()
+    elif f.statistic == "binary_kl":
+        x = binary_kl(old, rollout, tokens, c)
     else:
         x = reference.kl_estimate(f.statistic, clamped(d, c))  # of KL(rollout || old): u = old - rollout
     if f.reduction == "token":
         return _within(x, *f.bounds)
     return tokens.layout.of_sequences(_within(tokens.reduced(x, f.reduction), *f.bounds))
+
+
+def binary_kl(old: Tensor, rollout: Tensor, tokens: Tokens, c: CorrectionConfig) -> Tensor:
+    """KL(rollout || old) of the two outcomes "this token" and "any other"; a NaN is as `difference` treats it."""
+    p, q = (x.exp().clamp(BINARY_EPS, 1 - BINARY_EPS) for x in (rollout, old))
+    return difference(p * (p / q).log(), (1 - p) * ((1 - q) / (1 - p)).log(), tokens, c)
 
 
 def kept_by_opsm(
