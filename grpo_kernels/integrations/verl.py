@@ -71,7 +71,8 @@ def _reduction(mode: str, agg: str, config: Any, mask: Tensor) -> tuple[dict[str
         return {}, {}
     if mode == "sapo":
         agg = "seq-mean-token-mean"
-    dp, fields = info.get("dp_size") or 1, {"aggregation": AGGREGATION[agg]}
+    dp = info.get("dp_size") or 1
+    fields: dict[str, Any] = {"aggregation": AGGREGATION[agg]}
     args: dict[str, Any] = {}
     if agg == "token-mean":
         args["denominator"] = info.get("batch_num_tokens")
@@ -128,9 +129,14 @@ def _metrics(
 
 def make(mode: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     def compute(
-        old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean",
-        config: Any = None, rollout_is_weights: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
         fields, args = _reduction(mode, loss_agg_mode, config, response_mask)
         loss_config = _config(f"verl_{mode}", tuple({**fields, **OPTIONS[mode](config)}.items()))
         out = policy_loss(
@@ -169,14 +175,20 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, reduction: str = "none", dist_process_group: Any = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
     if reduction.lower() != "none":
         raise ValueError(f"reduction must be 'none'; got {reduction!r}")
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     found = linear_token_logps(
         hidden, weight, labels, temperature=temperature, return_entropy=True, tp_group=dist_process_group
     )
+    assert found.entropy is not None
     return found.logps, found.entropy
 
 
@@ -190,6 +202,7 @@ class FusedLinearForPPO(torch.nn.Module):
         found = linear_token_logps(
             hidden_states, vocab_weights, input_ids, temperature=temperature, return_entropy=True
         )
+        assert found.entropy is not None
         return found.logps, found.entropy.to(hidden_states.dtype)
 
 
