@@ -12,9 +12,11 @@ from .correction.config import CorrectionConfig, RejectionFilter
 from .correction.controllers import AdaptiveEntropyController, AdaptiveKLController
 from .correction.kl import kl_divergence
 from .correction.rollout import RolloutCorrection, rollout_correction
+from .loss.details import TokenDetails, token_details
 from .loss.grpo import GRPOLoss, grpo_loss
 from .loss.linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
 from .loss.logps import TokenLogps, token_logps
+from .loss.metrics import Metrics, combine_metrics
 from .loss.policy import LossOutput, policy_loss
 
 __version__ = "0.1.0"
@@ -28,6 +30,10 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "LossOutput",
+    "Metrics",
+    "combine_metrics",
+    "token_details",
+    "TokenDetails",
     "GRPOLoss",
     "LinearGRPOLoss",
     "group_advantages",

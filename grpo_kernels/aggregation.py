@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .config import LossConfig
 from .inputs.check import check_factor, check_tensor
-from .inputs.layout import Layout
+from .inputs.layout import Layout, filled
 
 
 def aggregation_weights(
@@ -32,6 +32,8 @@ def aggregation_weights(
     check_factor("scale", scale, active.device)
     if denominator is not None:
         check_factor("denominator", denominator, active.device, above_0=True)
+        if torch.compiler.is_compiling() and not isinstance(denominator, Tensor):
+            denominator = filled(denominator, dtype, active.device)
     else:
         denominator = _own_denominator(layout, active, aggregation, config)
     weight = (_on_device(scale, active, dtype) / denominator).to(dtype)
@@ -48,7 +50,7 @@ def _on_device(scale: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tenso
     """0-d, without a copy to the device, which the host would wait for: a number is filled in there, and a 0-d tensor
     of the CPU is an argument of the product."""
     if not isinstance(scale, Tensor):
-        return torch.full((), scale, dtype=dtype, device=like.device)
+        return filled(scale, dtype, like.device)
     if scale.dim() == 0 and scale.device != like.device:
         return like.new_ones((), dtype=dtype) * scale.to(dtype)
     return scale.to(like.device, dtype)

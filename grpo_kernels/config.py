@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -164,30 +164,35 @@ class LossConfig(ComparesTensorsById):
         ratio_cap: upper bound of the ratio of ``dppo_*``, ``None`` for none.
         tv_low, tv_high, ratio_sq_coef: of ``tv_mask`` and ``ipo``.
         dro_beta: of ``dro``, which needs it.
-        cov_ratio: share of the active tokens that the ``*_cov`` objectives pick, at least one.
+        cov_ratio: share of the active tokens that the ``*_cov`` objectives pick, at least one. They pick within one
+            call: micro-batches pick other tokens than the batch in one piece, whatever the ``denominator``.
         cov_low, cov_high: covariances that ``clip_cov`` picks from, at random (torch's generator).
         cov_kl: weight of ``|x|`` on the picked tokens of ``kl_cov``.
         ratio_level: ``"token"``; ``"sequence"`` (GSPO, arXiv:2507.18071: ``exp(mean_t x)``, gradient through the mean);
             ``"sequence_token"`` (that value, gradient by token); ``"sequence_product"`` (``exp(sum_t x)``, RLOO).
-            Other than ``"token"`` for ``clip``, ``cispo`` and ``sapo`` only.
+            Other than ``"token"`` for ``clip``, ``cispo`` and ``sapo`` only. A sequence's value stands at each of its
+            tokens, so ``"token_sum"`` and ``"sequence_sum"`` count it n_i times (as LUSPO does); a mean counts it once.
         log_ratio_clamp: ``x`` is clamped to +- this before anything else, no gradient outside.
         sequence_log_ratio_max: upper bound on a sequence's log-ratio, no gradient above.
         kl_coef, kl_estimator, kl_gradient: penalty to the reference, ``u = ref - logp``: ``k1 = -u``, ``abs``,
             ``k2 = u^2/2``, ``k3 = e^u - u - 1``; differentiated ``"pathwise"``, ``"straight_through"`` (k2's gradient),
             ``"importance_weighted"`` (``r k``), ``"score_function"``, ``"behaviour_weighted"`` (``exp(lp - roll) k``).
-        kl_input_clamp, kl_output_clamp: clamps on ``u`` and on the weighted estimate, no gradient outside.
+        kl_input_clamp, kl_output_clamp: clamps on ``u`` and on the weighted estimate, no gradient outside, except
+            that of ``"straight_through"``, which is k2's at the unclamped ``u``.
         entropy_coef: ``loss -= entropy_coef * aggregate(entropy)``.
             Either coefficient may be a 0-d tensor on the logits' device, which is read whenever the kernels run: a
             captured CUDA graph and a compiled loss follow what is written into it. Its term is then part of the loss
             even at 0, and that it is finite and not negative is the caller's promise. One on the CPU with logits on
             a GPU is read at each call; a replayed graph keeps what it read. Configs hold it, and are equal if
             it is the same tensor.
-        entropy_aggregation: as ``aggregation``, for the entropy alone; ``None`` takes the policy's.
+        entropy_aggregation: as ``aggregation``, for the entropy alone; ``None`` takes the policy's. If set (as in all
+            ``trl_*`` presets), the loss's ``denominator`` does not apply to the entropy.
         entropy_mask_bonus: the ``entropy_mask`` given to the loss restricts the entropy term too.
         aggregation: ``"token_mean"`` (DAPO), ``"token_sum"``, ``"sequence_mean"`` (GRPO), ``"sequence_sum"`` (LUSPO),
             ``"fixed_length"`` (Dr.GRPO: sum / (sequences * max_length)).
         max_length: of ``"fixed_length"``, in tokens.
-        count_empty_sequences: whether a sequence with no active token counts in the mean over sequences.
+        count_empty_sequences: whether a sequence with no active token counts in the mean over sequences. It does by
+            default, also in each micro-batch.
 
     Raises:
         ValueError: for unknown names, numbers out of range, options that the chosen form ignores, and tensors that
@@ -230,11 +235,12 @@ class LossConfig(ComparesTensorsById):
     aggregation: str = "token_mean"
     max_length: int | None = None
     count_empty_sequences: bool = True
-    form: Form = dataclasses.field(init=False, repr=False, compare=False)
-    scalars: torch.Tensor = dataclasses.field(init=False, repr=False, compare=False)  # float64 on the CPU, of Scalars
-    # Fields, so that a compiled loss guards on what there is and not on a coefficient's value.
-    has_entropy: bool = dataclasses.field(init=False, repr=False, compare=False)
-    tensors: tuple[torch.Tensor | None, ...] = dataclasses.field(init=False, repr=False, compare=False)  # kl, entropy
+    # What follows from the arguments, computed once, so that a compiled loss guards on these and not on a coefficient.
+    # No fields: who rebuilds a dataclass from its fields, as FSDP does when it casts, passes arguments only.
+    form: ClassVar[Form]
+    scalars: ClassVar[torch.Tensor]  # float64 on the CPU, of Scalars
+    has_entropy: ClassVar[bool]
+    tensors: ClassVar[tuple[torch.Tensor | None, ...]]  # kl_coef and entropy_coef, where they are tensors
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -261,7 +267,7 @@ class LossConfig(ComparesTensorsById):
     def to_dict(self) -> dict[str, Any]:
         """The arguments, by name: ``LossConfig(**config.to_dict())`` equals it, by way of JSON too, which holds all of
         them but a coefficient that is a tensor."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @property
     def has_kl(self) -> bool:

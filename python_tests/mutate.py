@@ -110,8 +110,10 @@ def apply_python(mutant: Mutant) -> None:
     """The module's functions are made anew in its own namespace, and whoever had imported one gets the new one."""
     name = ".".join(mutant.file.relative_to(ROOT).with_suffix("").parts)
     module = sys.modules[name]
-    before = {
-        k: v for k, v in vars(module).items() if getattr(v, "__module__", name) == name and not k.startswith("__")
+    before = {  # a jitted function is an object of Triton's, which holds the module's as `fn`
+        k: v
+        for k, v in vars(module).items()
+        if getattr(getattr(v, "fn", v), "__module__", name) == name and not k.startswith("__")
     }
     source = mutant.source()
     path = Path(tempfile.mkdtemp(prefix="mutate-")) / mutant.file.name  # Triton reads a function's source from its file
@@ -205,7 +207,7 @@ PLACES: dict[str, Any] = {
     ),
     "triton": (
         [TRITON / "math.py", TRITON / "softmax.py"], {"centred", "scaled", "advantage", "temporal_difference"},
-        [*FORMULAS, "loss/test_removed.py", "advantages/test_returns.py"], "triton and (branches or zero_rule or removed or value)",
+        [*FORMULAS, "loss/test_removed.py", "advantages/test_returns.py"], "triton and (branches or zero_rule or removed or value or every_form)",
     ),
     "cpp": ([MATH / "policy.h", MATH / "tokens.h"], set(), FORMULAS, "cpu and (branches or zero_rule or every_form)"),
 }  # fmt: skip

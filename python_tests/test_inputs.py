@@ -97,6 +97,13 @@ ARGUMENTS = {
     "kl_divergence": [
         {"logps": floats(S, T), "ref_logps": floats(S, T), "old_logps": floats(S, T), "rollout_logps": floats(S, T), "mask": MASK}
     ],
+    "token_details": [
+        {
+            "logps": floats(S, T), "advantages": floats(S), "mask": MASK,
+            **{n: PER_TOKEN[n] for n in ("old_logps", "rollout_logps", "token_weights", "entropy_mask")},
+        },
+        {"logps": floats(12), "advantages": floats(2), **PACKED},
+    ],
     "rollout_correction": [
         {
             "old_logps": floats(S, T), "rollout_logps": floats(S, T), "mask": MASK, "logps": floats(S, T),
@@ -120,7 +127,13 @@ FLOATS = {
     "old_values",
 }
 DIFFERENTIABLE = {"logits", "hidden", "weight", "bias", "entropy"} | {
-    (f, name) for f, name in (("policy_loss", "logps"), ("kl_divergence", "logps"), ("value_loss", "values"))
+    (f, name)
+    for f, name in (
+        ("policy_loss", "logps"),
+        ("token_details", "logps"),
+        ("kl_divergence", "logps"),
+        ("value_loss", "values"),
+    )
 }
 COPIED = {"temperature", "reward_weights"}  # to the logits' or rewards' device, as documented
 
@@ -205,8 +218,8 @@ def test_the_right_tensors_are_accepted_and_all_are_given(function):
 def test_every_public_function_is_walked():
     from test_quick import CALLS
 
-    modules = {"GRPOLoss", "LinearGRPOLoss", "AdaptiveKLController", "AdaptiveEntropyController"}
-    assert {*CALLS} - modules == {*ARGUMENTS}
+    others = {"GRPOLoss", "LinearGRPOLoss", "AdaptiveKLController", "AdaptiveEntropyController", "combine_metrics"}
+    assert {*CALLS} - others == {*ARGUMENTS}
 
 
 @pytest.mark.parametrize(
@@ -268,3 +281,13 @@ def test_a_nested_tensor_is_no_padded_one():
 
 def test_whole_numbers_are_legal_where_a_float_is():
     check_number("x", 3, lambda v: v > 0, "above 0")
+
+
+@pytest.mark.parametrize("name", ["logits", "advantages", "targets", "old_logps"])
+def test_a_dtensor_is_refused_by_name(name):
+    class DTensor(torch.Tensor):  # torch.distributed's needs a process group
+        pass
+
+    call = ARGUMENTS["grpo_loss"][0]
+    with pytest.raises(TypeError, match=f"{name} is a DTensor.*full_tensor"):
+        gk.grpo_loss(**{**call, name: call[name].as_subclass(DTensor)})

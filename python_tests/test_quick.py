@@ -7,6 +7,7 @@ for padded and for packed sequences. It fails if it does not call some public fu
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -183,6 +184,19 @@ CALLS = {
         )
         for preset in CORRECTION_PRESETS
     },
+    "token_details": {
+        level: lambda x, o=level: gk.token_details(
+            x.token("old_logps"), x.advantages, x.mask, old_logps=x.token("ref_logps"), **x.layout,
+            token_weights=x.token("token_weights"), config=gk.LossConfig(ratio_level=o),
+        )
+        for level in RATIO_LEVELS
+    },
+    "combine_metrics": {
+        "": lambda x: gk.combine_metrics([
+            gk.policy_loss(x.token("old_logps"), x.advantages, x.mask, old_logps=x.token(old), **x.layout).metrics
+            for old in ("ref_logps", "rollout_logps")
+        ])
+    },
     "AdaptiveKLController": {"": coefficient_of_kl},
     "AdaptiveEntropyController": {"": coefficient_of_entropy},
 }  # fmt: skip
@@ -214,7 +228,7 @@ def tensors(out):
     """Every tensor of a call's result, in order."""
     if isinstance(out, torch.Tensor):
         return [out]
-    values = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
+    values = out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ()
     return [x for value in values for x in tensors(value)]
 
 
@@ -242,7 +256,7 @@ def outcome(case, dtype, rounded=None, **options):
 
 
 def test_every_public_function_is_called():
-    public = {name: getattr(gk, name) for name in gk.__all__ if name != "available_backends"}
+    public = {name: getattr(gk, name) for name in gk.__all__ if name not in ("available_backends", "Metrics")}
     assert {*CALLS} == {n for n, f in public.items() if not dataclasses.is_dataclass(f) and not hasattr(f, "_fields")}
 
 

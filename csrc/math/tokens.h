@@ -100,7 +100,7 @@ GK_HD TokenValues<T> token_values(const TokenInputs<T>& t, T logp, T log_ratio, 
 template <typename T>
 GK_HD TokenSums<T> sums_of(const TokenInputs<T>& t, const Scalars<T>& s, T logp, T ratio, T entropy, T bonus,
                            const TokenTerm<T>& term) {
-  const T moved = logp - t.old, drift = logp - t.rollout, w = t.token_weight * t.pooled_weight;
+  const T moved = clamp_log_ratio(logp - t.old, s), drift = logp - t.rollout, w = t.token_weight * t.pooled_weight;
   TokenSums<T> one;
   one.policy = weighted_(t.weight, term.policy), one.kl = weighted_(t.weight * s.kl_coef, term.kl);
   one.entropy = weighted_(-bonus * t.entropy_weight, entropy);

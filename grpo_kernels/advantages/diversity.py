@@ -13,6 +13,8 @@ from ..inputs.grouping import check_groups
 from ..inputs.layout import layout_of
 from ..ops import advantages as ops
 
+LARGEST = 2**40  # tokens: 8 TiB of them, and as much again for their n-grams
+
 
 class GroupDiversity(NamedTuple):
     """Per sample, [S]: whether it is kept, its highest similarity to an earlier kept sample of its group, and one over
@@ -62,13 +64,15 @@ def group_diversity(
 
     Raises:
         ValueError: unless exactly one of group_size and group_ids is given and fits; for shapes that do not agree, a
-            threshold outside [0, 1] or an ngram below 1.
+            threshold outside [0, 1], an ngram below 1 or more than 2^40 tokens.
         TypeError: if token_ids are not integers.
     """
     check_tensor("token_ids", token_ids, kind="integer")
     layout = layout_of(token_ids.shape, cu_seqlens, token_ids.device)
     if not layout.knows_sequences:
         raise ValueError(f"flat token_ids need cu_seqlens; got shape {tuple(token_ids.shape)} and none")
+    if token_ids.numel() > LARGEST:  # an expanded tensor may claim any shape
+        raise ValueError(f"token_ids must have at most {LARGEST} tokens; got shape {tuple(token_ids.shape)}")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be from 0 to 1; got {threshold!r}")
     if not isinstance(ngram, int) or ngram < 1:

@@ -84,10 +84,11 @@ def gae(
     neither for rewards nor for values. Behind the last one everything is 0. Not whitened: see ``whiten``.
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence, ``[B]`` or ``[R]``, for its last active token.
+        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence, ``[B]`` or ``[R]``, for its last active token. A
+            reward on a masked token is not read: give outcome rewards one per sequence.
         values: per token, of the critic.
         mask: per token, any dtype, 0 masks.
-        gamma, lam: in [0, 1].
+        gamma, lam: in [0, 1]. Factors of a sum, not of the zero rule: 0 times a value that is NaN or infinite is NaN.
         cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences; on a GPU not checked, see ``policy_loss``.
         backend: ``"auto"`` or a name from ``available_backends()``.
 
@@ -141,7 +142,8 @@ def reinforce_plus_plus(
     Masked tokens are passed over as in ``gae``. The defaults are verl's; OpenRLHF: ``ddof=0, eps_mode="floor"``.
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence (then ``mask`` gives the tokens), for its last one.
+        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence (then ``mask`` gives the tokens), for its last
+            active one. A reward on a masked token is not read: give outcome rewards one per sequence.
         mask: per token, any dtype, 0 masks.
         gamma: in [0, 1].
         kl: per token, e.g. a log-ratio to the reference: ``kl_coef * kl`` is taken off each token's reward.
@@ -215,7 +217,8 @@ def remax(
     """ReMax (arXiv:2310.10505): the return from each token on, minus the reward of the greedy response.
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence (then ``mask`` gives the tokens), for its last one.
+        rewards: ``[B, T]``, or ``[N]`` packed; or one per sequence (then ``mask`` gives the tokens), for its last
+            active one. A reward on a masked token is not read: give outcome rewards one per sequence.
         baselines: ``[B]`` (packed: ``[R]``), the greedy responses' rewards.
         mask: per token, any dtype, 0 masks.
         cu_seqlens: ``[R + 1]`` int, the boundaries of packed sequences.

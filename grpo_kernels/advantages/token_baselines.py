@@ -29,13 +29,15 @@ def optimal_token_baseline(
     ``W_t = sum_{j <= t} (1 - 2 p_j + sum p^2)`` is the gradient energy so far (verl's ``optimal_token_baseline``).
 
     Args:
-        rewards: ``[S, T]``; or ``[S]``, for each sequence's last active token.
+        rewards: ``[S, T]``; or ``[S]``, for each sequence's last active token. A reward on a masked token is not read:
+            give outcome rewards one per sequence.
         logps, sum_p2: ``[S, T]`` of the policy that sampled, from ``token_logps(..., return_sum_p2=True)``.
         mask: ``[S, T]``, any dtype, 0 masks.
         group_size, group_ids: as in ``group_advantages``. A group of one has no baseline.
         token_weights: ``[S, T]``, importance weights; the energy is multiplied by their squares.
         multi_turn: positions count active tokens only, so that tool outputs do not shift the sequences against each
             other (verl's ``tir_optimal_token_baseline``), and a sequence without tokens does not count in its group.
+            Otherwise it counts, as in verl, where it is decided whether the group has more than one sequence.
         zero_tail: no baseline where the group's longest sequence goes on alone.
 
     Returns:

@@ -86,7 +86,8 @@ class CorrectionConfig:
         weight: of a token: ``"none"`` 1; ``"ratio"`` rho; ``"truncate"`` ``min(rho, high)`` (TIS); ``"clip"``
             ``clamp(rho, low, high)``; ``"mask"`` rho within ``[low, high]``, else 0 (IcePop).
         level: whose rho: the ``"token"``'s, or one per row: ``"sequence_sum"`` ``exp(sum_t d)``, ``"sequence_mean"``
-            ``exp(mean_t d)`` (geometric mean).
+            ``exp(mean_t d)`` (geometric mean). For long rollouts take ``"sequence_mean"``: a sum grows with the length,
+            so that a drift of 3.5e-4 a token gives a sequence of 8192 tokens the weight 1/17.
         low, high: bounds of the weight. A weight outside is not a rejection: the mask never changes for it.
         filters: every ``RejectionFilter`` must keep a token for it to be kept; each may be a dict of its arguments, as
             ``dataclasses.asdict`` and JSON give it.
@@ -161,6 +162,10 @@ class CorrectionConfig:
         rollout_rs_threshold: float | str | None = None,
     ) -> CorrectionConfig:
         """verl's RolloutCorrectionConfig, in its own words and strings: ``("token", "0.5_5.0")`` is IcePop.
+
+        verl's bounds of k1 are ratios, whose logarithms bound ``-d``: ``"0.5_1.5"`` keeps ``log 0.5 <= -d <= log 1.5``,
+        that is ``1 / 1.5 <= rho <= 2``. Bounds that are not each other's reciprocals are therefore mirrored on rho; for
+        bounds of rho itself use ``RejectionFilter("ratio", ...)``.
 
         Raises:
             ValueError: for names and thresholds that verl does not know either.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..inputs.check import check_tensor
-from ..inputs.data_parallel import reduced
+from ..inputs.data_parallel import device_of, reduced
 
 
 def _check(name: str, value: float, legal: bool, what: str) -> float:
@@ -101,6 +101,9 @@ class AdaptiveKLController(_Controller):
         return self.coef
 
 
+NOT_OBSERVED = "update needs an observe before it; got none since the last update"
+
+
 class AdaptiveEntropyController(_Controller):
     """Keeps the entropy up: each optimizer step moves the coefficient by ``delta``, upwards when the entropy is at or
     below ``target``, downwards when it is above, within ``[low, high]``. While it is above, the bonus is off.
@@ -136,7 +139,7 @@ class AdaptiveEntropyController(_Controller):
         self.target = _check("target", target, 0 <= target < math.inf, "a finite number, at least 0")
         self.delta = _check("delta", delta, 0 <= delta < math.inf, "a finite number, at least 0")
         self.last_entropy = math.inf
-        self._window: Tensor | None = None  # sum of entropies and number of tokens since the last update
+        self._window: Tensor | None = None  # since the last update: sum of entropies, tokens, calls of observe
 
     @property
     def coef(self) -> float:
@@ -157,21 +160,27 @@ class AdaptiveEntropyController(_Controller):
         check_tensor("mask", mask, device=entropy.device, shape=entropy.shape)
         active = mask.to(torch.bool)
         wide = torch.float32 if entropy.device.type == "mps" else torch.float64
-        seen = torch.stack([torch.where(active, entropy, 0.0).sum(dtype=wide), active.sum().to(wide)])
+        total = torch.where(active, entropy, 0.0).sum(dtype=wide)
+        seen = torch.stack([total, active.sum().to(wide), torch.ones_like(total)])
         self._window = seen if self._window is None else self._window + seen
 
     def update(self, dp_group: Any = None) -> float:
         """Ends an optimizer step: the mean over all tokens observed since the last one, of every rank of `dp_group`,
-        moves the coefficient; returns the new `coef`. Waits for the device. Call it on every rank of the group.
+        moves the coefficient; returns the new `coef`. Waits for the device. Call it on every rank of the group, also on
+        one that has observed nothing: it takes part in the reduction, with no tokens, so that no other waits for it.
 
         Raises:
-            ValueError: if nothing was observed, or the mean is NaN.
+            ValueError: if nothing was observed on any rank, or the mean is NaN: on all ranks alike.
         """
-        if self._window is None:
-            raise ValueError("update needs an observe before it; got none since the last update")
         window, self._window = self._window, None
-        window = reduced(window, dp_group)
-        entropy = float(window[0] / window[1].clamp(min=1))
+        if window is None and dp_group is None:
+            raise ValueError(NOT_OBSERVED)
+        if window is None:
+            window = torch.zeros(3, dtype=torch.float64, device=device_of(dp_group))
+        total, tokens, calls = reduced(window, dp_group).tolist()
+        if dp_group is not None and calls == 0:
+            raise ValueError(NOT_OBSERVED)
+        entropy = total / max(tokens, 1.0)
         _check("the mean entropy", entropy, not math.isnan(entropy), "a number")
         step = self.delta if entropy <= self.target else -self.delta
         self.value = min(max(self.value + step, self.low), self.high)

@@ -35,6 +35,11 @@ def check_tensor(
     nothing is differentiated in it, one that requires no grad: the caller would wait for it in vain."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, which no loss here takes yet; pass {name}.full_tensor(), or compute the loss in the "
+            "forward of the wrapped model, where FSDP has gathered it (grpo_kernels.integrations.forward.in_forward)"
+        )
     legal, what = KINDS[kind]
     if not legal(x.dtype):
         raise TypeError(f"{name} must be {what}; got {x.dtype}")

@@ -54,3 +54,9 @@ def reduced(x: Tensor, group: Any, op: str = "sum") -> Tensor:
     x = x.clone()
     dist.all_reduce(x, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
     return x
+
+
+def device_of(group: Any) -> torch.device:
+    """Where the group's collectives take their tensors from, for a rank that has none of its own."""
+    nccl = group is not None and "nccl" in dist.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -25,6 +25,14 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-d tensor, made there: a copy from the host would be waited for. In a graph by a product, since that is what
+    torch.compile can take another number for without compiling again."""
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 class Layout(NamedTuple):
     """The shape of the caller's per-token tensors, [B, T] or [N], and the sequence boundaries of the latter."""
 
@@ -68,6 +76,18 @@ class Layout(NamedTuple):
         ends = torch.nn.functional.pad(tokens[0].cumsum(0), (1, 0))[bounds]
         return ends[1:] - ends[:-1]
 
+    def first_tokens(self, active: Tensor) -> Tensor:
+        """Whether a token is the first active one of its sequence, bool [B, T]."""
+        count = active.cumsum(-1)
+        if self.padded:
+            return active & (count == 1)
+        before = torch.nn.functional.pad(count[0], (1, 0))[self.cu_seqlens[:-1].clamp(0, active.shape[1])]  # type: ignore[index]
+        return active & (count - self.of_sequences(before) == 1)
+
+    def holds_tokens(self, values: Tensor) -> bool:
+        """Whether it is one value per token, and not per sequence."""
+        return values.shape == self.shape
+
     def check(self, values: Tensor, name: str, kind: str = "number", differentiable: bool = False) -> None:
         """Raises unless it is a per-token tensor of the caller's shape."""
         check_tensor(name, values, device=self.device, kind=kind, differentiable=differentiable)
@@ -89,7 +109,7 @@ class Layout(NamedTuple):
             return None
         check_tensor(name, values, device=self.device)
         values = values.detach().to(dtype)
-        if values.shape == self.shape:
+        if self.holds_tokens(values):
             return values.reshape(self.bt_shape)
         if self.padded and values.shape == (self.shape[0], 1):
             return values.expand(self.bt_shape)
@@ -151,6 +171,21 @@ class Rows(NamedTuple):
     temperatures: Tensor | None  # acc dtype; replaces temperature
     logit_scale: float
     softcap: float  # 0: none
+
+
+class Head(NamedTuple):
+    """What makes logits of hidden states: their product with weight + lora_scale * lora_b @ lora_a, plus the bias."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    lora_a: Tensor | None = None  # [r, H]; both or neither
+    lora_b: Tensor | None = None  # [V, r]
+    lora_scale: float = 1.0
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """What may need a gradient."""
+        return self[:4]
 
 
 class RowStats(NamedTuple):
@@ -299,7 +334,10 @@ def _temperature(
 ) -> tuple[float, Tensor | None]:
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
-        return float(temperature), None
+        if not torch.compiler.is_compiling() or temperature == 1:
+            return float(temperature), None
+        # An operator's number would be a constant of the graph.
+        return 1.0, filled(temperature, dtype, targets.device).expand(bt_shape)
     check_tensor("temperature", temperature)
     t = temperature.detach().to(targets.device, dtype)
     if t.dim() == 1 and targets.dim() >= 2 and t.shape[0] == targets.shape[0]:  # one per row

@@ -34,11 +34,14 @@ def version(distribution: str) -> str:
 
 def expect(function: Callable[..., Any], parameters: Sequence[str], distribution: str, release: str) -> None:
     """Checks that a function of the trainer takes the parameters that the integration was written for, in their order.
+    After a last "..." there may be any others.
 
     Raises:
         RuntimeError: if it does not, naming both releases.
     """
     found = list(inspect.signature(function).parameters)
+    if parameters[-1:] == ["..."]:
+        found, parameters = found[: len(parameters) - 1], parameters[:-1]
     if found != list(parameters):
         raise RuntimeError(
             f"{function.__qualname__} of {distribution} {version(distribution)} takes ({', '.join(found)}); this "

@@ -1,30 +1,46 @@
-"""verl 0.9.1 on grpo_kernels: its registered policy losses and its log-prob functions.
+"""verl's policy losses and log-prob functions on these kernels: `register` and `patch`.
 
-``register()`` adds policy losses ``gk_vanilla``, ``gk_gspo``, ... (``override=True``: under verl's own names), chosen
-with ``actor.policy_loss.loss_mode``. ``patch()`` replaces ``logprobs_from_logits`` and the two fused linear heads.
-Workers import it through ``VERL_USE_EXTERNAL_MODULES=grpo_kernels.integrations.verl``.
+``register()`` adds our policy losses to verl's registry as ``gk_vanilla``, ``gk_gspo`` and so on, to be chosen with
+``actor.policy_loss.loss_mode``; ``patch()`` replaces ``logprobs_from_logits`` and the two fused heads. A Ray worker
+does the former by itself where ``VERL_USE_EXTERNAL_MODULES=grpo_kernels.integrations.verl`` is set.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from verl.trainer.ppo import core_algos
 
-from .. import LossConfig, linear_token_logps, policy_loss, token_logps
-from ._checks import expect
+from .. import LossConfig, Metrics, linear_token_logps, policy_loss, token_logps
+from ._checks import expect, require
+from .counts import StepCounts
 
-AGGREGATION = {
+RELEASE = "0.9.1"  # what this was written for and is tested with
+core_algos: Any = require("verl.trainer.ppo.core_algos", "verl", RELEASE)
+
+__all__ = ["VerlPatch", "patch", "register"]
+
+# ---- policy losses ----
+
+_AGGREGATION = {
     "token-mean": "token_mean", "token-sum": "token_sum", "seq-mean-token-mean": "sequence_mean",
     "seq-mean-token-sum": "sequence_sum", "seq-mean-token-sum-norm": "fixed_length",
 }  # fmt: skip
-SIGNATURE = ["old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights"]
+_SIGNATURE = [
+    "old_log_prob",
+    "log_prob",
+    "advantages",
+    "response_mask",
+    "loss_agg_mode",
+    "config",
+    "rollout_is_weights",
+]
 
 
 def _eps(c: Any) -> tuple[float, float]:
@@ -37,7 +53,7 @@ def _bounds(c: Any) -> dict[str, Any]:
 
 
 # What each loss reads of ActorConfig, in our names.
-OPTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
+_OPTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "vanilla": lambda c: {**_bounds(c), "dual_clip": c.get("clip_ratio_c", 3.0)},
     "gspo": _bounds,
     "geo_mean": _bounds,
@@ -53,8 +69,8 @@ OPTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
     },
     "kl_cov": lambda c: {"cov_ratio": c.policy_loss.kl_cov_ratio, "cov_kl": c.policy_loss.ppo_kl_coef},
 }  # fmt: skip
-# verl's metric names; by the documentation's table
-METRICS: dict[str, tuple[str, ...]] = {
+# The metrics of the losses that do not log all three.
+_METRICS: dict[str, tuple[str, ...]] = {
     "gpg": (), "dro": ("ppo_kl",), "kl_cov": ("ppo_kl",), "clip_cov": ("pg_clipfrac", "ppo_kl"),
 }  # fmt: skip
 
@@ -72,7 +88,7 @@ def _reduction(mode: str, agg: str, config: Any, mask: Tensor) -> tuple[dict[str
     if mode == "sapo":
         agg = "seq-mean-token-mean"
     dp = info.get("dp_size") or 1
-    fields: dict[str, Any] = {"aggregation": AGGREGATION[agg]}
+    fields: dict[str, Any] = {"aggregation": _AGGREGATION[agg]}
     args: dict[str, Any] = {}
     if agg == "token-mean":
         args["denominator"] = info.get("batch_num_tokens")
@@ -89,45 +105,36 @@ def _reduction(mode: str, agg: str, config: Any, mask: Tensor) -> tuple[dict[str
 
 
 def _metrics(
-    mode: str,
-    m: dict[str, Tensor],
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    response_mask: Tensor,
-    adv: Tensor,
-    bounds: dict[str, Any],
-) -> dict[str, Any]:
-    zero = m["tokens"].new_zeros(())
-    region = m["clip_region"]
-    x, on = (log_prob - old_log_prob).detach(), response_mask.bool()
+    mode: str, m: Metrics, log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, adv: Tensor, options: dict[str, Any]
+) -> dict[str, float]:
+    """What verl logs, by its own definitions; where ours differ it is computed here."""
+    x, on = (log_prob - old_log_prob).detach(), mask.bool()
 
     def mean(v: Tensor) -> Tensor:
         return torch.where(on, v, 0.0).sum() / on.sum().clamp(min=1)
 
-    if mode == "cispo":
-        region = region + m["clip_cap"]
-    found = {
-        "pg_clipfrac": m["clip_cap"] if mode == "clip_cov" else region,
-        "ppo_kl": m["approx_kl"],
-        "pg_clipfrac_lower": m["clip_cap"],
-    }
+    found = {"pg_clipfrac": m["clip_region"], "ppo_kl": m["approx_kl"], "pg_clipfrac_lower": m["clip_cap"]}
     if mode in ("gspo", "sapo", "cispo"):
-        found["pg_clipfrac_lower"] = zero
+        found["pg_clipfrac_lower"] = torch.zeros_like(m["clip_cap"])
     if mode == "sapo":
-        found["pg_clipfrac"] = zero
-    if mode == "geo_mean":
-        outside = (x < -bounds["eps_low"]) | (x > bounds["eps_high"])  # on either side, whatever the sign of A
+        found["pg_clipfrac"] = torch.zeros_like(m["clip_cap"])
+    elif mode == "cispo":
+        found["pg_clipfrac"] = m["clip_region"] + m["clip_cap"]
+    elif mode == "clip_cov":
+        found["pg_clipfrac"] = m["clip_cap"]
+    elif mode == "geo_mean":
+        outside = (x < -options["eps_low"]) | (x > options["eps_high"])  # on either side, whatever the sign of A
         found["pg_clipfrac"], found["pg_clipfrac_lower"] = (mean((outside & (s > 0)).float()) for s in (adv, -adv))
     if mode == "kl_cov":
         found["ppo_kl"] = mean(x.abs())
     elif mode in ("vanilla", "cispo", "sapo", "dppo_tv", "dppo_kl"):
-        found["ppo_kl"] = mean(-x.clamp(-20, 20))  # ours is not clamped
-    names = METRICS.get(mode, ("pg_clipfrac", "ppo_kl", "pg_clipfrac_lower"))
+        found["ppo_kl"] = mean(-x.clamp(-20, 20))  # clamped there whether the loss's own ratio is or not
+    names = _METRICS.get(mode, tuple(found))
     values = torch.stack([found[n] for n in names]).tolist() if names else []  # verl wants numbers: one wait, not three
     return {f"actor/{n}": v for n, v in zip(names, values, strict=True)}
 
 
-def make(mode: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+def _policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     def compute(
         old_log_prob: Tensor,
         log_prob: Tensor,
@@ -136,95 +143,168 @@ def make(mode: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
         loss_agg_mode: str = "token-mean",
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        fields, args = _reduction(mode, loss_agg_mode, config, response_mask)
-        loss_config = _config(f"verl_{mode}", tuple({**fields, **OPTIONS[mode](config)}.items()))
+    ) -> tuple[Tensor, dict[str, float]]:
+        fields, arguments = _reduction(mode, loss_agg_mode, config, response_mask)
+        options = _OPTIONS[mode](config)
         out = policy_loss(
-            log_prob,
-            advantages,
-            response_mask,
-            old_logps=old_log_prob,
-            token_weights=rollout_is_weights,
-            config=loss_config,
-            **args,
-        )
-        return out.loss, _metrics(
-            mode, out.metrics, log_prob, old_log_prob, response_mask, advantages, OPTIONS[mode](config)
-        )
+            log_prob, advantages, response_mask, old_logps=old_log_prob, token_weights=rollout_is_weights,
+            config=_config(f"verl_{mode}", tuple({**fields, **options}.items())), **arguments,
+        )  # fmt: skip
+        return out.loss, _metrics(mode, out.metrics, log_prob, old_log_prob, response_mask, advantages, options)
 
     compute.__name__ = f"grpo_kernels_{mode}"
     return compute
 
 
 def register(override: bool = False) -> list[str]:
-    """Every loss, after a check that verl still calls them as we are called."""
+    """Adds every policy loss of verl's that is a function of log-probs to verl's registry, computed by ``policy_loss``.
+
+    Each logs verl's metrics under verl's names. ``clip_cov`` picks its tokens at random, others than verl's.
+
+    Args:
+        override: under verl's own names (``vanilla``, ...) and not ``gk_vanilla``, ..., so that no config changes.
+
+    Returns:
+        The names.
+
+    Raises:
+        RuntimeError: if verl calls its policy losses with other arguments than in the release that we know.
+    """
     names = []
-    for mode in OPTIONS:
+    for mode in _OPTIONS:
         native = core_algos.POLICY_LOSS_REGISTRY[mode]
-        expect(native, SIGNATURE, "verl", "0.9.1")
+        if not native.__name__.startswith("grpo_kernels_"):
+            expect(native, _SIGNATURE, "verl", RELEASE)
         names.append(mode if override else f"gk_{mode}")
-        core_algos.register_policy_loss(names[-1])(make(mode))
+        core_algos.register_policy_loss(names[-1])(_policy_loss(mode))
     return names
 
 
 # ---- log-probs ----
 
 
-def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    return token_logps(logits, labels, inplace_backward=inplace_backward and not logits.is_leaf).logps
+class VerlPatch:
+    """What `patch` returns: call it, or leave its ``with`` block, to undo the patch.
 
+    Attributes:
+        step_counts: how many times log-probs were computed that need a gradient (all in two sweeps).
+    """
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float = 1.0,
-    reduction: str = "none",
-    dist_process_group: Any = None,
-) -> tuple[Tensor, Tensor]:
-    if reduction.lower() != "none":
-        raise ValueError(f"reduction must be 'none'; got {reduction!r}")
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    found = linear_token_logps(
-        hidden, weight, labels, temperature=temperature, return_entropy=True, tp_group=dist_process_group
-    )
-    assert found.entropy is not None
-    return found.logps, found.entropy
+    def __init__(self) -> None:
+        self.step_counts = StepCounts()
+        self._functions: list[tuple[str, Any, Any]] = []  # name, verl's, ours
+        ours = {"logprobs_from_logits": self._logprobs_from_logits, "FusedLinearForPPO": self._fused_linear()}
+        ours["linear_cross_entropy"] = self._linear_cross_entropy
+        for name, (module, checked, parameters) in _REPLACED.items():
+            where = importlib.import_module(module)
+            function: Any = functools.reduce(getattr, checked.split("."), where)
+            expect(function, parameters, "verl", RELEASE)
+            self._functions.append((name, getattr(where, name), ours[name]))
+        for name, native, replacement in self._functions:
+            _swap(name, native, replacement)
 
+    def _count(self, found: Tensor) -> None:
+        self.step_counts.two_sweeps += found.requires_grad
 
-class FusedLinearForPPO(torch.nn.Module):
-    def __init__(self, chunk_size: int | None = None, impl_backend: str = "grpo_kernels") -> None:
-        super().__init__()
+    def _logprobs_from_logits(self, logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+        logps = token_logps(logits, labels, inplace_backward=inplace_backward and not logits.is_leaf).logps
+        self._count(logps)
+        return logps
 
-    def forward(
-        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    def _linear_cross_entropy(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float | Tensor = 1.0,
+        reduction: str = "none",
+        dist_process_group: Any = None,
     ) -> tuple[Tensor, Tensor]:
+        if reduction.lower() != "none":
+            raise ValueError(f"reduction must be 'none'; got {reduction!r}")
         found = linear_token_logps(
-            hidden_states, vocab_weights, input_ids, temperature=temperature, return_entropy=True
-        )
+            hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature,
+            return_entropy=True, tp_group=dist_process_group,
+        )  # fmt: skip
         assert found.entropy is not None
-        return found.logps, found.entropy.to(hidden_states.dtype)
+        self._count(found.logps)
+        return found.logps, found.entropy
+
+    def _fused_linear(patch: VerlPatch) -> type:  # `self` is the module's, below
+        class FusedLinearForPPO(torch.nn.Module):
+            """verl's module of this name, whose arguments it takes; a chunk's size is chosen for each call."""
+
+            def __init__(self, chunk_size: int | None = None, impl_backend: str = "grpo_kernels") -> None:
+                super().__init__()
+
+            def forward(
+                self,
+                hidden_states: Tensor,
+                vocab_weights: Tensor,
+                input_ids: Tensor,
+                temperature: float | Tensor = 1.0,
+            ) -> tuple[Tensor, Tensor]:
+                found = linear_token_logps(
+                    hidden_states, vocab_weights, input_ids, temperature=temperature, return_entropy=True
+                )
+                assert found.entropy is not None
+                patch._count(found.logps)
+                return found.logps, found.entropy.to(hidden_states.dtype)
+
+        return FusedLinearForPPO
+
+    def undo(self) -> None:
+        """verl as it was, in modules too that were imported meanwhile. Undoing twice does nothing."""
+        for name, native, replacement in self._functions:
+            _swap(name, replacement, native)
+
+    def __call__(self) -> None:
+        self.undo()
+
+    def __enter__(self) -> VerlPatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
 
 
-REPLACED = {
-    ("verl.utils.torch_functional", "logprobs_from_logits"): logprobs_from_logits,
-    ("verl.utils.experimental.torch_functional", "FusedLinearForPPO"): FusedLinearForPPO,
-    ("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy"): linear_cross_entropy,
-}
+# Name -> where it is defined, what of it has the signature, and the signature.
+_REPLACED = {
+    "logprobs_from_logits": (
+        "verl.utils.torch_functional", "logprobs_from_logits", ["logits", "labels", "inplace_backward"]
+    ),
+    "FusedLinearForPPO": (
+        "verl.utils.experimental.torch_functional", "FusedLinearForPPO.forward",
+        ["self", "hidden_states", "vocab_weights", "input_ids", "temperature"],
+    ),
+    "linear_cross_entropy": (
+        "verl.utils.kernel.linear_cross_entropy", "LinearCrossEntropy.forward",
+        ["ctx", "hidden", "weight", "labels", "temperature", "reduction", "dist_process_group"],
+    ),
+}  # fmt: skip
 
 
-def patch() -> Callable[[], None]:
-    """Replaces them where they are defined and where a loaded module has imported them by name; returns the undo."""
-    undo = []
-    for (module, name), ours in REPLACED.items():
-        native = getattr(importlib.import_module(module), name)
-        for other in list(sys.modules.values()):
-            if getattr(other, "__name__", "").startswith("verl") and other.__dict__.get(name) is native:
-                undo.append((other, name, native))
-                setattr(other, name, ours)
+def _swap(name: str, old: Any, new: Any) -> None:
+    """Wherever one of verl's modules has it under its name: where it is defined, and where it was imported."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("verl.") and module.__dict__.get(name) == old:
+            setattr(module, name, new)
 
-    def restore() -> None:
-        for module, name, native in undo:
-            setattr(module, name, native)
 
-    return restore
+def patch() -> VerlPatch:
+    """Makes verl's workers take log-probs and entropy from ``token_logps`` and ``linear_token_logps``.
+
+    Replaces ``logprobs_from_logits``, ``FusedLinearForPPO`` and ``linear_cross_entropy`` in every module of verl's.
+    Other than verl's the fused heads take a temperature per token or sequence. Log-probs are float32.
+
+    Returns:
+        VerlPatch: call it to undo the patch, or use it as a context manager.
+
+    Raises:
+        RuntimeError: if verl's functions do not have the signatures of the release that we know.
+    """
+    return VerlPatch()
+
+
+if __name__ in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
+    register()

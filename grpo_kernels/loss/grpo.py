@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -275,8 +276,15 @@ class ConfiguredLoss(torch.nn.Module):
     loss: ClassVar[Callable[..., LossOutput]]  # the function, of the subclass
 
     def __init__(self, config: LossConfig | None = None, **options: Any) -> None:
-        """``options``: keywords of the function to hold, such as ``temperature``; a call's own go before them."""
+        """``options``: keywords of the function to hold, such as ``temperature``; a call's own go before them.
+
+        Raises:
+            TypeError: for an option that the function does not have.
+        """
         super().__init__()
+        known = inspect.signature(self.loss).parameters
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}")
         self.config, self.options = config or DEFAULT, options
 
     def forward(self, *args: Any, **kwargs: Any) -> LossOutput:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..aggregation import aggregation_weights
 from ..backends import differentiable, resolve
 from ..coefficients import readable
-from ..config import DEFAULT, METRICS, OBJECTIVES, LossConfig, Scalars
+from ..config import DEFAULT, OBJECTIVES, LossConfig, Scalars
 from ..inputs.check import check_tensor
 from ..inputs.layout import Layout, PolicyInputs, acc_dtype, active_tokens, layout_of
 from ..ops import loss as ops
@@ -19,6 +19,7 @@ from ..ops.library import apply, first_order, none_for_unused_outputs
 from ..reference import loss as reference
 from .covariance import covariance_selection
 from .logps import unsupported_group
+from .metrics import Metrics
 
 N_INPUTS = len(PolicyInputs._fields)
 
@@ -60,7 +61,7 @@ class LossOutput(NamedTuple):
     tokens              N
     entropy             mean entropy in nats (0 where it is not computed)
     kl                  mean of the KL estimate (weighted by its gradient form), without the coefficient
-    approx_kl           mean of -x: how far the policy has moved since `old`
+    approx_kl           mean of -x, clamped by log_ratio_clamp: how far the policy has moved since `old`
     approx_kl_k3        mean of e^x - 1 - x, the same with lower variance
     ratio_mean/min/max  of r (1 when there are no tokens)
     clip_low            share of tokens with A < 0 and r below 1 - eps_low; cispo: r below cispo_low;
@@ -80,13 +81,16 @@ class LossOutput(NamedTuple):
     rollout_kl          mean of -d, rollout_kl_k3 of e^d - 1 - d, rollout_abs_diff of |d|: how far the policy
                         is from the sampler; 0 without rollout_logps
     ==================  =============================================================================
+
+    A call without active tokens reports 1 for ratios, weights and ``gradient_weight`` and 0 for the rest, which would
+    spoil a minimum or maximum over ranks; ``combine_metrics`` leaves such calls out, and says how each metric combines.
     """
 
     loss: Tensor
     logps: Tensor
     entropy: Tensor | None
     per_token_loss: Tensor
-    metrics: dict[str, Tensor]
+    metrics: Metrics
 
 
 class TokenPolicy(torch.autograd.Function):
@@ -134,6 +138,10 @@ def policy_inputs(
     objective = OBJECTIVES[config.objective]
     pooled = objective.pooling != "none"
     policy_weights = None if pooled else importance
+    of_sequences = given.token_weights is not None and not layout.holds_tokens(given.token_weights)
+    if importance is not None and objective.pooling == "sum" and of_sequences:
+        # A sum over the sequence's tokens would count its one weight as often as it has tokens.
+        importance = torch.where(layout.first_tokens(active), importance, 1.0)
     if mask is not None:
         policy_weights = mask if policy_weights is None else torch.where(mask == 0, mask, mask * policy_weights)
     bonus_mask = mask if config.has_entropy and config.entropy_mask_bonus else None
@@ -226,7 +234,7 @@ def output(
         logps.detach().view(shape),
         None if entropy is None else entropy.detach().view(shape),
         per_token.view(shape),
-        dict(zip(METRICS, metrics.unbind(), strict=True)),
+        Metrics(metrics),
     )
 
 
@@ -264,10 +272,13 @@ def policy_loss(
         old_logps: per token, of the policy that the ratio is taken against; None: on-policy, ratio 1.
         ref_logps: per token; read only when ``config.kl_coef`` is not 0.
         rollout_logps: per token, of the sampler; what ``tv_mask`` and ``ipo`` take their ratio against (they ignore
-            old_logps), read by ``kl_gradient="behaviour_weighted"`` and by the rollout metrics.
+            old_logps), read by ``kl_gradient="behaviour_weighted"`` and by the rollout metrics. A
+            NaN makes those terms and the loss NaN, and the gradient NaN at that token alone; otherwise it reaches only
+            the rollout metrics.
         entropy: per token, from ``token_logps``; needed when ``config.entropy_coef`` is not 0.
         token_weights: per token or sequence, multiplies the policy term only (importance correction, rejection);
-            ``gmpo`` takes their geometric mean over a sequence, ``vespo`` adds their logarithms to that of its ratio.
+            ``gmpo`` takes their geometric mean over a sequence, ``vespo`` adds their logarithms to that of its ratio,
+            one per sequence once (its first token then holds it, in the metrics too).
         entropy_mask: per token, multiplies the policy term (TRL's top-entropy quantile), and the entropy term with
             ``config.entropy_mask_bonus``; ``gmpo`` leaves the tokens out of its mean.
         sequence_weights: ``[R]``, multiplies every term of a sequence, in addition to the aggregation's own weight.
@@ -276,7 +287,10 @@ def policy_loss(
             they are taken as clamped, so that nothing is read or written elsewhere; how the tokens are shared out then
             is not promised.
         denominator: replaces the aggregation's own (tokens, sequences, or sequences * max_length), for gradient
-            accumulation and data parallelism; a 0-d tensor on a GPU is used without a host sync.
+            accumulation and data parallelism; a 0-d tensor on a GPU is used without a host sync. An entropy term with
+            an ``entropy_aggregation`` of its own is divided by this call's tokens or sequences instead, as in TRL: over
+            micro-batches use ``scale=1 / steps`` with it, or ``entropy_aggregation=None``, whose
+            entropy term this number divides too.
         scale: multiplies the loss; ``1 / steps`` for gradient accumulation.
         config: the loss; ``LossConfig()`` when None.
         backend: ``"auto"`` or a name from ``available_backends()``.

@@ -7,13 +7,14 @@ holds the hidden states, [B, T', H].
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import Backend
-from ..inputs.layout import PolicyInputs, Rows, RowStats, acc_dtype
+from ..inputs.layout import Head, PolicyInputs, Rows, RowStats, acc_dtype
 
 CHUNK_BYTES = 128 << 20  # of logits at a time, unless chunk_rows says otherwise
 # On a GPU each chunk adds its product to d weight in float32, 8 bytes of traffic an element: with 4096 rows of a 128k
@@ -56,6 +57,24 @@ def adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     return bool((total == 17).all())
 
 
+class Needs(NamedTuple):
+    """Which gradients to compute."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+
+class Extras(NamedTuple):
+    """Which statistics of a row to compute in addition to log-probs and entropy."""
+
+    sum_p2: bool = False
+    is_top1: bool = False
+    mean_logits: bool = False
+
+
 class _Chunk:
     """Some active rows: where they lie in [B, T], and their hidden states."""
 
@@ -63,6 +82,7 @@ class _Chunk:
         tokens = rows.targets.shape[1]
         self.at = (index // tokens, index % tokens)
         self.hidden = rows.logits[self.at]
+        self.lora_hidden: Tensor | None = None
         self._rows = rows
 
     def gather(self, x: Tensor) -> Tensor:
@@ -84,65 +104,95 @@ def _chunks(rows: Rows, chunk_rows: int) -> list[Tensor]:
     return list(index.tensor_split(-(-index.numel() // chunk_rows))) if index.numel() else []
 
 
-class _Head:
-    """hidden @ weight.T + bias; the chunks share one buffer."""
+class _Projection:
+    """The logits of a chunk, in one buffer that the chunks share."""
 
-    def __init__(self, backend: Backend, weight: Tensor, bias: Tensor | None):
-        self._backend, self._weight, self._bias = backend, weight, bias
+    def __init__(self, backend: Backend, head: Head):
+        self._backend, self._head = backend, head
         self._buffer: Tensor | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, chunk: _Chunk) -> Tensor:
+        """hidden @ weight.T + bias, and where there is LoRA (lora_scale * hidden @ lora_a.T) @ lora_b.T, whose left
+        factor the chunk keeps for the gradients."""
+        head, hidden = self._head, chunk.hidden
         if self._buffer is None:  # the first chunk is the largest
-            self._buffer = self._backend.new_matrix(hidden, (hidden.shape[0], self._weight.shape[0]))
+            self._buffer = self._backend.new_matrix(hidden, (hidden.shape[0], head.weight.shape[0]))
         out = self._buffer[: hidden.shape[0]]
-        if self._bias is None:
-            return torch.mm(hidden, self._weight.t(), out=out)
-        return torch.addmm(self._bias, hidden, self._weight.t(), out=out)
+        if head.bias is None:
+            torch.mm(hidden, head.weight.t(), out=out)
+        else:
+            torch.addmm(head.bias, hidden, head.weight.t(), out=out)
+        if head.lora_a is not None and head.lora_b is not None:
+            chunk.lora_hidden = head.lora_scale * (hidden @ head.lora_a.t())
+            out.addmm_(chunk.lora_hidden, head.lora_b.t())
+        return out
 
 
 class _Gradients:
-    """Gradients of hidden, weight and bias. One chunk writes the latter two; several are summed in float32 or wider and
-    rounded at the end: rounding each product to bf16 or fp16 would err more than torch does in one matmul."""
+    """Gradients of hidden states and of the head. One chunk writes the head's; several are summed in float32 or wider
+    and rounded at the end: rounding each product to bf16 or fp16 would err more than torch does in one matmul."""
 
-    def __init__(
-        self, backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], single: bool
-    ):
-        self._weight, self._needs, self._single = weight, needs, single
-        self._bias_dtype, self._wide = weight.dtype if bias is None else bias.dtype, acc_dtype(weight.dtype)
-        self.hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
-        summed = needs[1] and not single
-        self.weight = backend.new_matrix(weight, weight.shape if summed else (0,), self._wide).zero_()
-        self.bias = weight.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=self._wide)
+    def __init__(self, backend: Backend, hidden: Tensor, head: Head, needs: list[bool], single: bool):
+        self._head, self._single, self._wide = head, single, acc_dtype(head.weight.dtype)
+        self._needs = Needs(*needs)
+        self.hidden = hidden.new_zeros(hidden.shape if self._needs.hidden else (0,))
+        self._sums = {name: self._new(backend, name) for name in Needs._fields[1:]}
+
+    def _new(self, backend: Backend, name: str) -> Tensor:
+        """Zeros of a part of the head, in the dtype of sums; empty where nobody needs it or one chunk writes it."""
+        like = getattr(self._head, name)
+        empty = not getattr(self._needs, name) or (self._single and name != "bias")
+        if name == "weight":
+            return backend.new_matrix(like, (0,) if empty else like.shape, self._wide).zero_()
+        return self._head.weight.new_zeros((0,) if empty else like.shape, dtype=self._wide)
 
     def add(self, chunk: _Chunk, g_logits: Tensor) -> None:
-        if self._needs[0]:
-            self.hidden[chunk.at] = g_logits @ self._weight
-        if self._needs[1] and self._single:
-            self.weight = g_logits.t() @ chunk.hidden
-        sum_weight, half = self._needs[1] and not self._single, g_logits.dtype != self._wide
-        if half and adds_in_float32(g_logits.device, g_logits.dtype):
-            if sum_weight:
-                torch.addmm(  # type: ignore[call-overload]
-                    self.weight, g_logits.t(), chunk.hidden, out_dtype=self._wide, out=self.weight
-                )
-            if self._needs[2]:
-                self.bias += g_logits.sum(0, dtype=self._wide)
-        elif sum_weight or self._needs[2]:
-            self._accumulate(g_logits, chunk.hidden.to(self._wide) if sum_weight else None)
+        head, needs = self._head, self._needs
+        if head.lora_a is not None and head.lora_b is not None:
+            assert chunk.lora_hidden is not None
+            if needs.hidden or needs.lora_a:
+                g_down = head.lora_scale * (g_logits @ head.lora_b)  # of hidden @ lora_a.T
+            if needs.lora_a:
+                self._add("lora_a", g_down, chunk.hidden)
+            if needs.lora_b:
+                self._add("lora_b", g_logits, chunk.lora_hidden)
+        if needs.hidden:
+            g_hidden = g_logits @ head.weight
+            if head.lora_a is not None:
+                g_hidden.addmm_(g_down, head.lora_a)
+            self.hidden[chunk.at] = g_hidden
+        if needs.weight:
+            self._add("weight", g_logits, chunk.hidden)
+        if needs.bias:
+            for some in self._columns(g_logits):
+                self._sums["bias"][some] += g_logits[:, some].sum(0, dtype=self._wide)
 
-    def _accumulate(self, g_logits: Tensor, hidden: Tensor | None) -> None:
-        """weight += g_logits.T @ hidden, bias += the sum; half precision is widened some columns at a time."""
-        step = g_logits.shape[1] if g_logits.dtype == self._wide else WIDENED_COLUMNS
-        for v in range(0, g_logits.shape[1], step):
-            columns = g_logits[:, v : v + step].to(self._wide)
-            if hidden is not None:
-                self.weight[v : v + step].addmm_(columns.t(), hidden)
-            if self._needs[2]:
-                self.bias[v : v + step].add_(columns.sum(0))
-            del columns  # or two blocks would be alive while the next is made
+    def _add(self, name: str, g: Tensor, x: Tensor) -> None:
+        """g.T @ x, to the sum."""
+        if self._single:
+            self._sums[name] = g.t() @ x
+        elif g.dtype != self._wide and adds_in_float32(g.device, g.dtype):
+            total = self._sums[name]
+            torch.addmm(total, g.t(), x, out_dtype=self._wide, out=total)  # type: ignore[call-overload]
+        else:
+            wide = x.to(self._wide)
+            for some in self._columns(g):
+                self._sums[name][some].addmm_(g[:, some].to(self._wide).t(), wide)
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.hidden, self.weight.to(self._weight.dtype), self.bias.to(self._bias_dtype)
+    def _columns(self, g: Tensor) -> Iterator[slice]:
+        """All columns of a gradient; where half precision must be widened before it is added, some at a time."""
+        at_once = g.dtype == self._wide or adds_in_float32(g.device, g.dtype)
+        step = max(g.shape[1], 1) if at_once else WIDENED_COLUMNS
+        for first in range(0, g.shape[1], step):
+            yield slice(first, first + step)
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """Of hidden states, weight, bias, lora_a and lora_b; empty where nobody needs one."""
+        rounded = []
+        for name, total in self._sums.items():
+            like = getattr(self._head, name)
+            rounded.append(total.to(self._head.weight.dtype if like is None else like.dtype))
+        return self.hidden, *rounded
 
 
 def _empty_stats(rows: Rows, count: int) -> list[Tensor]:
@@ -150,55 +200,73 @@ def _empty_stats(rows: Rows, count: int) -> list[Tensor]:
 
 
 def forward(
-    backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, sum_p2: bool
-) -> tuple[RowStats, Tensor]:
-    *stats, squares = _empty_stats(rows, len(RowStats._fields) + 1)
-    head, chunks = _Head(backend, weight, bias), _chunks(rows, chunk_rows)
+    backend: Backend, rows: Rows, head: Head, chunk_rows: int, extras: list[bool]
+) -> tuple[RowStats, tuple[Tensor, Tensor, Tensor]]:
+    """The rows' statistics, and what `extras` asks for of sum p^2, is_top1 and mean_logits; the others are empty."""
+    *stats, squares, mean = _empty_stats(rows, len(RowStats._fields) + 2)
+    wants, top1 = Extras(*extras), torch.zeros_like(rows.active)
+    projection, chunks = _Projection(backend, head), _chunks(rows, chunk_rows)
     for chunk in (_Chunk(index, rows) for index in chunks):
-        found, found_squares = backend.row_forward(chunk.rows(head.logits(chunk.hidden)), sum_p2)
+        of_chunk = chunk.rows(projection.logits(chunk))
+        found, found_squares = backend.row_forward(of_chunk, wants.sum_p2)
         for out, values in zip((*stats, squares), (*found, found_squares), strict=True):
             if values.numel():
                 out[chunk.at] = values[0]
-    return RowStats(*stats), squares if sum_p2 else squares.new_empty(0)
+        if wants.is_top1:
+            top1[chunk.at] = is_top1(of_chunk)[0]
+        if wants.mean_logits:
+            mean[chunk.at] = mean_logits(of_chunk)[0]
+    given = zip((squares, top1, mean), wants, strict=True)
+    return RowStats(*stats), tuple(x if wanted else x.new_empty(0) for x, wanted in given)  # type: ignore[return-value]
+
+
+def is_top1(rows: Rows) -> Tensor:
+    """Whether the target is the first of the largest logits, bool [B, T]."""
+    return rows.logits.argmax(-1) == rows.targets
+
+
+def mean_logits(rows: Rows) -> Tensor:
+    """The mean over the vocabulary of softcap(logit_scale * logits) / temperature, [B, T], without a wide copy."""
+    vocab = rows.logits.shape[-1]
+    total = rows.logits.new_zeros(rows.targets.shape, dtype=acc_dtype(rows.logits.dtype))
+    for v in range(0, vocab, WIDENED_COLUMNS):
+        z = rows.logits[..., v : v + WIDENED_COLUMNS].to(total.dtype) * rows.logit_scale
+        total += (rows.softcap * (z / rows.softcap).tanh() if rows.softcap else z).sum(-1)
+    return total / (vocab * (rows.temperature if rows.temperatures is None else rows.temperatures))
 
 
 def backward(
-    backend: Backend, rows: Rows, weight: Tensor, bias: Tensor | None, chunk_rows: int, needs: list[bool],
-    saved: RowStats, g_logps: Tensor, g_entropy: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    head, chunks = _Head(backend, weight, bias), _chunks(rows, chunk_rows)
-    gradients = _Gradients(backend, rows.logits, weight, bias, needs, single=len(chunks) == 1)
+    backend: Backend, rows: Rows, head: Head, chunk_rows: int, needs: list[bool], saved: RowStats, g_logps: Tensor,
+    g_entropy: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    projection, chunks = _Projection(backend, head), _chunks(rows, chunk_rows)
+    gradients = _Gradients(backend, rows.logits, head, needs, single=len(chunks) == 1)
     for chunk in (_Chunk(index, rows) for index in chunks):
-        logits = head.logits(chunk.hidden)
+        logits = projection.logits(chunk)
         chunk_saved = RowStats(*map(chunk.gather, saved))
         backend.row_backward(
             chunk.rows(logits), chunk_saved, chunk.gather(g_logps), chunk.gather_any(g_entropy), logits[None]
         )
         gradients.add(chunk, logits)
         del logits
-    del head  # the buffer of the chunks, before the gradient is rounded
+    del projection  # the buffer of the chunks, before the gradient is rounded
     return gradients.finish()
 
 
 def policy(
-    backend: Backend,
-    rows: Rows,
-    weight: Tensor,
-    bias: Tensor | None,
-    chunk_rows: int,
-    needs: list[bool],
-    inputs: PolicyInputs,
+    backend: Backend, rows: Rows, head: Head, chunk_rows: int, needs: list[bool], inputs: PolicyInputs
 ) -> tuple[Tensor, ...]:
-    head, chunks = _Head(backend, weight, bias), _chunks(rows, chunk_rows)
-    gradients = _Gradients(backend, rows.logits, weight, bias, needs, single=len(chunks) == 1)
+    """The gradients, log-probs and entropy."""
+    projection, chunks = _Projection(backend, head), _chunks(rows, chunk_rows)
+    gradients = _Gradients(backend, rows.logits, head, needs, single=len(chunks) == 1)
     logps, entropy = _empty_stats(rows, 2)
     for chunk in (_Chunk(index, rows) for index in chunks):
-        logits = head.logits(chunk.hidden)
+        logits = projection.logits(chunk)
         gathered: dict[str, Any] = {name: chunk.gather_any(getattr(inputs, name)) for name in PER_TOKEN}
         chunk_inputs = inputs._replace(**gathered)
         found = backend.row_policy(chunk.rows(logits), chunk_inputs, logits[None])
         logps[chunk.at], entropy[chunk.at] = found.logps[0], found.entropy[0]
         gradients.add(chunk, logits)
         del logits
-    del head  # the buffer of the chunks, before the gradient is rounded
+    del projection  # the buffer of the chunks, before the gradient is rounded
     return (*gradients.finish(), logps, entropy)

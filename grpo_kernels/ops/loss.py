@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends import implementation
 from ..config import METRICS
 from ..inputs.layout import (
+    Head,
     PolicyInputs,
     Rows,
     RowStats,
@@ -37,12 +38,18 @@ _POLICY = (
     "Tensor? kl_coef, Tensor? entropy_coef, Tensor scalars, str[] form"
 )
 _STATS = "Tensor logps, Tensor entropy, Tensor max, Tensor log_sum"
-_LINEAR = "Tensor weight, Tensor? bias, int chunk_rows, bool[] needs"
+_OF_HEAD = "Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float lora_scale"
 _N_ROWS, _N_STATS, _N_POLICY = len(Rows._fields), len(RowStats._fields), len(PolicyInputs._fields)
+_N_HEAD = len(Head._fields)
 
 
 def _split(args: tuple) -> tuple[Rows, tuple]:
     return Rows(*args[:_N_ROWS]), args[_N_ROWS:]
+
+
+def _split_linear(args: tuple) -> tuple[Rows, Head, tuple]:
+    rows, rest = _split(args)
+    return rows, Head(*rest[:_N_HEAD]), rest[_N_HEAD:]
 
 
 def check_targets(targets: Tensor, active: Tensor, vocab: int, validate: bool) -> None:
@@ -152,25 +159,23 @@ def _token_policy(
 
 
 def _linear_forward(*args: Any) -> tuple[Tensor, ...]:
-    rows, (weight, bias, chunk_rows, sum_p2, validate, backend) = _split(args)
-    check_targets(rows.targets, rows.active, weight.shape[0], validate)
-    stats, squares = linear_chunks.forward(implementation(backend), rows, weight, bias, chunk_rows, sum_p2)
-    return (*stats, squares)
+    rows, head, (chunk_rows, extras, validate, backend) = _split_linear(args)
+    check_targets(rows.targets, rows.active, head.weight.shape[0], validate)
+    stats, found = linear_chunks.forward(implementation(backend), rows, head, chunk_rows, extras)
+    return (*stats, *found)
 
 
-def _linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows, (weight, bias, chunk_rows, needs, *rest) = _split(args)
+def _linear_backward(*args: Any) -> tuple[Tensor, ...]:
+    rows, head, (chunk_rows, needs, *rest) = _split_linear(args)
     saved, (g_logps, g_entropy, backend) = RowStats(*rest[:_N_STATS]), rest[_N_STATS:]
-    return linear_chunks.backward(
-        implementation(backend), rows, weight, bias, chunk_rows, needs, saved, g_logps, g_entropy
-    )
+    return linear_chunks.backward(implementation(backend), rows, head, chunk_rows, needs, saved, g_logps, g_entropy)
 
 
 def _linear_policy(*args: Any) -> tuple[Tensor, ...]:
-    rows, (weight, bias, chunk_rows, needs, *rest) = _split(args)
+    rows, head, (chunk_rows, needs, *rest) = _split_linear(args)
     inputs, (validate, backend) = PolicyInputs(*rest[:_N_POLICY]), rest[_N_POLICY:]
-    check_targets(rows.targets, rows.active, weight.shape[0], validate)
-    return linear_chunks.policy(implementation(backend), rows, weight, bias, chunk_rows, needs, inputs)
+    check_targets(rows.targets, rows.active, head.weight.shape[0], validate)
+    return linear_chunks.policy(implementation(backend), rows, head, chunk_rows, needs, inputs)
 
 
 # ---- shapes ----
@@ -184,11 +189,17 @@ def _fake_stats(logits: Tensor, targets: Tensor, sum_p2: bool) -> tuple[Tensor, 
     return (*(_acc(logits, targets.shape) for _ in range(_N_STATS)), _acc(logits, targets.shape if sum_p2 else (0,)))
 
 
+def _fake_linear_stats(
+    hidden: Tensor, targets: Tensor, sum_p2: bool, is_top1: bool, mean_logits: bool
+) -> tuple[Tensor, ...]:
+    top1 = targets.new_empty(targets.shape if is_top1 else (0,), dtype=torch.bool)
+    return (*_fake_stats(hidden, targets, sum_p2), top1, _acc(hidden, targets.shape if mean_logits else (0,)))
+
+
 def _fake_gradients(args: tuple) -> tuple[Tensor, ...]:
-    hidden, (weight, bias, _, needs) = args[0], args[_N_ROWS : _N_ROWS + 4]
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    likes = (hidden, weight, weight if bias is None else bias)
-    return tuple(like.new_empty(s if need else (0,)) for like, s, need in zip(likes, shapes, needs, strict=True))
+    hidden, (_, head, (_, needs, *_)) = args[0], _split_linear(args)
+    parts = zip((hidden, *head.parameters), needs, strict=True)
+    return tuple(head.weight.new_empty(0) if not need else like.new_empty(like.shape) for like, need in parts)
 
 
 def _fake_token_policy(logps: Tensor, entropy: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
@@ -247,20 +258,20 @@ token_policy = define(
     _fake_token_policy,
 )
 linear_forward = define(
-    f"linear_forward({_HIDDEN}, Tensor weight, Tensor? bias, int chunk_rows, bool sum_p2, bool validate, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_forward({_HIDDEN}, {_OF_HEAD}, int chunk_rows, bool[] extras, bool validate, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_forward,
-    lambda hidden, targets, *rest: _fake_stats(hidden, targets, rest[-3]),
+    lambda hidden, targets, *rest: _fake_linear_stats(hidden, targets, *rest[-3]),
 )
 linear_backward = define(
-    f"linear_backward({_HIDDEN}, {_LINEAR}, {_STATS}, Tensor g_logps, Tensor? g_entropy, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"linear_backward({_HIDDEN}, {_OF_HEAD}, int chunk_rows, bool[] needs, {_STATS}, Tensor g_logps, "
+    "Tensor? g_entropy, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_backward,
     lambda *args: _fake_gradients(args),
 )
 linear_policy = define(
-    f"linear_policy({_HIDDEN}, {_LINEAR}, {_POLICY}, bool validate, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_policy({_HIDDEN}, {_OF_HEAD}, int chunk_rows, bool[] needs, {_POLICY}, bool validate, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_policy,
     lambda *args: (
         *_fake_gradients(args),

@@ -6,7 +6,7 @@ Everything is [B, T]. A masked token contributes nothing, whatever its values ho
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,26 +138,33 @@ def scalars_of(config: LossConfig, dtype: torch.dtype) -> Scalars:
     return config.scalar_values()._replace(**tensors)
 
 
-def policy_loss(
-    logps: Tensor, entropy: Tensor | None, active: Tensor, layout: Layout, inputs: PolicyInputs, config: LossConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (0-d), per-token terms [B, T] and metrics [len(METRICS)], from log-probs and entropies [B, T]."""
-    form, s = config.form, scalars_of(config, logps.dtype)
+class PolicyTerm(NamedTuple):
+    """The policy's part of each token's loss, [B, T], and what it was made of."""
 
-    def read(x: Tensor | None, absent: Tensor) -> Tensor:
-        return absent if x is None else torch.where(active, x, absent)
+    values: TokenValues
+    rollout: Tensor
+    value: Tensor  # token weight included
+    gradient_weight: Tensor
+    flags: Flags
+    weight: Tensor  # of the policy term or of its sequence's
 
+
+def _read(x: Tensor | None, active: Tensor, absent: Tensor) -> Tensor:
+    return absent if x is None else torch.where(active, x, absent)
+
+
+def policy_term(
+    logps: Tensor, active: Tensor, layout: Layout, inputs: PolicyInputs, form: Form, s: Scalars
+) -> PolicyTerm:
+    """`logps`: differentiated where the loss is; 0 where masked."""
     zero, one = torch.zeros_like(logps), torch.ones_like(logps)
-    weights = torch.where(active, inputs.weights, zero)
-    logps = only_where(weights != 0, torch.where(active, logps, zero))
-    old = read(inputs.old_logps, logps.detach())
-    rollout = read(inputs.rollout_logps, logps.detach())
+    old = _read(inputs.old_logps, active, logps.detach())
     log_ratio = log_ratios(logps, old, active, layout, form.ratio_level, s)
     values = TokenValues(
-        logps, old, log_ratio, read(inputs.advantages, zero), read(inputs.token_weights, one),
-        read(inputs.selected, zero), zero, zero, one,
+        logps, old, log_ratio, _read(inputs.advantages, active, zero), _read(inputs.token_weights, active, one),
+        _read(inputs.selected, active, zero), zero, zero, one,
     )  # fmt: skip
-    importance = read(inputs.pooled_weights, one)
+    importance = _read(inputs.pooled_weights, active, one)
     if OBJECTIVES[form.objective].pooling != "none":
         values = with_pooled(values, importance, active, layout, form, s)
         if inputs.pooled_weights is None:  # exactly, where the logarithm of 1 and the floor is not 0
@@ -167,15 +174,29 @@ def policy_loss(
     policy, gradient_weight, flags = policy_objective(
         form, values._replace(logp=only_where(kept, logps), log_ratio=only_where(kept, log_ratio)), s
     )
+    rollout = _read(inputs.rollout_logps, active, logps.detach())
     policy = weighted(token_weight, policy)
+    return PolicyTerm(values, rollout, policy, gradient_weight, flags, values.token_weight * importance)
+
+
+def policy_loss(
+    logps: Tensor, entropy: Tensor | None, active: Tensor, layout: Layout, inputs: PolicyInputs, config: LossConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (0-d), per-token terms [B, T] and metrics [len(METRICS)], from log-probs and entropies [B, T]."""
+    form, s = config.form, scalars_of(config, logps.dtype)
+    zero, one = torch.zeros_like(logps), torch.ones_like(logps)
+    weights = torch.where(active, inputs.weights, zero)
+    logps = only_where(weights != 0, torch.where(active, logps, zero))
+    term = policy_term(logps, active, layout, inputs, form, s)
+    policy, old, log_ratio = term.value, term.values.old, term.values.log_ratio
     kl = zero
     if form.kl_estimator != "none":
         part = torch.as_tensor(s.kl_coef != 0, device=logps.device)
         lp, x = only_where(part, logps), only_where(part, log_ratio)
-        kl = kl_penalty(form, lp, read(inputs.ref_logps, zero), rollout, x, s)
+        kl = kl_penalty(form, lp, _read(inputs.ref_logps, active, zero), term.rollout, x, s)
     h = zero if entropy is None else torch.where(active, entropy, zero)
     entropy_weights = weights if inputs.entropy_weights is None else torch.where(active, inputs.entropy_weights, zero)
-    coef = s.entropy_coef * read(inputs.entropy_mask, one)
+    coef = s.entropy_coef * _read(inputs.entropy_mask, active, one)
     bonus = weighted(coef, only_where(coef * entropy_weights != 0, h))
 
     parts = [
@@ -183,9 +204,10 @@ def policy_loss(
         -weighted(entropy_weights, bonus).sum(),
     ]  # fmt: skip
     per_token = torch.where(active, policy + weighted(s.kl_coef, kl) - bonus, zero)
+    moved = clamp(logps - old, -s.log_ratio_clamp, s.log_ratio_clamp)
     metrics = policy_metrics(
-        parts, active, layout, h, kl, logps - old, logps - rollout, log_ratio.exp(), flags, gradient_weight,
-        values.token_weight * importance,
+        parts, active, layout, h, kl, moved, logps - term.rollout, log_ratio.exp(), term.flags, term.gradient_weight,
+        term.weight,
     )  # fmt: skip
     return parts[0] + parts[1] + parts[2], per_token.detach(), metrics
 

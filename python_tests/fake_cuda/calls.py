@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import grpo_kernels as gk
+from grpo_kernels.config import METRICS
 from grpo_kernels.correction.config import CORRECTION_PRESETS
 
 from . import losses
@@ -179,6 +180,20 @@ def rollout_correction() -> Iterator[tuple[str, Call]]:
         )
 
 
+def token_details() -> Iterator[tuple[str, Call]]:
+    for layout, x, k in both_layouts():
+        for level in ("token", "sequence"):
+            options = {"old_logps": x.per_token(), "config": gk.LossConfig(ratio_level=level), "mask": x.mask(), **k}
+            a = (x.per_token(), x.per_sequence())
+            yield f"{layout}, {level}", lambda a=a, o=options: gk.token_details(*a, **o)
+
+
+def combine_metrics() -> Iterator[tuple[str, Call]]:
+    metrics = gk.Metrics(gpu(len(METRICS)))
+    yield "one", lambda: gk.combine_metrics(metrics)
+    yield "micro-batches", lambda: gk.combine_metrics([metrics, metrics], losses="mean")
+
+
 def controllers() -> tuple[Callable[[], Iterator[tuple[str, Call]]], ...]:
     def kl() -> Iterator[tuple[str, Call]]:
         yield "update", lambda: gk.AdaptiveKLController(0.1, 1.0, 100).update(gpu())
@@ -187,7 +202,7 @@ def controllers() -> tuple[Callable[[], Iterator[tuple[str, Call]]], ...]:
         x = Inputs()
         yield "observe", lambda: gk.AdaptiveEntropyController().observe(x.per_token(), x.mask())
         observed = gk.AdaptiveEntropyController()
-        observed._window = gpu(2, dtype=torch.float64)
+        observed._window = gpu(3, dtype=torch.float64)
         yield "update", lambda: observed.update()
 
     return kl, entropy
@@ -204,7 +219,7 @@ FUNCTIONS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
             losses.linear_grpo_loss, group_advantages,
             gdpo_advantages, pass_at_k_advantages, gpg_advantages, process_advantages, group_diversity, gae,
             reinforce_plus_plus, reinforce_plus_plus_baseline, remax, optimal_token_baseline, value_loss, whiten,
-            kl_divergence, rollout_correction,
+            kl_divergence, rollout_correction, token_details, combine_metrics,
         )
     },
     "AdaptiveKLController": AdaptiveKLController,
@@ -214,7 +229,10 @@ FUNCTIONS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
 
 # These use no operators of the library, so there is nothing inside to record.
 LOSSES = ("policy_loss", "grpo_loss", "linear_grpo_loss")
-PLAIN_TORCH = ("kl_divergence", "rollout_correction", "AdaptiveKLController", "AdaptiveEntropyController")
+PLAIN_TORCH = (
+    "kl_divergence", "rollout_correction", "token_details", "combine_metrics", "AdaptiveKLController",
+    "AdaptiveEntropyController",
+)  # fmt: skip
 # Common forms of the losses in which operators run different code: the others differ before them, or in the kernels.
 INSIDE = ("plain", "mask", "weights per sequence", "entropy", "sequence", "gmpo", "vespo", "clip_cov")
 
@@ -235,5 +253,5 @@ def differs_inside(function: str, form: str) -> bool:
 def takes_tensors(name: str) -> bool:
     """Whether a public name is a function or class that takes tensors, rather than a result or a config."""
     public = getattr(gk, name)
-    holds_numbers = dataclasses.is_dataclass(public) or name == "available_backends"
+    holds_numbers = dataclasses.is_dataclass(public) or name in ("available_backends", "Metrics")
     return not holds_numbers and not hasattr(public, "_fields")

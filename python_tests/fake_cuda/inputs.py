@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SEQUENCES, TOKENS, VOCAB, HIDDEN, GROUP, REWARDS = 4, 8, 64, 16, 2, 3
+SEQUENCES, TOKENS, VOCAB, HIDDEN, RANK, GROUP, REWARDS = 4, 8, 64, 16, 2, 2, 3
 Call = Callable[[], Any]
 LEAVES: list[Tensor] = []  # their gradients are cleared before each call, or calls would add to earlier gradients
 
@@ -45,6 +45,9 @@ class Inputs:
 
     def head(self) -> tuple[Tensor, Tensor]:
         return gpu(*self.tokens, HIDDEN, dtype=self.dtype, grad=True), gpu(VOCAB, HIDDEN, dtype=self.dtype, grad=True)
+
+    def lora(self) -> tuple[Tensor, Tensor, float]:
+        return gpu(RANK, HIDDEN, dtype=self.dtype, grad=True), gpu(VOCAB, RANK, dtype=self.dtype, grad=True), 0.5
 
 
 def backward(loss: Tensor) -> None:

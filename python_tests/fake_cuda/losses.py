@@ -161,6 +161,9 @@ def linear_grpo_loss() -> Iterator[tuple[str, Call]]:
         yield form, step(x, k)
     yield "bias", step(x, {"bias": gpu(VOCAB, grad=True)})
     yield "bfloat16, chunks", step(Inputs(dtype=torch.bfloat16), {"chunk_rows": 8})
+    yield "lora", step(x, {"lora": x.lora()})
+    half = Inputs(dtype=torch.bfloat16)
+    yield "bfloat16, chunks, lora", step(half, {"chunk_rows": 8, "lora": half.lora()})
     yield from _rewards(lambda **k: gk.linear_grpo_loss(*x.head(), x.targets(), **k).loss)
     hidden, weight = x.head()
     yield (
@@ -203,6 +206,8 @@ def token_logps() -> Iterator[tuple[str, Call]]:
 def linear_token_logps() -> Iterator[tuple[str, Call]]:
     x = Inputs()
     head, targets = x.head(), x.targets()
-    for form, k in {**_logps_forms(x), "chunks": {"chunk_rows": 8}}.items():
+    of_head = {"chunks": {"chunk_rows": 8}, "lora": {"lora": x.lora()}}
+    of_head |= {"return_is_top1": {"return_is_top1": True}, "return_mean_logits": {"return_mean_logits": True}}
+    for form, k in {**_logps_forms(x), **of_head}.items():
         yield form, lambda k=k: gk.linear_token_logps(*head, targets, **k).logps.backward(x.per_token())
     yield "no grad", lambda: gk.linear_token_logps(head[0].detach(), head[1].detach(), targets)

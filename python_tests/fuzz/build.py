@@ -285,6 +285,10 @@ class _Builder:
             elif name == "token_weights":
                 weights = self.rounded(np.exp(rng.standard_normal(self.n)) * (rng.random(self.n) < 0.8))
                 found[name], arguments[name] = self.shared(weights)
+                if c.objective == "vespo" and arguments[name].shape != self.shape:  # counts once in a sum over tokens
+                    active = np.flatnonzero(self.on)
+                    first = active[np.unique(self.sequence[active], return_index=True)[1]]
+                    found[name] = np.where(np.isin(np.arange(self.n), first), found[name], 1.0)
             else:
                 found[name] = self.rounded(
                     np.exp(rng.standard_normal(self.sequences)) * (rng.random(self.sequences) < 0.8)

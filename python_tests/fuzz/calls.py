@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +151,7 @@ def calls(draw: Any, dtypes: tuple[str, ...], largest_vocab: int = 2053, entries
     )  # fmt: skip
 
 
-CONFIG_FIELDS = [name for name, f in gk.LossConfig.__dataclass_fields__.items() if f.init]
+CONFIG_FIELDS = [f.name for f in dataclasses.fields(gk.LossConfig)]
 
 
 def _differs(config: gk.LossConfig, name: str) -> bool:

@@ -103,7 +103,7 @@ class Evaluation(Terms):
     ) -> tuple[dict[str, Any], dict[str, Array]]:
         """All metrics; and of those that are sums over tokens the summands."""
         n = len(self.logp)
-        moved, drift = self.logp - self.old, self.logp - self.rollout
+        moved, drift = self.x, self.logp - self.rollout  # x is clamped
         means = {
             "entropy": self.entropy, "kl": kl, "approx_kl": -moved, "approx_kl_k3": k3(moved),
             "clip_low": policy.low, "clip_high": policy.high, "clip_region": policy.low * self.one + policy.high,

@@ -198,7 +198,9 @@ class Terms:
         low, high = self.number(c.eps_low), self.number(c.eps_low if c.eps_high is None else c.eps_high)
         above, below = self.decide((adv > 0) & (x > high)), self.decide((adv < 0) & (x < -low))
         bounded = np.where(above, high, np.where(below, -low, x))
-        bounded = np.where(adv == 0, 0, bounded)
+        bounded = np.where((adv == 0) & ~np.isnan(x), 0, bounded)  # a NaN is not hidden
+        if np.isnan(bounded[adv == 0]).any():
+            self.uncertain = True  # the value is NaN; the derivative is 0 in the kernels and NaN by autograd
         counted = np.maximum(self.seqs.sums(self.mask), 1)
         pooled = self.seqs.sums(without(self.mask, bounded)) / counted
         weight = np.exp(pooled)
@@ -286,6 +288,8 @@ class Terms:
         wanted = max(int(np.floor(self.number(self.c.cov_ratio) * len(order))), 1)
         chosen = self.zero != 0
         found = np.flatnonzero(candidates)
+        if np.isnan(order[found]).any():  # a log-prob of -inf leaves no covariance to sort by
+            self.uncertain = True
         by_order = found[np.argsort(-order[found], kind="stable")]
         chosen[by_order[:wanted]] = True
         if len(by_order) > wanted and order[by_order[wanted - 1]] - order[by_order[wanted]] <= near:

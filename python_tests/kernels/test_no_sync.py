@@ -75,7 +75,8 @@ def test_nothing_waits_around_the_operators(walk):
     waits = entries(walk, "waits")
     assert len(waits) > 200
     assert {call: w for call, w in waits.items() if w and call not in WAIT_BY_DESIGN} == {}
-    assert all(waits[call] == ["item"] for call in WAIT_BY_DESIGN)
+    # One copy each; of a tensor without memory `tolist` asks for every number by itself.
+    assert all(set(waits[call]) == {"item"} for call in WAIT_BY_DESIGN)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

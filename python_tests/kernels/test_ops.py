@@ -3,7 +3,7 @@
 import pytest
 import torch
 from forms import FORMS
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import grpo_kernels as gk
 from grpo_kernels.inputs.layout import acc_dtype, layout_of, rows_of
@@ -33,7 +33,8 @@ def test_opcheck(dtype):
     g = torch.randn_like(stats[0])
     weight, bias = torch.randn(50, 133).to(dtype), torch.randn(50).to(dtype)
     rows_50 = rows._replace(targets=rows.targets % 50)
-    head = (weight, bias, 4)
+    lora_a, lora_b = torch.randn(2, 133).to(dtype), torch.randn(50, 2).to(dtype)
+    head, adapted = (weight, bias, None, None, 1.0, 4), (weight, None, lora_a, lora_b, 0.5, 4)
     cases = {
         ops.row_forward: (*rows, True, False, "cpu"),
         ops.row_backward: (*rows, *stats, g, g, "cpu"),
@@ -41,12 +42,13 @@ def test_opcheck(dtype):
         ops.row_policy: (*rows, *inputs, False, "cpu"),
         ops.row_policy_: (rows.logits.clone(), *rows[1:], *inputs, False, "cpu"),
         ops.token_policy: (stats[0], stats[1], rows.active, None, *inputs, "cpu"),
-        ops.linear_forward: (*rows_50, *head, True, False, "cpu"),
-        ops.linear_backward: (*rows_50, *head, [True, False, True], *stats, g, g, "cpu"),
-        ops.linear_policy: (*rows_50, *head, [True, True, True], *inputs, False, "cpu"),
     }  # fmt: skip
     for op, args in cases.items():
         torch.library.opcheck(op, args)
+    for lm_head, needs in ((head, [True, False, True, False, False]), (adapted, [True, False, False, True, True])):
+        torch.library.opcheck(ops.linear_forward, (*rows_50, *lm_head, [True, True, False], False, "cpu"))
+        torch.library.opcheck(ops.linear_backward, (*rows_50, *lm_head, needs, *stats, g, g, "cpu"))
+        torch.library.opcheck(ops.linear_policy, (*rows_50, *lm_head, needs, *inputs, False, "cpu"))
 
 
 VIEWS = {  # logits [5, 7, 133]
@@ -143,6 +145,31 @@ def test_one_graph_for_all_lengths_and_coefficients(backend):
         eager = gk.grpo_loss(*args, **others, backend=backend).loss
         torch.testing.assert_close(step(*args, *others.values()), eager, rtol=1e-12, atol=0)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("changing", ["scale", "temperature", "denominator"])
+def test_one_graph_for_all_numbers(changing):
+    """The first number is a constant of its graph; the second graph takes any other."""
+    torch._dynamo.reset()  # its limit on graphs is one function's, of all the tests together
+    counter = CompileCounterWithBackend("aot_eager")
+    b = make_batch().to(torch.float32)
+    head = b.logits[0].contiguous()
+
+    def both(x, number):
+        args = (b.targets, b.advantages, b.mask)
+        k = {changing: number}
+        return gk.grpo_loss(x, *args, **k).loss, gk.linear_grpo_loss(x, head, args[0] % 7, *args[1:], **k).loss
+
+    compiled = torch.compile(both, fullgraph=True, backend=counter)
+    for number in (0.7, 0.9, 1.3, 2.0, 1.0, 0.4):
+        found, wanted = [], []
+        for f, into in ((compiled, found), (both, wanted)):
+            x = b.logits.clone().requires_grad_()
+            losses = f(x, number)
+            into += [*losses, *torch.autograd.grad(sum(losses), x)]
+        for a, c in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-8)
+    assert counter.frame_count == 2 + (changing == "temperature")  # no temperature at all is faster
 
 
 def test_one_graph_for_all_group_sizes(backend):

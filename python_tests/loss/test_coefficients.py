@@ -36,7 +36,7 @@ def gspo(b, logits, *, config, **options):
 
 
 def from_logps(b, logits, **options):
-    logps, entropy, _ = gk.token_logps(logits, b.targets, mask=b.mask, return_entropy=True, backend=options["backend"])
+    logps, entropy = gk.token_logps(logits, b.targets, mask=b.mask, return_entropy=True, backend=options["backend"])[:2]
     return gk.policy_loss(logps, b.advantages, b.mask, entropy=entropy, **options, **b.keywords())
 
 

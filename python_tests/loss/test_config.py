@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import pickle
 
@@ -111,3 +112,12 @@ def test_presets_build_and_run(name):
 def test_unknown_preset():
     with pytest.raises(ValueError, match=r"no preset 'grpo'; there are .*trl_grpo"):
         gk.LossConfig.preset("grpo")
+
+
+def test_a_config_is_rebuilt_from_its_fields():
+    """As FSDP does with a dataclass among a forward's arguments, and a run's logger with `asdict`."""
+    config = gk.LossConfig.preset("trl_dapo", kl_coef=0.1)
+    rebuilt = type(config)(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+    assert rebuilt == config and rebuilt.form == config.form and torch.equal(rebuilt.scalars, config.scalars)
+    assert dataclasses.replace(config, eps_low=0.1).scalar_values().eps_low == 0.1
+    assert gk.LossConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config

@@ -227,3 +227,137 @@ def test_a_second_chunk_only_where_it_saves_memory():
     assert choose(151936, 896, torch.float32, False, 1000, True) == budget // 2  # float32 sums need no second gradient
     assert choose(151936, 896, half, True, 10**6, True) == linear_chunks.GPU_CHUNK_BYTES // (151936 * 2)
     assert choose(2**40, 8, half, False, 10**6, True) == 1
+
+
+R = 3  # the rank of LoRA's matrices
+
+
+def lora_tensors(dtype):
+    """Hidden states, weight, bias, A and B."""
+    torch.manual_seed(1)
+    return [*tensors(dtype), torch.randn(R, H).to(dtype) / 3, torch.randn(V, R).to(dtype)]
+
+
+def with_lora(b, config, *, chunk_rows=4, single_pass=True, **options):
+    def loss(h, w, c, lora_a, lora_b):
+        return gk.linear_grpo_loss(
+            h, w, b.targets, b.advantages, b.mask, bias=c, lora=(lora_a, lora_b, 0.7), chunk_rows=chunk_rows,
+            single_pass=single_pass, config=config, **b.keywords(), **options,
+        ).loss  # fmt: skip
+
+    return loss
+
+
+def merged(b, config, **options):
+    def loss(h, w, c, lora_a, lora_b):
+        return materialised(h, w + 0.7 * lora_b @ lora_a, c, b, config, **options)
+
+    return loss
+
+
+@pytest.mark.parametrize("single_pass", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_name)
+def test_lora(backend, dtype, single_pass):
+    batch, config, values = make_batch(), gk.LossConfig(kl_coef=0.1, entropy_coef=0.05), lora_tensors(dtype)
+    b, wide = batch.to(torch.float32 if dtype.itemsize == 2 else dtype), batch.to(torch.float64)
+
+    def as_peft(h, w, c, lora_a, lora_b):  # the adapter's own two products, each in the model's dtype
+        logits = torch.nn.functional.linear(h, w, c) + 0.7 * (h @ lora_a.t()) @ lora_b.t()
+        keywords = {**b.keywords(), "config": config, "backend": "reference"}
+        return gk.grpo_loss(logits, b.targets, b.advantages, b.mask, **keywords).loss
+
+    everything = [True] * 5
+    ours = run(with_lora(b, config, single_pass=single_pass, backend=backend), values, everything)
+    eager = run(as_peft, values, everything)
+    exact = run(merged(wide, config), [x.double() for x in values], everything)
+    for name, x, y, z in zip(("loss", "hidden", "weight", "bias", "A", "B"), ours, eager, exact, strict=True):
+        assert x.dtype == (dtype if name != "loss" else b.advantages.dtype)
+        assert_as_accurate(x, y, z, what=name)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=5))[:-1], ids=str)
+@pytest.mark.parametrize("single_pass", [True, False])
+@pytest.mark.parametrize("chunk_rows", [4, None])
+def test_frozen_parts_with_lora(needs, single_pass, chunk_rows):
+    b, config, values = make_batch(), gk.LossConfig(), lora_tensors(torch.float64)
+    everything = run(merged(b, config), values, [True] * 5)
+    some = run(with_lora(b, config, single_pass=single_pass, chunk_rows=chunk_rows), values, needs)
+    kept = [everything[0], *(g for g, need in zip(everything[1:], needs, strict=True) if need)]
+    for a, c in zip(some, kept, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-13)
+
+
+def test_lora_of_masked_rows_is_not_read(backend):
+    b, values = make_batch(), lora_tensors(torch.float64)
+    clean = run(with_lora(b, None, backend=backend), values, [True] * 5)
+    values[0][b.mask == 0] = float("nan")
+    for a, c in zip(run(with_lora(b, None, backend=backend), values, [True] * 5), clean, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-15)
+
+
+def test_lora_under_autocast_and_compile():
+    b, config = make_batch().to(torch.float32), gk.LossConfig(kl_coef=0.1)
+    values = lora_tensors(torch.float32)
+    loss = with_lora(b, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(loss, values, [True] * 5)
+    by_hand = run(loss, [x.bfloat16() for x in values], [True] * 5)
+    for a, c in zip(cast, by_hand, strict=True):
+        torch.testing.assert_close(a, c.to(a.dtype), rtol=0, atol=0)
+    for a, c in zip(
+        run(torch.compile(loss, fullgraph=True), values, [True] * 5), run(loss, values, [True] * 5), strict=True
+    ):
+        torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "lora, error, message",
+    [
+        ("no", TypeError, r"lora must be \(A, B, scale\) or None; got str"),
+        ((torch.zeros(R, H), torch.zeros(V, R)), TypeError, "got tuple"),
+        ((torch.zeros(R, H + 1), torch.zeros(V, R), 1.0), ValueError, r"lora\[0\] must be A, \[r, 24\]; got"),
+        ((torch.zeros(R, H), torch.zeros(V, R + 1), 1.0), ValueError, r"lora\[1\] must be B, \[133, 3\]; got"),
+        ((torch.zeros(R, H), torch.zeros(R, V), 1.0), ValueError, r"lora\[1\] must be B"),
+        ((torch.zeros(R, H).bfloat16(), torch.zeros(V, R), 1.0), TypeError, r"lora\[0\] must be torch.float32"),
+        ((torch.zeros(R, H), None, 1.0), TypeError, r"lora\[1\] must be a tensor; got NoneType"),
+        ((torch.zeros(R, H, device="meta"), torch.zeros(V, R), 1.0), ValueError, r"lora\[0\] must be where"),
+        ((torch.zeros(R, H), torch.zeros(V, R), float("nan")), ValueError, r"lora\[2\] must be a finite number"),
+        ((torch.zeros(R, H), torch.zeros(V, R), torch.ones(2)), ValueError, r"lora\[2\]"),
+    ],
+)
+def test_lora_that_does_not_fit(lora, error, message):
+    b, (h, w, _) = make_batch().to(torch.float32), tensors(torch.float32)
+    with pytest.raises(error, match=message):
+        gk.linear_token_logps(h, w, b.targets, lora=lora)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("temperature", ["number", "per token"])
+def test_top1_and_mean_logits(backend, softcap, temperature, monkeypatch):
+    monkeypatch.setattr(linear_chunks, "WIDENED_COLUMNS", 50)  # several blocks of columns
+    b, (h, w, c) = make_batch(), tensors(torch.float64)
+    per_token = 0.5 + torch.rand(b.targets.shape, dtype=torch.float64) if temperature == "per token" else 0.9
+    logits = torch.nn.functional.linear(h, w, c)
+    targets = torch.where(torch.rand(b.targets.shape) < 0.5, logits.argmax(-1), b.targets)
+    mine = gk.linear_token_logps(
+        h, w, targets, bias=c, mask=b.mask, temperature=per_token, logit_scale=1.3, softcap=softcap, chunk_rows=4,
+        return_is_top1=True, return_mean_logits=True, backend=backend,
+    )  # fmt: skip
+    z = logits * 1.3
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z / (per_token[..., None] if temperature == "per token" else per_token)
+    active = b.mask != 0
+    assert mine.is_top1.dtype == torch.bool and not mine.mean_logits.requires_grad
+    assert 0 < mine.is_top1.sum() < active.sum()
+    torch.testing.assert_close(mine.is_top1, (z.argmax(-1) == targets) & active)
+    torch.testing.assert_close(mine.mean_logits, torch.where(active, z.mean(-1), 0.0))
+    assert mine.entropy is None and mine.sum_p2 is None
+
+
+def test_of_equal_logits_the_first_is_top1(backend):
+    weight = torch.tensor([[1.0], [2.0], [2.0]])
+    found = gk.linear_token_logps(
+        torch.ones(1, 3, 1), weight, torch.tensor([[0, 1, 2]]), return_is_top1=True, backend=backend
+    )
+    assert found.is_top1.tolist() == [[False, True, False]]
+    assert found.mean_logits is None

@@ -41,12 +41,32 @@ def x1_a_rank_without_tokens(rank):
     torch.testing.assert_close(mine, gk.whiten(values, mask)[rank : rank + 1])
     none = gk.group_advantages(torch.tensor([1.0, 2.0])[: 2 * (1 - rank)], group_size=2, dp_group=group)
     assert len(none.advantages) == 2 * (1 - rank)
+    controller = gk.AdaptiveEntropyController(init=0.1, target=0.5, delta=0.01)
+    if rank == 0:
+        controller.observe(torch.full((1, 3), 0.25))
+    assert controller.update(group) == pytest.approx(0.11) and controller.last_entropy == 0.25
+    with pytest.raises(ValueError, match="none since"):  # on no rank, so on each of them
+        controller.update(group)
+
+
+def x2_metrics_of_all_ranks(rank):
+    torch.manual_seed(0)
+    logps, old, adv = -torch.rand(4, 3), -torch.rand(4, 3), torch.randn(4)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]])  # the second rank has no tokens
+    whole = gk.policy_loss(logps, adv, mask, old_logps=old, denominator=3.0).metrics
+    mine = slice(2 * rank, 2 * rank + 2)
+    part = gk.policy_loss(logps[mine], adv[mine], mask[mine], old_logps=old[mine], denominator=3.0).metrics
+    for losses, factor in (("sum", 1), ("mean", 0.5)):
+        combined = gk.combine_metrics([part, part], dist.group.WORLD, losses=losses)
+        torch.testing.assert_close(combined["policy_loss"], 2 * factor * whole["policy_loss"])
+        torch.testing.assert_close(combined["tokens"], 2 * whole["tokens"])
+        torch.testing.assert_close(combined.stacked[4:], whole.stacked[4:])
 
 
 def worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     errors = {}
-    for test in (r24_train_under_ddp, x1_a_rank_without_tokens):
+    for test in (r24_train_under_ddp, x1_a_rank_without_tokens, x2_metrics_of_all_ranks):
         try:
             test(rank)
         except Exception:
@@ -70,3 +90,8 @@ def test_r24_every_rank_gets_the_gradient_of_all(errors):
 def test_x1_a_rank_without_tokens_takes_part(errors):
     """slime #2235: it skipped the collective, and the others waited for it."""
     assert not [e for rank in errors if (e := rank.get("x1_a_rank_without_tokens"))]
+
+
+def test_x2_metrics_are_weighted_by_tokens_over_ranks(errors):
+    """TRL #6380: metrics were averaged over ranks, however many tokens each had."""
+    assert not [e for rank in errors if (e := rank.get("x2_metrics_of_all_ranks"))]
