@@ -65,6 +65,8 @@ $(VENV)/.demo: $(VENV)/.package
 $(VENV)/.test: $(VENV)/.demo
 	$(EDITABLE) '.[test,bench,peers]'
 	$(PIP) --no-deps verl==0.9.1
+	for peer in openrlhf==0.11.2 skyrl==0.3.0 areal==1.0.4; do \
+	  $(PIP) --no-deps $$peer || echo "$$peer does not install here; the tests against it are skipped"; done
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.package
