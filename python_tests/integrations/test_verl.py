@@ -93,7 +93,7 @@ def test_patched_log_probs_are_verls() -> None:
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=5e-6)
     for x, y in zip(flat, native[1], strict=False):  # verl's own runs on a GPU only
-        torch.testing.assert_close(x, y.flatten(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(x, y.flatten(), rtol=1e-5, atol=5e-6)
 
 
 def test_a_temperature_per_sequence() -> None:
