@@ -14,7 +14,7 @@ from .correction.kl import kl_divergence
 from .correction.rollout import RolloutCorrection, rollout_correction
 from .loss.details import TokenDetails, token_details
 from .loss.grpo import GRPOLoss, grpo_loss
-from .loss.linear import LinearGRPOLoss, linear_grpo_loss, linear_token_logps
+from .loss.linear import LinearGRPOLoss, LinearTokenLogps, linear_grpo_loss, linear_token_logps
 from .loss.logps import TokenLogps, token_logps
 from .loss.metrics import Metrics, combine_metrics
 from .loss.policy import LossOutput, policy_loss
@@ -26,6 +26,7 @@ __all__ = [
     "token_logps",
     "linear_token_logps",
     "TokenLogps",
+    "LinearTokenLogps",
     "policy_loss",
     "grpo_loss",
     "linear_grpo_loss",

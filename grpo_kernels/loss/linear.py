@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,22 @@ from ..ops.library import apply, first_order, none_for_unused_outputs
 from ..ops.linear_chunks import Extras, Needs, chunk_rows_for, is_top1, mean_logits
 from ..reference import loss as reference
 from .grpo import ConfiguredLoss, Rewards, loss_from_rows, scale_gradient
-from .logps import N_ROWS, TokenLogps, shaped, unsupported_group
+from .logps import N_ROWS, shaped, unsupported_group
 from .policy import N_INPUTS, LossArguments, LossOutput
 
 N_HEAD, N_GRADIENTS = len(Head._fields), len(Needs._fields)
 _PARAMETERS = ("weight", "bias", "lora[0]", "lora[1]")  # a head's, as the caller knows them
 Lora = tuple[Tensor, Tensor, float]
+
+
+class LinearTokenLogps(NamedTuple):
+    """Per token, of the targets' shape, as in TokenLogps; None unless asked for, but for the first."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    sum_p2: Tensor | None
+    is_top1: Tensor | None  # bool; whether no token is likelier than the target, nor as likely and before it
+    mean_logits: Tensor | None  # over the vocabulary, of what the softmax is taken of
 
 
 def _given(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -201,7 +211,7 @@ def linear_token_logps(
     chunk_rows: int | None = None,
     tp_group: object = None,
     backend: str = "auto",
-) -> TokenLogps:
+) -> LinearTokenLogps:
     """``token_logps`` of ``hidden @ weight.T + bias``, chunk by chunk; masked rows are never computed.
 
     Differentiable in ``hidden``, ``weight``, ``bias`` and LoRA's matrices; a frozen one costs no matmul. The backward
@@ -227,7 +237,7 @@ def linear_token_logps(
             ``token_logps``.
 
     Returns:
-        TokenLogps(logps, entropy, sum_p2, is_top1, mean_logits), each of the targets' shape.
+        LinearTokenLogps(logps, entropy, sum_p2, is_top1, mean_logits), each of the targets' shape.
 
     Raises:
         ValueError, TypeError: as ``token_logps``; for a weight, bias or LoRA matrix that does not fit hidden.
@@ -241,10 +251,10 @@ def linear_token_logps(
     )  # fmt: skip
     extras = Extras(return_sum_p2, return_is_top1, return_mean_logits)
     logps, entropy, squares, top1, mean = _logps(rows, head, chunk_rows, extras, validate, backend)
-    found = shaped((logps, entropy, squares), targets.shape, return_entropy, return_sum_p2)
-    return found._replace(
-        is_top1=top1.view(targets.shape) if return_is_top1 else None,
-        mean_logits=mean.view(targets.shape) if return_mean_logits else None,
+    return LinearTokenLogps(
+        *shaped((logps, entropy, squares), targets.shape, return_entropy, return_sum_p2),
+        top1.view(targets.shape) if return_is_top1 else None,
+        mean.view(targets.shape) if return_mean_logits else None,
     )
 
 

@@ -29,8 +29,6 @@ class TokenLogps(NamedTuple):
     logps: Tensor
     entropy: Tensor | None
     sum_p2: Tensor | None
-    is_top1: Tensor | None = None  # bool; whether no token is likelier than the target, nor as likely and before it
-    mean_logits: Tensor | None = None  # over the vocabulary, of what the softmax is taken of
 
 
 def check_inplace(logits: Tensor) -> None:

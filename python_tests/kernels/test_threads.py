@@ -77,7 +77,9 @@ def test_shapes_beyond_any_memory_are_refused(shape):
         lambda: gk.group_advantages(one.expand(batch * tokens), group_size=2),
         lambda: gk.group_diversity(ids.expand(2**40, 9), group_size=2),
     ):
-        with pytest.raises(RuntimeError, match=r"can't allocate memory|multiplication overflow"):
+        with pytest.raises(
+            (RuntimeError, ValueError), match=r"can't allocate memory|multiplication overflow|must have at most"
+        ):
             call()
 
 
@@ -231,6 +233,7 @@ def test_memory_that_runs_out_on_several_threads_is_an_exception(step):
 
 INTERRUPTED = """
 import grpo_kernels as gk
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 z, t, a = torch.randn(256, 70001), torch.randint(0, 70001, (256,)), torch.randn(256)
 torch.set_num_threads(1)
 x = z.clone().requires_grad_()

@@ -110,7 +110,7 @@ def test_logps_entropy_and_sum_p2(backend):
     mine = gk.linear_token_logps(
         h, w, b.targets, bias=c, mask=b.mask, return_entropy=True, return_sum_p2=True, chunk_rows=3, backend=backend
     )
-    for x, y in zip(mine, full, strict=True):
+    for x, y in zip(mine[:3], full, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
 

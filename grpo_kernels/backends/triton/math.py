@@ -104,8 +104,8 @@ def sapo_objective(log_ratio, adv, s):
     ratio, tau = tl.exp(log_ratio), tl.where(adv > 0, s.sapo_tau_pos, s.sapo_tau_neg)
     x = tau * (ratio - 1)
     small = tl.exp(-tl.abs(x))
-    gate = tl.where(x < 0, small, 1.0) / (1 + small)
-    one_minus_gate = tl.where(x < 0, 1.0, small) / (1 + small)
+    near, far = 1 / (1 + small), small / (1 + small)
+    gate, one_minus_gate = tl.where(x < 0, far, near), tl.where(x < 0, near, far)
     weight = tl.where(one_minus_gate == 0, 0.0, 4 * gate * one_minus_gate * ratio)  # an infinite ratio shuts it
     zero, never = tl.zeros_like(adv), adv < adv
     return Term(-4 / tau * gate * adv, -weight * adv, zero, zero, weight, never, never, never)

@@ -114,8 +114,8 @@ def token_block(
     entropy = read(entropies, b, t, is_active, zero, ACC)
     raw = logp - token.old
     pooled = Pooled(zero + shared.log_ratio, zero + shared.adv, zero + shared.weight, shared.share, shared.passes_grad)
-    log_ratio = clamp_(raw, -s.log_ratio_clamp, s.log_ratio_clamp)
-    own = clamp_passes_grad(raw, log_ratio)
+    moved = clamp_(raw, -s.log_ratio_clamp, s.log_ratio_clamp)
+    log_ratio, own = moved, clamp_passes_grad(raw, moved)
     if FORM.ratio_level != "token":
         log_ratio, own = pooled.log_ratio, zero + shared.passes_grad != 0
     term = token_term(logp, log_ratio, token, pooled, s, FORM)
@@ -130,7 +130,7 @@ def token_block(
         tl.where(is_active, g_logp, 0.0), tl.where(is_active, -bonus * token.entropy_weight, 0.0),
     )  # fmt: skip
     d_pooled = tl.where(is_active, weighted(token.weight, d_pooled), 0.0)
-    return token_sums(is_active, logp, entropy, log_ratio, token, term, s), d_pooled
+    return token_sums(is_active, logp, moved, entropy, log_ratio, token, term, s), d_pooled
 
 
 @kernel

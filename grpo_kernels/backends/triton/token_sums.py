@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ...config import METRICS
-from .numeric import clamp_, expm1_minus_x, max_, min_, quotient, weighted
+from .numeric import expm1_minus_x, max_, min_, quotient, weighted
 
 # What the programs leave behind: first what is added up, then two minima and two maxima.
 ADDED, MINIMA, SUMS = tl.constexpr(19), tl.constexpr(21), tl.constexpr(23)
@@ -57,9 +57,8 @@ def across(lanes, i: tl.constexpr):
 
 
 @triton.jit
-def token_sums(on, logp, entropy, log_ratio, token, term, s):
-    """What each lane's token adds to the sums."""
-    moved = clamp_(logp - token.old, -s.log_ratio_clamp, s.log_ratio_clamp)
+def token_sums(on, logp, moved, entropy, log_ratio, token, term, s):
+    """What each lane's token adds to the sums; `moved`: its own log-ratio, clamped."""
     drift, w = logp - token.rollout, token.token_weight * token.pooled_weight
     one, ratio = tl.zeros_like(logp) + 1, tl.exp(log_ratio)
     bonus = weighted(s.entropy_coef * token.entropy_mask * token.entropy_weight, entropy)
